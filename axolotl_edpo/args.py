@@ -1,0 +1,179 @@
+"""The options of a recipe: fields, bounds, cross-checks.
+
+`EDPOArgs` is the single place where an option is defined; axolotl merges it into its
+config. `check_recipe` looks at the YAML before axolotl validates it and refuses what
+would not train as written, in one line that names key, value and remedy.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+
+from .loss import BetaMean
+
+PREFIX = "edpo_"
+BETA_KEYS = ("beta", "rl_beta", "dpo_beta", "trl.beta")
+
+# Recipe keys that would change the loss or the batch in a way this version does not
+# compute: key -> what to set instead.
+UNSUPPORTED = {
+    "sample_packing": "set `sample_packing: false`",
+    "eval_sample_packing": "set `eval_sample_packing: false`",
+    "dpo_padding_free": "remove it: batches are padded",
+    "dpo_use_weighting": "remove it, or use `rl: dpo` for WPO weights",
+    "dpo_use_liger_kernel": "remove it: the head already runs without full logits",
+    "precompute_ref_log_probs": "remove it: ε-DPO needs the reference's logits over "
+    "the whole vocabulary, not two log-probabilities",
+    "reference_free": "remove it: ε-DPO compares policy and reference",
+    "dpo_norm_loss": "remove it",
+    "is_multimodal": "use a text model, or `rl: dpo`",
+    "processor_type": "use a text model, or `rl: dpo`",
+    "reward_model": "remove it: it asks for another trainer",
+    "process_reward_model": "remove it: it asks for another trainer",
+}
+# Keys that split a model or a sequence: allowed up to 1.
+SPLITTING = (
+    "context_parallel_size",
+    "sequence_parallel_degree",
+    "tensor_parallel_size",
+)
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number, not true or false, is needed")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_bool)]
+
+
+class EDPOArgs(BaseModel):
+    """Options that `axolotl_edpo.EDPOPlugin` adds to a recipe."""
+
+    beta: Number | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Initial KL penalty β > 0; `rl_beta` means the same (absent: 0.1)",
+    )
+    edpo_epsilon: Number = Field(
+        default=0.01,
+        gt=0,
+        lt=1,
+        description="Perturbation ε of the KL penalty, between 0 and 1 (paper: 0.01)",
+    )
+    edpo_beta_mean: BetaMean = Field(
+        default="arithmetic",
+        description="Mean of the pairs' β that is the next step's β: `arithmetic` "
+        "(the paper's Eq. 6) or `harmonic` (the authors' released code)",
+    )
+
+
+def check_recipe(recipe: Mapping[str, Any]) -> float | None:
+    """Refuses a recipe with `rl: edpo` that would not train as written.
+
+    Args:
+        recipe: The YAML with command-line overrides, not yet validated.
+
+    Returns:
+        The initial β, or None where the recipe leaves it to TRL's default.
+
+    Raises:
+        ValueError: One line with key, value and what to set.
+    """
+    _check_unknown(recipe)
+    beta = _common_beta(recipe)
+    own = {key: recipe[key] for key in EDPOArgs.model_fields if key in recipe}
+    own = {key: value for key, value in own.items() if value is not None}
+    _check_values({**own, "beta": beta})
+    _check_unsupported(recipe)
+    _check_adapter(recipe)
+    return None if beta is None else float(beta)
+
+
+def check_foreign_recipe(recipe: Mapping[str, Any]) -> None:
+    """Refuses our keys in a recipe of another `rl`, where they would do nothing.
+
+    Raises:
+        ValueError: Names the first such key.
+    """
+    for key in recipe:
+        if str(key).startswith(PREFIX):
+            raise ValueError(
+                f"`{key}: {recipe[key]}` has no effect with `rl: {recipe.get('rl')}`: "
+                f"set `rl: edpo`, or remove `{key}`"
+            )
+
+
+def _check_unknown(recipe: Mapping[str, Any]) -> None:
+    known = [key for key in EDPOArgs.model_fields if key.startswith(PREFIX)]
+    for key in recipe:
+        if str(key).startswith(PREFIX) and key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+            raise ValueError(
+                f"`{key}: {recipe[key]}` is not an option of `rl: edpo`: "
+                f"did you mean `{near}`?"
+            )
+
+
+def _common_beta(recipe: Mapping[str, Any]) -> Any:
+    """The one value of all keys that mean β; two that disagree are refused."""
+    trl = recipe.get("trl") or {}
+    values = {key: recipe.get(key) for key in BETA_KEYS if "." not in key}
+    values["trl.beta"] = trl.get("beta")
+    given = {key: value for key, value in values.items() if value is not None}
+    for key, value in given.items():
+        _check_values({"beta": value}, name=key)
+    for key, value in list(given.items())[1:]:
+        first = next(iter(given))
+        if float(value) != float(given[first]):
+            raise ValueError(
+                f"`{first}: {given[first]}` and `{key}: {value}` both set the initial "
+                "KL penalty and disagree: keep one of them"
+            )
+    return next(iter(given.values()), None)
+
+
+def _check_values(values: Mapping[str, Any], name: str | None = None) -> None:
+    """Validates options; pydantic's report becomes one line."""
+    try:
+        EDPOArgs.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        description = EDPOArgs.model_fields[key].description
+        raise ValueError(
+            f"`{name or key}: {first['input']}`: {first['msg']}. {description}."
+        ) from None
+
+
+def _check_unsupported(recipe: Mapping[str, Any]) -> None:
+    for key, remedy in UNSUPPORTED.items():
+        if recipe.get(key):
+            _refuse(key, recipe[key], remedy)
+    for key in SPLITTING:
+        if (recipe.get(key) or 1) > 1:
+            _refuse(key, recipe[key], f"set `{key}: 1`")
+    losses = recipe.get("dpo_loss_type")
+    if losses and losses != "sigmoid" and list(losses) != ["sigmoid"]:
+        _refuse("dpo_loss_type", losses, "remove it: ε-DPO is the sigmoid loss")
+    smoothing = recipe.get("dpo_label_smoothing") or 0
+    if not 0 <= float(smoothing) < 0.5:
+        _refuse("dpo_label_smoothing", smoothing, "set a value from 0 to below 0.5")
+
+
+def _check_adapter(recipe: Mapping[str, Any]) -> None:
+    directory = recipe.get("lora_model_dir")
+    if directory and not recipe.get("adapter"):
+        remedy = "set `adapter: lora` or `adapter: qlora`"
+        _refuse("lora_model_dir", directory, remedy)
+    if directory and recipe.get("rl_adapter_ref_model"):
+        remedy = "remove it: the reference of `lora_model_dir` is its own start"
+        _refuse("rl_adapter_ref_model", True, remedy)
+
+
+def _refuse(key: str, value: Any, remedy: str) -> None:
+    raise ValueError(f"`{key}: {value}` does not work with `rl: edpo`: {remedy}")

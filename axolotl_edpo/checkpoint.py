@@ -1,0 +1,79 @@
+"""Which checkpoint directories are complete, and which one to resume.
+
+transformers writes `trainer_state.json` last, so a directory whose file is missing or
+cut short belongs to a save that was interrupted. Resuming one would load its weights
+and start again at step 0 with the initial β, which nobody would notice.
+"""
+
+import json
+from pathlib import Path
+
+from axolotl.utils.logging import get_logger
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+LOG = get_logger(__name__)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether the save that wrote this directory came to its end."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoint directories of a run, oldest step first, complete or not."""
+    found = {
+        int(step): path
+        for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (step := path.name.rpartition("-")[2]).isdigit()
+    }
+    return [found[step] for step in sorted(found)]
+
+
+def last_complete(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    return next(filter(is_complete, reversed(checkpoints(output_dir))), None)
+
+
+def mark_incomplete(checkpoint: Path) -> None:
+    """Called before a save: what an earlier run left here no longer counts."""
+    (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
+
+
+def require_complete(checkpoint: Path) -> None:
+    """Refuses to resume what an interrupted save left behind.
+
+    Raises:
+        ValueError: Names the directory and the newest complete one beside it.
+    """
+    if is_complete(checkpoint):
+        return
+    other = last_complete(checkpoint.parent)
+    remedy = f"set it to {other}" if other else "remove the directory to start anew"
+    raise ValueError(
+        f"`resume_from_checkpoint: {checkpoint}`: its {TRAINER_STATE_NAME} is missing "
+        f"or cut short, so the save was interrupted: {remedy}"
+    )
+
+
+def choose_auto_resume(cfg) -> None:
+    """For `auto_resume_from_checkpoints`: the newest complete checkpoint.
+
+    axolotl takes the newest directory, complete or not.
+
+    Args:
+        cfg: axolotl's config; `resume_from_checkpoint` is set where it was absent.
+    """
+    complete = last_complete(Path(cfg.output_dir))
+    if cfg.resume_from_checkpoint or complete is None:
+        return
+    newest = checkpoints(Path(cfg.output_dir))[-1]
+    if newest != complete:
+        LOG.warning(
+            f"{newest} was not saved to its end; resuming from {complete} instead"
+        )
+    cfg.resume_from_checkpoint = str(complete)

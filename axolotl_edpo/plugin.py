@@ -1,0 +1,114 @@
+"""What axolotl calls: `register` lowers `rl: edpo` to what axolotl knows.
+
+axolotl's `rl` is a closed list that its data loading, model loading and validators
+branch on. ε-DPO wants all of them to do what they do for DPO, so the recipe is lowered
+before validation:
+
+    rl: edpo        →   rl: dpo
+    beta: 0.01      →   rl_beta: 0.01
+                        trainer_cls: axolotl_edpo.trainer.EDPOTrainer
+
+Lowering a lowered recipe changes nothing: Ray workers load a config twice.
+"""
+
+from collections.abc import Mapping
+from importlib import metadata
+
+from axolotl.integrations.base import BasePlugin
+from packaging.specifiers import SpecifierSet
+
+from .args import check_foreign_recipe, check_recipe
+
+PLUGIN = "axolotl_edpo.EDPOPlugin"
+TRAINER = "axolotl_edpo.trainer.EDPOTrainer"
+
+# The releases whose seams tests/test_upstream.py pins.
+TESTED = {"axolotl": ">=0.19,<0.20", "trl": ">=1.9,<1.10"}
+
+
+class EDPOPlugin(BasePlugin):
+    """Adds `rl: edpo` to axolotl; recipes of any other `rl` are left alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._active = False
+
+    def register(self, cfg: dict) -> None:
+        """Checks the recipe and lowers it.
+
+        Args:
+            cfg: The YAML with command-line overrides, before validation.
+
+        Raises:
+            ValueError: If the recipe would not train as written.
+            RuntimeError: If axolotl or TRL is missing or outside the tested range.
+        """
+        self._active = cfg.get("rl") == "edpo" or cfg.get("trainer_cls") == TRAINER
+        if not self._active:
+            check_foreign_recipe(cfg)
+            return
+        check_versions()
+        _check_registration(cfg)
+        beta = check_recipe(cfg)
+        cfg.update(rl="dpo", trainer_cls=TRAINER)
+        if beta is not None:
+            cfg.update(beta=beta, rl_beta=beta)
+
+    def get_input_args(self) -> str | None:
+        """The options that axolotl's config takes in addition."""
+        return "axolotl_edpo.args.EDPOArgs" if self._active else None
+
+    def get_training_args(self, cfg) -> dict:
+        """Lets a recipe with `bf16: true` run where there is no accelerator."""
+        if cfg.trainer_cls != TRAINER or _has_accelerator():
+            return {}
+        return {"use_cpu": True}
+
+    def post_trainer_create(self, cfg, trainer) -> None:
+        """Points auto-resume at the newest checkpoint whose save came to its end."""
+        if cfg.trainer_cls == TRAINER and cfg.auto_resume_from_checkpoints:
+            from .checkpoint import choose_auto_resume
+
+            choose_auto_resume(cfg)
+
+
+def check_versions(tested: Mapping[str, str] = TESTED) -> None:
+    """Refuses releases that no test of this package has run with.
+
+    axolotl goes on after an ImportError of a plugin, so this is no ImportError.
+
+    Args:
+        tested: Distribution -> range.
+
+    Raises:
+        RuntimeError: Names what is installed and what is needed.
+    """
+    own = metadata.version("axolotl-edpo")
+    for name, wanted in tested.items():
+        try:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found = "not installed"
+        if found == "not installed" or not SpecifierSet(wanted).contains(
+            found, prereleases=True
+        ):
+            raise RuntimeError(
+                f"axolotl-edpo {own} works with {name} {wanted}, here it is {found}: "
+                f'run `pip install "{name}{wanted}"`'
+            )
+
+
+def _check_registration(cfg: Mapping) -> None:
+    if PLUGIN not in (cfg.get("plugins") or []):
+        raise ValueError(f"`rl: edpo` needs `plugins: [{PLUGIN}]` in this recipe")
+    if cfg.get("trainer_cls") not in (None, TRAINER):
+        raise ValueError(
+            f"`trainer_cls: {cfg['trainer_cls']}` would replace the trainer of "
+            "`rl: edpo`: remove it"
+        )
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()

@@ -1,0 +1,389 @@
+"""`EDPOTrainer`: the walk from a batch of pairs to the ε-DPO loss.
+
+    batch → completions → reference hidden → policy hidden → head → sums per sequence
+          → steps → pair betas → loss per pair
+
+The controller observes every micro-batch and moves β once per optimizer step. Model
+loading, data, evaluation and saving are axolotl's, TRL's and transformers' own; what is
+overridden here calls super().
+"""
+
+import functools
+import textwrap
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
+from axolotl.integrations.base import PluginManager
+from axolotl.utils.collators.dpo import AxolotlDPODataCollatorWithPadding
+from axolotl.utils.logging import get_logger
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing
+
+from . import backbone, checkpoint, loss
+from .batch import (
+    Completions,
+    chosen_minus_rejected,
+    select_completions,
+    sum_per_sequence,
+)
+from .controller import BetaController, ControllerSettings
+from .logprobs import Head, TokenStats, token_stats
+from .metrics import WeightedMeans
+
+LOG = get_logger(__name__)
+
+STATE_KEY = "EDPO"
+
+
+class Pairs(NamedTuple):
+    """What a batch says of its pairs; each of shape (pairs,).
+
+    Attributes:
+        steps: s of Eq. 5, in {-1, 0, +1}.
+        betas: β̃ = β / (1 + ε s).
+        losses: Loss, with gradient.
+        chosen_rewards: β̃ · (log π_θ - log π_ref) of chosen.
+        rejected_rewards: The same of rejected.
+    """
+
+    steps: torch.Tensor
+    betas: torch.Tensor
+    losses: torch.Tensor
+    chosen_rewards: torch.Tensor
+    rejected_rewards: torch.Tensor
+
+
+class BetaCallback(TrainerCallback):
+    """Tells the trainer's controller where optimizer steps and runs begin and end."""
+
+    def __init__(self, trainer: "EDPOTrainer"):
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Takes β from the checkpoint that was loaded, or starts anew."""
+        self._trainer.restore_beta(resumed=state.global_step > 0)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Moves β, unless the optimizer skipped its step."""
+        self._trainer.advance_beta()
+
+
+class EDPOTrainer(AxolotlDPOTrainer):
+    """DPO in which every pair has a KL penalty of its own (arXiv 2502.13177).
+
+    Args:
+        model: Policy, as AxolotlDPOTrainer takes it.
+        ref_model: Reference, or None for the adapter's own reference.
+        settings: β₀, ε and the mean; by default those of the axolotl recipe.
+        **kwargs: As AxolotlDPOTrainer takes them.
+    """
+
+    _name = "ε-DPO"
+    _tag_names = ["trl", "dpo", "edpo"]
+    tag_names = ["axolotl", "dpo", "edpo"]
+    _paper = {
+        "title": "KL Penalty Control via Perturbation for Direct Preference "
+        "Optimization",
+        "id": "2502.13177",
+        "citation": textwrap.dedent("""\
+            @article{lee2025edpo,
+                title         = {{KL Penalty Control via Perturbation for Direct Preference Optimization}},
+                author        = {Sangkyu Lee and Janghoon Han and Hosung Song and Stanley Jungkyu Choi and Honglak Lee and Youngjae Yu},
+                year          = 2025,
+                eprint        = {arXiv:2502.13177},
+            }"""),  # noqa: E501
+    }
+
+    def __init__(
+        self,
+        model,
+        ref_model=None,
+        args=None,
+        data_collator=None,
+        peft_config=None,
+        settings: ControllerSettings | None = None,
+        **kwargs,
+    ):
+        cfg = PluginManager.get_instance().cfg
+        if isinstance(data_collator, AxolotlDPODataCollatorWithPadding):
+            # axolotl 0.19 hands over a collator for batches TRL no longer makes;
+            # TRL's own pads to a multiple as well
+            args.pad_to_multiple_of = data_collator.pad_to_multiple_of
+            data_collator = None
+        continued = cfg is not None and cfg.adapter and cfg.lora_model_dir
+        if continued:
+            model = PeftModel.from_pretrained(
+                model, cfg.lora_model_dir, is_trainable=True
+            )
+        super().__init__(
+            model,
+            ref_model,
+            args=args,
+            data_collator=data_collator,
+            peft_config=None if continued else peft_config,
+            **kwargs,
+        )
+        if continued:
+            self._settle_reference_adapter(evaluating=peft_config is None)
+        self._refuse_unsupported_model()
+        if settings is None:
+            settings = ControllerSettings(
+                self.args.beta, cfg.edpo_epsilon, cfg.edpo_beta_mean
+            )
+        self.controller = BetaController(settings)
+        self.add_callback(BetaCallback(self))
+        # losses are divided by the pairs of the optimizer step, see compute_loss
+        self.model_accepts_loss_kwargs = True
+        self._redirect = _ForwardRedirection()
+        self._new_tokens = torch.tensor(0)
+        self._means = {"train": WeightedMeans(), "eval": WeightedMeans()}
+
+    def _refuse_unsupported_model(self) -> None:
+        """Before the first step, rather than training it wrongly."""
+        backbone.head_module(backbone.causal_lm(self.model))
+        if self.aux_loss_enabled:
+            raise ValueError(
+                f"`base_model` of type {self.model.config.model_type} is a mixture of "
+                "experts: `rl: edpo` does not compute its router loss yet; use a dense "
+                "model, or `rl: dpo`"
+            )
+
+    def _settle_reference_adapter(self, evaluating: bool) -> None:
+        """The reference of an adapter that is trained further is its own start.
+
+        `axolotl evaluate` trains nothing: there the adapter is compared with the
+        model below it. The copy is not saved: a checkpoint that holds two adapters
+        resumes neither (transformers then loads the sub-directories only).
+        """
+        if evaluating:
+            self.model.delete_adapter(backbone.REFERENCE_ADAPTER)
+            return
+        backbone.copy_to_reference_adapter(self.model)
+        self.model.save_pretrained = functools.partial(
+            self.model.save_pretrained, selected_adapters=["default"]
+        )
+
+    # --- β -----------------------------------------------------------------------
+
+    def restore_beta(self, resumed: bool) -> None:
+        """At the start of a run: β of the checkpoint, or β₀.
+
+        Args:
+            resumed: Whether the run continues from a checkpoint.
+        """
+        self.controller.reset()
+        if not resumed:
+            return
+        state = self.state.stateful_callbacks.get(STATE_KEY)
+        if state is None:
+            LOG.warning(
+                "The checkpoint holds no ε-DPO state (was it trained with `rl: dpo`?): "
+                f"continuing with `beta: {self.controller.beta}` of the recipe."
+            )
+            return
+        for difference in self.controller.load_state_dict(state):
+            LOG.warning(
+                f"Resuming ε-DPO: {difference}. Continuing from the checkpoint's "
+                f"β = {self.controller.beta} with the recipe's settings."
+            )
+
+    def advance_beta(self) -> None:
+        """At the end of an optimizer step: β moves by the pairs of that step."""
+        self._metrics["train"]["kl/beta"].append(self.controller.beta)
+        if self.accelerator.optimizer_step_was_skipped:
+            self.controller.discard()
+        else:
+            self.controller.advance(self._sum_over_ranks)
+
+    def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(
+            values.to(self.accelerator.device), reduction="sum"
+        )
+
+    def _save_checkpoint(self, model, trial):
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            checkpoint.mark_incomplete(Path(self._get_output_dir(trial)) / name)
+        self.state.stateful_callbacks[STATE_KEY] = self.controller.state_dict()
+        super()._save_checkpoint(model, trial)
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """As transformers', but refuses a checkpoint whose save was interrupted."""
+        if isinstance(resume_from_checkpoint, str | Path):
+            checkpoint.require_complete(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    # --- loss --------------------------------------------------------------------
+
+    def training_step(self, *args, **kwargs):
+        """As TRL's, without axolotl's cache flush after every micro-batch."""
+        return super(AxolotlDPOTrainer, self).training_step(*args, **kwargs)
+
+    def _get_num_items_in_batch(
+        self, batch_samples: Iterable[dict], device: torch.device
+    ) -> torch.Tensor:
+        """Pairs of an optimizer step, over its micro-batches and all ranks."""
+        pairs = sum(len(batch["input_ids"]) // 2 for batch in batch_samples)
+        return self._sum_over_ranks(torch.tensor(pairs))
+
+    def compute_loss(
+        self, model, inputs, return_outputs=False, num_items_in_batch=None
+    ):
+        """Loss of a micro-batch: its share of the mean over the step's pairs.
+
+        Args:
+            model: The policy, wrapped by its engine.
+            inputs: Batch with `input_ids`, `attention_mask` and `completion_mask`,
+                each of shape (2 x pairs, length), all chosen, then all rejected.
+            return_outputs: Refused: no logits are kept that could be returned.
+            num_items_in_batch: Pairs of the whole optimizer step; absent in
+                evaluation, where the micro-batch stands for itself.
+
+        Returns:
+            Scalar with gradient.
+        """
+        if return_outputs:
+            raise ValueError("`rl: edpo` keeps no logits: remove `compute_metrics`")
+        completions = select_completions(inputs["input_ids"], inputs["completion_mask"])
+        stats = self._score(model, inputs, completions)
+        pairs = self._judge(stats, completions)
+        training = self.model.training
+        if training:
+            self.controller.observe(pairs.steps)
+        self._record("train" if training else "eval", inputs, completions, stats, pairs)
+        if num_items_in_batch is None:
+            return pairs.losses.mean()
+        # engines average gradients over ranks; the divisor counts all ranks' pairs
+        scale = self.accelerator.num_processes / num_items_in_batch
+        return pairs.losses.sum() * scale
+
+    def _score(self, model, inputs, completions: Completions) -> TokenStats:
+        """Reference first, without gradient, then policy and head in one forward."""
+        hidden, head = self._reference(model, inputs, completions)
+
+        def policy(unwrapped: nn.Module) -> tuple[torch.Tensor, ...]:
+            lm = backbone.causal_lm(unwrapped)
+            own_hidden = self._hidden(lm, inputs, completions)
+            own_head = backbone.head_module(lm)
+
+            def score() -> tuple[torch.Tensor, ...]:
+                return tuple(
+                    token_stats(
+                        own_hidden,
+                        hidden,
+                        backbone.head_of(lm),
+                        head,
+                        completions.targets,
+                        self.controller.settings.epsilon,
+                    )
+                )
+
+            return self._redirect(own_head, own_head, score)
+
+        return TokenStats(*self._inside_forward(model, policy))
+
+    def _reference(
+        self, model, inputs, completions: Completions
+    ) -> tuple[torch.Tensor, Head]:
+        """Hidden states and head of the reference, without gradient."""
+        separate = self.ref_model is not None
+
+        def forward(unwrapped: nn.Module) -> tuple[torch.Tensor, Head]:
+            lm = backbone.causal_lm(unwrapped)
+            return self._hidden(lm, inputs, completions), backbone.head_of(lm)
+
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(
+                self.model, self.args.gradient_checkpointing_kwargs
+            ),
+        ):
+            if separate:
+                return self._inside_forward(self.ref_model, forward)
+            with backbone.reference_adapter(self.accelerator.unwrap_model(model)):
+                return self._inside_forward(model, forward)
+
+    def _hidden(self, lm, inputs, completions: Completions) -> torch.Tensor:
+        return backbone.completion_hidden(
+            lm, inputs["input_ids"], inputs["attention_mask"], completions
+        )
+
+    def _inside_forward(self, model, method: Callable[[nn.Module], Any]) -> Any:
+        """Runs `method` in the forward of the engine that wraps the model.
+
+        DDP, DeepSpeed and FSDP prepare gradients and gather weights there.
+        """
+        unwrapped = self.accelerator.unwrap_model(model)
+        with self.accelerator.autocast():
+            return self._redirect(model, unwrapped, method, unwrapped)
+
+    def _judge(self, stats: TokenStats, completions: Completions) -> Pairs:
+        """Steps, betas and losses of a batch's pairs."""
+
+        def per_sequence(values: torch.Tensor) -> torch.Tensor:
+            return sum_per_sequence(values, completions.lengths)
+
+        settings = self.controller.settings
+        steps = loss.steps(
+            chosen_minus_rejected(per_sequence(stats.plus)),
+            chosen_minus_rejected(per_sequence(stats.minus)),
+        )
+        betas = loss.pair_betas(steps, self.controller.beta, settings.epsilon)
+        # differences per token first: sums near -1000 would round them away
+        log_ratios = per_sequence(stats.policy_logp - stats.reference_logp)
+        losses = loss.preference_loss(
+            chosen_minus_rejected(log_ratios), betas, self.label_smoothing
+        )
+        chosen, rejected = log_ratios.detach().chunk(2)
+        return Pairs(steps, betas, losses, betas * chosen, betas * rejected)
+
+    # --- metrics -----------------------------------------------------------------
+
+    def _record(
+        self,
+        mode: str,
+        inputs,
+        completions: Completions,
+        stats: TokenStats,
+        pairs: Pairs,
+    ) -> None:
+        """Adds a batch to the means that are logged next."""
+        add = self._means[mode].add
+        margins = pairs.chosen_rewards - pairs.rejected_rewards
+        add("kl/avg_steps", pairs.steps)
+        add("kl/p_epsilon_steps", pairs.steps == 1)
+        add("kl/n_epsilon_steps", pairs.steps == -1)
+        add("rewards/chosen", pairs.chosen_rewards)
+        add("rewards/rejected", pairs.rejected_rewards)
+        add("rewards/accuracies", margins > 0)
+        add("rewards/margins", margins)
+        logps = sum_per_sequence(stats.policy_logp.detach(), completions.lengths)
+        for name, values in zip(("chosen", "rejected"), logps.chunk(2), strict=True):
+            add(f"logps/{name}", values)
+        chosen = completions.lengths.chunk(2)[0].sum()
+        add("kl/policy_ref", stats.kl)
+        add("entropy", stats.entropy)
+        add("mean_token_accuracy", stats.hit[:chosen])
+        add("logits/chosen", stats.mean_logit[:chosen])
+        add("logits/rejected", stats.mean_logit[chosen:])
+        if mode == "train":
+            self._new_tokens = self._new_tokens + inputs["attention_mask"].sum()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Hands TRL the means over everything since the last log."""
+        mode = "train" if self.model.training else "eval"
+        self._total_train_tokens += int(self._sum_over_ranks(self._new_tokens))
+        self._new_tokens = torch.tensor(0)
+        means = self._means[mode].pop(self._sum_over_ranks)
+        if means:
+            means["num_tokens"] = self._total_train_tokens
+            if mode == "eval":
+                means["kl/beta"] = self.controller.beta
+            self._metrics[mode].update({name: [value] for name, value in means.items()})
+        super().log(logs, start_time)

@@ -1,0 +1,21 @@
+"""Tiny real parts: models, tokenizers, recipes. Nothing here needs a hub or a GPU."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    """Sums in one order, whatever the machine."""
+    torch.set_num_threads(2)

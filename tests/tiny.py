@@ -1,0 +1,163 @@
+"""Tokenizers, models, data and recipes of a few thousand parameters.
+
+Real parts only: recipes go through axolotl's own loader, builder and trainer.
+"""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+REFERENCE_SPECIAL = {0: "<s>", 1: "</s>", 2: "<pad>"}
+SPECIAL = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+SIZES = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=2048,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=2,
+)
+CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "gemma2": Gemma2Config}
+
+
+def reference_tokenizer() -> PreTrainedTokenizerFast:
+    """256 tokens; 0 begins, 1 ends, 2 pads, as in tests/data/reference_run."""
+    vocab = {token: i for i, token in REFERENCE_SPECIAL.items()}
+    vocab |= {f"t{i}": i for i in range(3, 256)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="t3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+
+
+def reference_text(ids: list[int]) -> str:
+    """The text that `reference_tokenizer` turns into these ids."""
+    return "".join(f" {REFERENCE_SPECIAL.get(i, f't{i}')}" for i in ids)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, so that it takes any text, and a chat template."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in REFERENCE_SPECIAL.items()}
+    vocab |= {letter: i + 3 for i, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, **SPECIAL
+    )
+
+
+def save_model(directory: Path, kind: str = "llama", **config) -> Path:
+    """A random model of a kind with the byte tokenizer, ready for `base_model`."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    config = CONFIGS[kind](
+        **{"vocab_size": len(tokenizer), "initializer_range": 0.15, **SIZES, **config}
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def save_pairs(path: Path, count: int, seed: int = 0) -> Path:
+    """Pairs with the columns of princeton-nlp/llama3-ultrafeedback."""
+    rng = random.Random(seed)
+    words = "red blue small big cat dog runs sleeps well today".split()
+
+    def text(low: int, high: int) -> str:
+        return " ".join(rng.choice(words) for _ in range(rng.randint(low, high)))
+
+    def answer(question: str) -> list[dict]:
+        return [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": text(2, 8)},
+        ]
+
+    with path.open("w") as file:
+        for _ in range(count):
+            q = text(2, 6)
+            row = {"prompt": q, "chosen": answer(q), "rejected": answer(q)}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def dataset(path: Path) -> list[dict]:
+    """The `datasets:` entry for a file of `save_pairs`."""
+    entry = {"path": str(path), "ds_type": "json", "type": "chat_template.default"}
+    return [{**entry, "field_messages": "prompt", "split": "train"}]
+
+
+def recipe(folder: Path, model: Path, pairs: Path, **keys) -> dict:
+    """An ε-DPO recipe for tiny parts; keys are added or replaced, None removes."""
+    base = dict(
+        base_model=str(model),
+        plugins=["axolotl_edpo.EDPOPlugin"],
+        rl="edpo",
+        beta=0.1,
+        edpo_epsilon=0.05,
+        datasets=dataset(pairs),
+        dataset_prepared_path=str(folder / "prepared"),
+        output_dir=str(folder / "out"),
+        dataset_num_proc=1,
+        sequence_len=256,
+        micro_batch_size=4,
+        gradient_accumulation_steps=2,
+        num_epochs=1,
+        optimizer="adamw_torch",
+        learning_rate=1e-3,
+        lr_scheduler="constant",
+        attn_implementation="sdpa",
+        bf16=False,
+        tf32=False,
+        logging_steps=1,
+        save_strategy="no",
+        seed=7,
+    )
+    return {k: v for k, v in {**base, **keys}.items() if v is not None}
+
+
+def write(folder: Path, keys: dict) -> Path:
+    """The recipe as a YAML file."""
+    path = folder / "recipe.yml"
+    path.write_text(yaml.safe_dump(keys, sort_keys=False))
+    return path
+
+
+def train(folder: Path, keys: dict):
+    """Trains a recipe in this process, as `axolotl train` does after its launcher.
+
+    Returns:
+        The trainer.
+    """
+    from axolotl.cli.args import TrainerCliArgs
+    from axolotl.cli.config import load_cfg
+    from axolotl.common.datasets import load_preference_datasets
+    from axolotl.train import train as axolotl_train
+
+    cfg = load_cfg(str(write(folder, keys)))
+    meta = load_preference_datasets(cfg=cfg, cli_args=TrainerCliArgs())
+    return axolotl_train(cfg=cfg, dataset_meta=meta)[2]
+
+
+def logs(trainer, key: str = "kl/beta") -> list[dict]:
+    """The logged entries of a trainer that hold a key."""
+    return [entry for entry in trainer.state.log_history if key in entry]
