@@ -35,7 +35,7 @@ _SCALES = {
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
 
 
 @contextmanager

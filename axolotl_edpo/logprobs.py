@@ -6,7 +6,7 @@ that follows, d = h - h_ref and p = softmax(h):
     policy_logp     h[y] - logsumexp(h)                                gradient
     reference_logp  h_ref[y] - logsumexp(h_ref)
     plus, minus     ±ε d[y] - log Σ_v p_v e^(±ε d_v)
-    kl              Σ_v p_v d_v - logsumexp(h) + logsumexp(h_ref)
+    kl              Σ_v p_v d_v + log Σ_v p_v e^(-d_v)
 
 `plus` and `minus` are log π_{1±ε}(y) - log π_θ(y) for the perturbed policies
 softmax(h_ref + (1±ε) d) of Proposition 1, https://arxiv.org/abs/2502.13177. Only their
@@ -217,7 +217,8 @@ def _row_stats(
     lse, reference_lse = logits.logsumexp(-1), reference.logsumexp(-1)
     logit_y, reference_y = logits.gather(1, y)[:, 0], reference.gather(1, y)[:, 0]
     hit = logits.argmax(-1) == y[:, 0]
-    p = torch.exp(logits - lse[:, None])
+    logp = logits - lse[:, None]
+    p = torch.exp(logp)
     d = torch.sub(logits, reference, out=reference)
     d_y = logit_y - reference_y
     return torch.stack(
@@ -226,8 +227,8 @@ def _row_stats(
             reference_y - reference_lse,
             epsilon * d_y - _log_mean_exp(epsilon, d, p, logits, lse),
             -epsilon * d_y - _log_mean_exp(-epsilon, d, p, logits, lse),
-            (p * d).sum(-1) - (lse - reference_lse),
-            lse - (p * logits).sum(-1),
+            (p * d).sum(-1) + _log_mean_exp(-1.0, d, p, logits, lse),
+            -(p * logp).sum(-1),
             logits.mean(-1),
             hit.float(),
             lse,
