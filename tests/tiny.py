@@ -153,6 +153,7 @@ def train(folder: Path, keys: dict):
     from axolotl.common.datasets import load_preference_datasets
     from axolotl.train import train as axolotl_train
 
+    torch.manual_seed(0)  # LoRA's start: drawn before the trainer sets the seed
     cfg = load_cfg(str(write(folder, keys)))
     meta = load_preference_datasets(cfg=cfg, cli_args=TrainerCliArgs())
     return axolotl_train(cfg=cfg, dataset_meta=meta)[2]

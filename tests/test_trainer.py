@@ -1,0 +1,306 @@
+"""trainer.py through axolotl's own loader, builder and train loop, on tiny models."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from axolotl_edpo.controller import BetaController
+
+LORA = dict(adapter="lora", lora_r=4, lora_alpha=8, lora_target_linear=True)
+NF4 = {**LORA, "adapter": "qlora", "load_in_4bit": True, "bf16": True}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A model, 40 training and 10 evaluation pairs, and their prepared folder."""
+    folder = tmp_path_factory.mktemp("parts")
+    return {
+        "model": tiny.save_model(folder / "model"),
+        "pairs": tiny.save_pairs(folder / "train.jsonl", 40),
+        "eval": tiny.save_pairs(folder / "eval.jsonl", 10, seed=1),
+        "prepared": folder / "prepared",
+    }
+
+
+@pytest.fixture
+def recipe(parts, tmp_path):
+    """Makes a recipe over the parts; keys are added or replaced."""
+
+    def make(**keys):
+        keys = {"dataset_prepared_path": str(parts["prepared"]), **keys}
+        return tiny.recipe(tmp_path, parts["model"], parts["pairs"], **keys)
+
+    return make
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    names = ("adapter_model.safetensors", "model.safetensors")
+    return load_file(next(folder / name for name in names if (folder / name).exists()))
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"bf16": True}, {**LORA, "lora_dropout": 0.1}, NF4],
+    ids=["float32", "bf16", "lora", "qlora-nf4"],
+)
+def test_equal_policy_and_reference_give_steps_of_exactly_zero(recipe, tmp_path, keys):
+    trainer = tiny.train(tmp_path, recipe(**keys, max_steps=2))
+    first, second = tiny.logs(trainer)
+    assert first["kl/p_epsilon_steps"] == first["kl/n_epsilon_steps"] == 0.0
+    assert first["kl/policy_ref"] == first["rewards/margins"] == 0.0
+    assert first["kl/beta"] == second["kl/beta"] == 0.1
+    assert second["kl/p_epsilon_steps"] + second["kl/n_epsilon_steps"] > 0
+
+
+def test_every_metric_is_logged_in_training_and_evaluation(recipe, parts, tmp_path):
+    keys = recipe(test_datasets=tiny.dataset(parts["eval"]), eval_steps=2, max_steps=2)
+    trainer = tiny.train(tmp_path, {**keys, "save_steps": 2, "save_strategy": "steps"})
+    expected = """kl/beta kl/avg_steps kl/p_epsilon_steps kl/n_epsilon_steps
+    kl/policy_ref rewards/chosen rewards/rejected rewards/margins rewards/accuracies
+    logps/chosen logps/rejected logits/chosen logits/rejected entropy num_tokens
+    mean_token_accuracy loss""".split()
+    state = tmp_path / "out" / "checkpoint-2" / "trainer_state.json"
+    history = json.loads(state.read_text())["log_history"]
+    train = next(entry for entry in history if entry["step"] == 2 and "loss" in entry)
+    evaluation = [entry for entry in history if "eval_loss" in entry][-1]
+    assert set(expected) <= train.keys()
+    assert {f"eval_{name}" for name in expected} <= evaluation.keys()
+    assert evaluation["eval_kl/beta"] == trainer.controller.beta
+    shares = [evaluation[f"eval_kl/{side}_epsilon_steps"] for side in "pn"]
+    assert 0 < sum(shares) <= 1
+    assert evaluation["eval_kl/avg_steps"] == pytest.approx(shares[0] - shares[1])
+
+
+def test_evaluation_uses_the_current_beta_and_never_changes_it(recipe, parts, tmp_path):
+    keys = dict(max_steps=4, test_datasets=tiny.dataset(parts["eval"]), eval_steps=1)
+    with_eval = tiny.train(tmp_path, recipe(**keys))
+    evaluations = tiny.logs(with_eval, "eval_loss")
+    betas = {entry["step"]: entry["eval_kl/beta"] for entry in evaluations}
+    without = tiny.train(tmp_path, recipe(max_steps=4))
+    assert with_eval.controller.beta == without.controller.beta != 0.1
+    used = [entry["kl/beta"] for entry in tiny.logs(without)]
+    after = dict(enumerate([*used, without.controller.beta]))
+    assert betas == after  # step 0: before training
+
+
+def test_a_partial_last_window_counts_the_pairs_that_were_there(recipe, tmp_path):
+    """40 pairs in micro-batches of 3, windows of 4: 12, 12, 12, then 3 + 1."""
+    keys = dict(micro_batch_size=3, gradient_accumulation_steps=4)
+    cut = tiny.train(tmp_path, recipe(**keys, learning_rate=0.0))
+    assert [entry["loss"] for entry in tiny.logs(cut)] == pytest.approx([0.693147] * 4)
+    trainer = tiny.train(tmp_path, recipe(**keys))
+    last = tiny.logs(trainer)[-1]
+    up, down = last["kl/p_epsilon_steps"] * 4, last["kl/n_epsilon_steps"] * 4
+    assert (up % 1, down % 1) == (0, 0)  # shares of four pairs
+    beta = last["kl/beta"]
+    expected = beta * (up / 1.05 + down / 0.95 + 4 - up - down) / 4
+    assert trainer.controller.beta == pytest.approx(expected, rel=1e-12)
+
+
+def test_pairs_of_an_uneven_step_weigh_the_same(recipe, tmp_path):
+    """The last window as 3 + 1 and as 2 + 2 pairs leaves the same weights."""
+    for folder, size in (("a", 3), ("b", 2)):
+        keys = dict(
+            micro_batch_size=size,
+            gradient_accumulation_steps=12 // size,
+            output_dir=str(tmp_path / folder),
+            adam_epsilon=1e-4,
+        )
+        tiny.train(tmp_path, recipe(**keys))
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-5)
+
+
+def test_a_skipped_optimizer_step_does_not_move_beta(recipe, tmp_path, monkeypatch):
+    """What a gradient overflow does under fp16: accelerate reports the skip."""
+    from accelerate import Accelerator
+
+    seen = []
+    monkeypatch.setattr(
+        Accelerator, "optimizer_step_was_skipped", property(lambda self: True)
+    )
+    monkeypatch.setattr(
+        BetaController,
+        "observe",
+        lambda self, steps, observe=BetaController.observe: (
+            seen.append(steps.abs().sum().item()) or observe(self, steps)
+        ),
+    )
+    trainer = tiny.train(tmp_path, recipe())
+    assert sum(seen) > 0
+    assert trainer.controller.beta == 0.1
+
+
+def test_label_smoothing_reaches_the_loss(recipe, tmp_path):
+    plain = tiny.train(tmp_path, recipe(max_steps=2))
+    smoothed = tiny.train(tmp_path, recipe(max_steps=2, dpo_label_smoothing=0.2))
+    a, b = tiny.logs(plain)[1], tiny.logs(smoothed)[1]
+    assert a["loss"] != b["loss"]
+    assert smoothed.label_smoothing == 0.2
+
+
+def test_padding_to_a_multiple_changes_the_batch_and_nothing_else(recipe, tmp_path):
+    plain = tiny.train(tmp_path, recipe(max_steps=2))
+    padded = tiny.train(tmp_path, recipe(max_steps=2, pad_to_multiple_of=64))
+    batch = padded.data_collator([padded.train_dataset[0]])
+    assert batch["input_ids"].shape[1] % 64 == 0
+    for a, b in zip(tiny.logs(plain), tiny.logs(padded), strict=True):
+        assert a["logps/chosen"] == pytest.approx(b["logps/chosen"], abs=1e-3)
+        assert a["kl/avg_steps"] == b["kl/avg_steps"]
+
+
+@pytest.mark.parametrize("adapter", [{}, LORA], ids=["full", "lora"])
+def test_ten_steps_and_a_resume_equal_twenty(recipe, tmp_path, adapter):
+    keys = dict(num_epochs=4, save_steps=10, save_strategy="steps", **adapter)
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    whole = tiny.train(tmp_path, recipe(**keys, output_dir=str(straight)))
+    half = recipe(**keys, max_steps=10)
+    tiny.train(tmp_path, half)
+    resumed = tiny.train(
+        tmp_path, recipe(**keys, resume_from_checkpoint=str(out / "checkpoint-10"))
+    )
+    assert whole.state.global_step == resumed.state.global_step == 20
+    assert resumed.controller.beta == whole.controller.beta != 0.1
+    betas = [entry["kl/beta"] for entry in tiny.logs(whole)]
+    assert [entry["kl/beta"] for entry in tiny.logs(resumed)] == betas
+    assert_same_weights(straight / "checkpoint-20", out / "checkpoint-20")
+
+
+@pytest.mark.parametrize("adapter", [{}, LORA], ids=["full", "lora"])
+def test_a_killed_run_continues_as_if_it_had_not_stopped(recipe, tmp_path, adapter):
+    """SIGKILL after step 12 of 20, two steps past a checkpoint, then auto-resume."""
+    keys = dict(num_epochs=4, save_steps=5, save_strategy="steps", **adapter)
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    whole = tiny.train(tmp_path, recipe(**keys, output_dir=str(straight)))
+    keys = recipe(**keys, auto_resume_from_checkpoints=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tiny.write(tmp_path, keys))],
+        cwd=ROOT / "tests",
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert (out / "checkpoint-10").is_dir() and not (out / "checkpoint-15").exists()
+    # and a save that was cut short must not be taken for a checkpoint
+    (out / "checkpoint-12").mkdir()
+    (out / "checkpoint-12" / "model.safetensors").write_bytes(b"half")
+    resumed = tiny.train(tmp_path, keys)
+    assert resumed.controller.beta == whole.controller.beta
+    assert_same_weights(straight / "checkpoint-20", out / "checkpoint-20")
+
+
+KILLED = """
+import os, signal, sys, pathlib, yaml
+import conftest, tiny, torch
+from transformers import TrainerCallback
+from axolotl_edpo.trainer import BetaCallback
+torch.set_num_threads(1)
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 12:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def add(self, trainer, init=BetaCallback.__init__):
+    init(self, trainer)
+    trainer.add_callback(Kill())
+
+if __name__ == "__main__":
+    BetaCallback.__init__ = add
+    path = pathlib.Path(sys.argv[1])
+    tiny.train(path.parent, yaml.safe_load(path.read_text()))
+"""
+
+
+def test_a_checkpoint_of_plain_dpo_resumes_with_a_warning(recipe, tmp_path, caplog):
+    keys = dict(num_epochs=2, save_steps=5, save_strategy="steps")
+    dpo = recipe(**keys, max_steps=5, rl="dpo", rl_beta=0.1)
+    for key in ("plugins", "beta", "edpo_epsilon"):
+        del dpo[key]
+    tiny.train(tmp_path, dpo)
+    checkpoint = str(tmp_path / "out" / "checkpoint-5")
+    trainer = tiny.train(tmp_path, recipe(**keys, resume_from_checkpoint=checkpoint))
+    assert "holds no ε-DPO state" in caplog.text
+    assert "`beta: 0.1`" in caplog.text
+    assert tiny.logs(trainer)[-1]["kl/beta"] != 0.1
+
+
+def test_other_settings_resume_with_a_warning_that_says_what_is_used(
+    recipe, tmp_path, caplog
+):
+    keys = dict(num_epochs=2, save_steps=5, save_strategy="steps")
+    first = tiny.train(tmp_path, recipe(**keys, max_steps=5))
+    checkpoint = str(tmp_path / "out" / "checkpoint-5")
+    trainer = tiny.train(
+        tmp_path,
+        recipe(
+            **keys, edpo_epsilon=0.2, resume_from_checkpoint=checkpoint, max_steps=6
+        ),
+    )
+    assert "epsilon was 0.05 in the checkpoint and is 0.2 now" in caplog.text
+    assert tiny.logs(trainer)[-1]["kl/beta"] == first.controller.beta
+    assert trainer.controller.settings.epsilon == 0.2
+
+
+def test_resuming_an_interrupted_save_is_refused(recipe, tmp_path):
+    (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
+    checkpoint = str(tmp_path / "out" / "checkpoint-3")
+    with pytest.raises(ValueError, match=r"checkpoint-3.*interrupted"):
+        tiny.train(tmp_path, recipe(resume_from_checkpoint=checkpoint))
+
+
+def test_an_adapter_trained_further_is_its_own_reference(recipe, tmp_path):
+    first = tmp_path / "first"
+    trained = tiny.train(tmp_path, recipe(**LORA, output_dir=str(first)))
+    further = recipe(
+        **LORA, lora_model_dir=str(first), save_steps=2, save_strategy="steps"
+    )
+    trainer = tiny.train(tmp_path, {**further, "max_steps": 4})
+    entry = tiny.logs(trainer)[0]
+    # starts where the first run ended, and that is the reference
+    assert entry["logps/chosen"] != tiny.logs(trained)[0]["logps/chosen"]
+    assert entry["kl/policy_ref"] == 0.0
+    assert entry["kl/p_epsilon_steps"] == entry["kl/n_epsilon_steps"] == 0.0
+    start = weights(first)
+    for name, parameter in trainer.model.named_parameters():
+        if ".ref." in name:
+            saved = start[name.replace(".ref", "")]
+            torch.testing.assert_close(parameter.data, saved, rtol=0, atol=0)
+    # the copy is not saved, and the checkpoint resumes the adapter, not the copy
+    assert not (tmp_path / "out" / "checkpoint-2" / "ref").exists()
+    checkpoint = str(tmp_path / "out" / "checkpoint-2")
+    whole = weights(tmp_path / "out" / "checkpoint-4")
+    tiny.train(
+        tmp_path, {**further, "max_steps": 4, "resume_from_checkpoint": checkpoint}
+    )
+    for name, value in weights(tmp_path / "out" / "checkpoint-4").items():
+        torch.testing.assert_close(value, whole[name], rtol=0, atol=1e-6)
+
+
+def test_a_trained_head_under_lora_is_scored(recipe, tmp_path):
+    keys = {**LORA, "lora_modules_to_save": ["lm_head"]}
+    trainer = tiny.train(tmp_path, recipe(**keys, max_steps=3))
+    first, *_, last = tiny.logs(trainer)
+    assert first["kl/policy_ref"] == 0.0 < last["kl/policy_ref"]
+    name = "base_model.model.lm_head.weight"
+    before = load_file(Path(trainer.model.config._name_or_path) / "model.safetensors")
+    saved = weights(tmp_path / "out")[name]
+    assert not torch.equal(saved, before["lm_head.weight"])
