@@ -45,7 +45,8 @@ class EDPOPlugin(BasePlugin):
         """
         self._active = cfg.get("rl") == "edpo" or cfg.get("trainer_cls") == TRAINER
         if not self._active:
-            check_foreign_recipe(cfg)
+            if not cfg.get("inference"):  # there axolotl takes `rl` away itself
+                check_foreign_recipe(cfg)
             return
         check_versions()
         _check_registration(cfg)

@@ -1,5 +1,6 @@
 """Tiny real parts: models, tokenizers, recipes. Nothing here needs a hub or a GPU."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +14,17 @@ import torch
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True, scope="session")
+def imports_are_never_garbage():
+    """axolotl and its forks collect garbage often; with all imports that is slow."""
+    import axolotl.common.datasets
+    import axolotl.core.builders
+    import axolotl.train  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

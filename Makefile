@@ -1,0 +1,38 @@
+# Two commands, each of which sets itself up in .venv and nowhere else:
+#   make demo   a first run: builds a tiny world, trains on it, shows what happened
+#   make test   the tests
+#   make lint   what pre-commit checks
+
+PYTHON ?= python3
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export HF_HUB_OFFLINE ?= 1
+export AXOLOTL_DO_NOT_TRACK ?= 1
+
+# The newest release that axolotl 0.19 takes; installed first, so that pip looks no
+# further. Set TORCH to another one for another build.
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test lint clean
+
+$(VENV)/installed-%: pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -q "$(TORCH)"
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -q -e ".[$*]"
+	touch $@
+
+demo: $(VENV)/installed-demo
+	python examples/tiny/build.py
+	axolotl train examples/tiny_edpo.yml --launcher python
+	python examples/tiny/report.py
+
+test: $(VENV)/installed-test
+	python -m pytest
+
+lint: $(VENV)/installed-dev
+	ruff check .
+	ruff format --check .
+	mypy
+
+clean:
+	rm -rf examples/tiny/build examples/tiny/out

@@ -1,0 +1,72 @@
+"""args.py: every bad recipe is one line with key, value and remedy."""
+
+import pytest
+
+from axolotl_edpo.args import EDPOArgs, check_foreign_recipe, check_recipe
+
+WRONG = [
+    ({"edpo_epsilon": 1.5}, r"`edpo_epsilon: 1.5`.*less than 1.*between 0 and 1"),
+    ({"edpo_epsilon": 0}, r"`edpo_epsilon: 0`.*greater than 0"),
+    ({"edpo_epsilon": -0.1}, r"`edpo_epsilon: -0.1`"),
+    ({"edpo_epsilon": "small"}, r"`edpo_epsilon: small`.*number"),
+    ({"edpo_epsilon": True}, r"`edpo_epsilon: True`.*number"),
+    ({"edpo_epsilon": float("nan")}, r"`edpo_epsilon: nan`"),
+    ({"edpo_epsilonn": 0.1}, r"`edpo_epsilonn: 0.1`.*did you mean `edpo_epsilon`"),
+    ({"edpo_mean": "harmonic"}, r"did you mean `edpo_beta_mean`"),
+    ({"edpo_beta_mean": "geometric"}, r"`edpo_beta_mean: geometric`.*'arithmetic'"),
+    ({"beta": 0}, r"`beta: 0`.*greater than 0"),
+    ({"beta": float("inf")}, r"`beta: inf`"),
+    ({"rl_beta": -1}, r"`rl_beta: -1`.*greater than 0"),
+    ({"trl": {"beta": "x"}}, r"`trl.beta: x`"),
+    ({"beta": 0.1, "rl_beta": 0.2}, r"`beta: 0.1` and `rl_beta: 0.2`.*keep one"),
+    ({"rl_beta": 0.1, "trl": {"beta": 0.2}}, r"`rl_beta: 0.1` and `trl.beta: 0.2`"),
+    ({"sample_packing": True}, r"`sample_packing: True`.*set `sample_packing: false`"),
+    ({"eval_sample_packing": True}, r"`eval_sample_packing: True`"),
+    ({"dpo_padding_free": True}, r"`dpo_padding_free: True`"),
+    ({"precompute_ref_log_probs": True}, r"`precompute_ref_log_probs: True`"),
+    ({"reference_free": True}, r"`reference_free: True`"),
+    ({"dpo_use_weighting": True}, r"`dpo_use_weighting: True`"),
+    ({"dpo_use_liger_kernel": True}, r"`dpo_use_liger_kernel: True`"),
+    ({"dpo_loss_type": ["ipo"]}, r"`dpo_loss_type: \['ipo'\]`.*sigmoid"),
+    ({"dpo_label_smoothing": 0.5}, r"`dpo_label_smoothing: 0.5`.*below 0.5"),
+    ({"tensor_parallel_size": 2}, r"`tensor_parallel_size: 2`"),
+    ({"context_parallel_size": 2}, r"`context_parallel_size: 2`"),
+    ({"lora_model_dir": "a"}, r"`lora_model_dir: a`.*adapter: lora"),
+    (
+        {"lora_model_dir": "a", "adapter": "lora", "rl_adapter_ref_model": True},
+        r"`rl_adapter_ref_model: True`.*own start",
+    ),
+]
+
+
+@pytest.mark.parametrize(("keys", "message"), WRONG, ids=lambda v: str(v)[:40])
+def test_a_wrong_recipe_is_one_line_with_key_value_and_remedy(keys, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        check_recipe({"rl": "edpo", **keys})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "beta"),
+    [
+        ({}, None),
+        ({"beta": 0.01}, 0.01),
+        ({"rl_beta": "1e-2"}, 0.01),  # YAML reads 1e-2 as a string
+        ({"trl": {"beta": 0.5}}, 0.5),
+        ({"beta": 0.1, "rl_beta": 0.1, "trl": {"beta": 0.1}}, 0.1),
+        ({"trl": None, "dpo_loss_type": ["sigmoid"], "sample_packing": False}, None),
+        ({"dpo_loss_type": "sigmoid", "dpo_label_smoothing": 0.1}, None),
+    ],
+)
+def test_all_ways_to_write_beta_mean_the_same(keys, beta):
+    assert check_recipe({"rl": "edpo", **keys}) == beta
+
+
+def test_our_keys_in_a_recipe_of_plain_dpo_are_refused():
+    with pytest.raises(ValueError, match=r"`edpo_epsilon: 0.01`.*`rl: dpo`.*remove"):
+        check_foreign_recipe({"rl": "dpo", "edpo_epsilon": 0.01})
+    check_foreign_recipe({"rl": "dpo", "rl_beta": 0.1})
+
+
+def test_every_option_has_a_description():
+    assert all(field.description for field in EDPOArgs.model_fields.values())

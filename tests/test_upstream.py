@@ -1,0 +1,106 @@
+"""The seams of axolotl, TRL and transformers that this package leans on.
+
+A failure here after an upgrade says what moved; mend the place it names.
+"""
+
+import inspect
+
+from axolotl.core.builders.rl import HFRLTrainerBuilder
+from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
+from axolotl.integrations.base import BasePlugin
+from axolotl.train import save_trained_model, setup_model_and_trainer, train
+from transformers import Trainer
+from trl import DPOTrainer
+from trl.models.utils import _ForwardRedirection
+
+
+def source(thing) -> str:
+    return inspect.getsource(thing)
+
+
+def test_the_builder_hands_model_and_reference_to_trainer_cls():
+    text = source(HFRLTrainerBuilder._get_trainer_cls)
+    assert "trainer_cls_args.append(self.model_ref)" in text, "plugin.py: lowering"
+    assert "get_cls_from_module_str(self.cfg.trainer_cls)" in text, "plugin.py"
+
+
+def test_the_builder_passes_beta_and_the_plugins_training_arguments():
+    text = source(HFRLTrainerBuilder._build_training_arguments)
+    assert 'training_args_kwargs["beta"] = self.cfg.rl_beta' in text, "args.py: beta"
+    assert "plugin_manager.get_training_args(self.cfg)" in text, "plugin.py: use_cpu"
+
+
+def test_the_plugin_hooks_exist():
+    for name in (
+        "register",
+        "get_input_args",
+        "get_training_args",
+        "post_trainer_create",
+    ):
+        assert hasattr(BasePlugin, name), f"plugin.py: {name}"
+
+
+def test_auto_resume_is_decided_after_the_trainer_is_made():
+    text = source(train)
+    assert text.index("setup_model_and_trainer(") < text.index(
+        "determine_last_checkpoint(cfg)"
+    ), "plugin.py: post_trainer_create"
+    assert "post_trainer_create(cfg, trainer)" in source(setup_model_and_trainer)
+
+
+def test_trainer_state_is_the_last_file_of_a_checkpoint():
+    text = source(Trainer._save_checkpoint)
+    written = text.index("self.state.save_to_json")
+    for earlier in ("save_model", "_save_optimizer_and_scheduler", "_save_rng_state"):
+        assert text.index(f"self.{earlier}(") < written, "checkpoint.py: is_complete"
+    assert 'f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"' in text
+
+
+def test_the_whole_optimizer_step_is_counted_before_its_first_micro_batch():
+    text = source(Trainer.get_batch_samples)
+    assert "self._get_num_items_in_batch(batch_samples, device)" in text
+    step = source(Trainer.training_step)
+    assert "not self.model_accepts_loss_kwargs" in step, "trainer.py: loss scale"
+
+
+def test_beta_moves_between_the_optimizer_step_and_the_log():
+    text = source(Trainer._run_epoch)
+    order = ("self.optimizer.step()", ".on_step_end(", "_maybe_log_save_evaluate(")
+    places = [text.index(name) for name in order]
+    assert places == sorted(places), "trainer.py: BetaCallback"
+
+
+def test_the_dpo_trainer_logs_plain_means_of_its_lists():
+    text = source(DPOTrainer.log)
+    assert "sum(val) / len(val)" in text, "trainer.py: log"
+    assert "self._metrics[mode].clear()" in text, "trainer.py: log"
+
+
+def test_axolotls_training_step_adds_only_the_cache_flush():
+    text = source(AxolotlDPOTrainer.training_step)
+    body = [line.strip() for line in text.splitlines()][-4:]
+    assert body == [
+        "loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)",
+        "gc.collect()",
+        "torch.cuda.empty_cache()",
+        "return loss",
+    ], "trainer.py: training_step"
+
+
+def test_a_pretrained_adapter_gets_a_reference_copy_named_ref():
+    assert 'model.add_adapter("ref", default_config)' in source(DPOTrainer.__init__), (
+        "backbone.py: REFERENCE_ADAPTER"
+    )
+
+
+def test_the_forward_redirection_restores_before_it_calls():
+    text = source(_ForwardRedirection.__call__)
+    assert text.index("original_module.forward = original_forward") < text.index(
+        "out = method("
+    ), "trainer.py: _inside_forward"
+
+
+def test_adapters_are_saved_through_the_trainers_model():
+    assert "trainer.model.save_pretrained(cfg.output_dir)" in source(
+        save_trained_model
+    ), "trainer.py: _settle_reference_adapter"
