@@ -24,6 +24,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing
+from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from . import backbone, checkpoint, loss
 from .batch import (
@@ -286,7 +287,10 @@ class EDPOTrainer(AxolotlDPOTrainer):
 
             return self._redirect(own_head, own_head, score)
 
-        return TokenStats(*self._inside_forward(model, policy))
+        # ZeRO-3 gathers the policy's head in its own forward, but not the reference's
+        separate = () if self.ref_model is None else (head.weight, head.bias)
+        with maybe_gather_lm_head_ctx(*separate):
+            return TokenStats(*self._inside_forward(model, policy))
 
     def _reference(
         self, model, inputs, completions: Completions

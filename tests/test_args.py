@@ -29,6 +29,7 @@ WRONG = [
     ({"dpo_use_liger_kernel": True}, r"`dpo_use_liger_kernel: True`"),
     ({"dpo_loss_type": ["ipo"]}, r"`dpo_loss_type: \['ipo'\]`.*sigmoid"),
     ({"dpo_label_smoothing": 0.5}, r"`dpo_label_smoothing: 0.5`.*below 0.5"),
+    ({"fsdp_config": {"reshard_after_forward": True}}, r"`fsdp_config: .*deepspeed"),
     ({"tensor_parallel_size": 2}, r"`tensor_parallel_size: 2`"),
     ({"context_parallel_size": 2}, r"`context_parallel_size: 2`"),
     ({"lora_model_dir": "a"}, r"`lora_model_dir: a`.*adapter: lora"),
