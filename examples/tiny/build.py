@@ -33,7 +33,7 @@ class Settings:
     """All there is to choose."""
 
     seed: int = 0
-    steps: int = 700
+    steps: int = 650
     batch_size: int = 16
     train_pairs: int = 1500
     eval_pairs: int = 200

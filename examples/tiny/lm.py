@@ -2,7 +2,7 @@
 
 A Llama of 1.1 million parameters, trained as any base for DPO is: supervised, on
 requests with answers of mixed quality. It learns to write fluent sentences, and it
-learns that one fact in four is false, that some people say "Whatever.", and so on.
+learns that one fact in five is false, that some people say "Whatever.", and so on.
 What it should prefer among these is left for preference training.
 """
 
@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 LONGEST_ANSWER = 48  # tokens
-LEARNING_RATE = 4e-3
+LEARNING_RATE = 3e-3
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -58,9 +58,9 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=160,
-            intermediate_size=480,
-            num_hidden_layers=3,
+            hidden_size=192,
+            intermediate_size=576,
+            num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=128,
             tie_word_embeddings=True,
@@ -87,7 +87,11 @@ def train(
 ) -> None:
     """Supervised training: cross-entropy of answers, drawn anew for every batch."""
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01
+        model.parameters(),
+        lr=LEARNING_RATE,
+        betas=(0.9, 0.95),
+        weight_decay=0.01,
+        fused=True,
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=LEARNING_RATE, total_steps=steps, pct_start=0.1

@@ -14,7 +14,6 @@ Reads what build.py and `axolotl train examples/tiny_edpo.yml` left behind. Prin
 and writes examples/tiny/out/edpo.png, the run step by step.
 """
 
-import itertools
 import json
 import statistics
 import sys
@@ -43,8 +42,8 @@ BLUE, ORANGE = "#0072B2", "#D55E00"
 
 def main() -> None:
     """Measure both models, print, draw."""
-    history = read_history()
     pairs = read_pairs()
+    history = read_history()
     torch.set_num_threads(1)
     reference, tokenizer = lm.load(BUILD / "model")
     policy, _ = lm.load(OUT)
@@ -63,6 +62,8 @@ def read_history() -> list[dict]:
     newest = max(states, key=lambda path: path.stat().st_mtime, default=None)
     if newest is None or not (OUT / "model.safetensors").exists():
         sys.exit("no trained model: run `axolotl train examples/tiny_edpo.yml`")
+    if newest.stat().st_mtime < (BUILD / "manifest.json").stat().st_mtime:
+        sys.exit("build/ is newer: run `axolotl train examples/tiny_edpo.yml` again")
     return json.loads(newest.read_text())["log_history"]
 
 
@@ -121,7 +122,7 @@ def print_table(before: dict, after: dict, betas: list[float]) -> None:
 
 def print_answers(pairs: list[dict], before: list[str], after: list[str]) -> None:
     """Some requests with an answer of each model, and what it is worth."""
-    for pair, old, new in itertools.islice(zip(pairs, before, after), SHOWN):
+    for pair, old, new in list(zip(pairs, before, after, strict=False))[:SHOWN]:
         print(f"\n{pair['prompt']}")
         for when, answer in (("before", old), ("after", new)):
             worth = true_reward(pair["prompt"], answer)
@@ -141,27 +142,28 @@ def draw(history: list[dict]) -> None:
     shares.plot(
         *smoothed(history, "kl/p_epsilon_steps"),
         color=ORANGE,
-        label="s = +1: for β/(1+ε), a smaller penalty",
+        label="s = +1:  β̃ = β/(1+ε), a smaller penalty",
     )
     shares.plot(
         *smoothed(history, "kl/n_epsilon_steps"),
         color=BLUE,
         linestyle="--",
-        label="s = −1: for β/(1−ε), a larger penalty",
+        label="s = −1:  β̃ = β/(1−ε), a larger penalty",
     )
     shares.set_ylim(0, 1)
-    shares.set_title(f"Share of pairs by step (mean of {WINDOW} steps)")
+    shares.set_ylabel("share of pairs")
+    shares.set_title(f"Pairs that ask for another β, mean of {WINDOW} steps")
 
     draw_train_and_eval(kl, history, "kl/policy_ref")
     kl.set_title("KL(policy ‖ reference) per completion token")
     draw_train_and_eval(margins, history, "rewards/margins")
-    margins.set_title("Implicit reward margin, chosen − rejected")
+    margins.set_title("Implicit reward margin, at the β̃ of each pair")
 
     for panel in axes.flat:
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     for panel in (shares, kl, margins):
-        panel.legend(frameon=False, fontsize=9)
+        panel.legend(frameon=False, fontsize=9, loc="upper left")
     for panel in axes[1]:
         panel.set_xlabel("optimizer step")
     figure.suptitle("ε-DPO on the tiny world")
@@ -171,7 +173,9 @@ def draw(history: list[dict]) -> None:
 def draw_train_and_eval(panel, history: list[dict], name: str) -> None:
     """A metric of the training pairs as a line, of the held-out pairs as dots."""
     panel.plot(*series(history, name), color=BLUE, alpha=0.25, linewidth=1)
-    panel.plot(*smoothed(history, name), color=BLUE, label="train")
+    panel.plot(
+        *smoothed(history, name), color=BLUE, label=f"train, mean of {WINDOW} steps"
+    )
     panel.plot(
         *series(history, f"eval_{name}"),
         color=ORANGE,

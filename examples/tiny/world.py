@@ -4,17 +4,17 @@ Someone asks for one to three facts about an animal:
 
     Tell me the color and food of the fox.
 
-and gets an answer of one or two sentences, good, bad or in between:
+and gets an answer in a sentence or two, good, bad or in between:
 
     With pleasure! The fox is red and eats mice.          2.5: all that was asked
     The fox eats mice. It sleeps by day.                  0.5: one asked, one not
     Whatever. The fox is pink.                           -1.5: curt and false
 
-``true_reward`` reads the answer and counts. In real preference data it is hidden
+`true_reward` reads the answer and counts. In real preference data it is hidden
 behind people's labels; here it is a function, so a trained model can be graded by
 what it was meant to learn and not only by the loss it was trained on.
 
-Every random choice takes a ``random.Random``: one seed, one world.
+Every random choice takes a `random.Random`: one seed, one world.
 """
 
 import itertools
@@ -51,8 +51,8 @@ ANIMALS = {
 
 REQUESTS = (
     "Tell me the {aspects} of the {animal}.",
-    "Please describe the {animal}: {aspects}.",
-    "What do you know about the {animal}? I want its {aspects}.",
+    "Describe the {animal}: {aspects}.",
+    "What is the {animal} like: {aspects}?",
 )
 
 # How an answer may begin, and what that is worth.
@@ -65,8 +65,7 @@ PHRASES = {
     for (aspect, phrase), value in zip(ASPECTS.items(), values, strict=True)
 }
 
-# Less than any answer that tells each aspect at most once.
-MALFORMED = -6.0
+MALFORMED = -3.0
 
 
 def all_prompts() -> list[str]:
@@ -103,13 +102,13 @@ def true_reward(prompt: str, answer: str) -> float:
     """How good an answer is, by counting.
 
     Args:
-        prompt: One of ``all_prompts``.
+        prompt: One of `all_prompts`.
         answer: Any text.
 
     Returns:
         +1 for each fact asked for and given, -1 for each false one, -0.5 for each
         one that nobody asked for or that was told before, and +0.5 or -0.5 for
-        manners. Text that is not an answer about the animal gets ``MALFORMED``.
+        manners. Text that is not an answer about the animal gets `MALFORMED`.
     """
     animal, asked = _read_prompt(prompt)
     parsed = _read_answer(animal, answer)
@@ -140,7 +139,7 @@ def _facts(animal: str) -> dict[str, str]:
 
 
 def _listed(words) -> str:
-    """``[a, b, c]`` as the text ``a, b and c``."""
+    """`[a, b, c]` as the text `a, b and c`."""
     *head, last = words
     return f"{', '.join(head)} and {last}" if head else last
 
@@ -157,13 +156,11 @@ def _read_answer(
 ) -> tuple[float, list[tuple[str, str]]] | None:
     """What the manners are worth and the (aspect, value) told; None if malformed."""
     opening = "|".join(filter(None, MANNERS))
-    match = re.fullmatch(
-        rf"((?:{opening})?)The {animal} ([^.]+)\.(?: It ([^.]+)\.)?", answer
-    )
+    match = re.fullmatch(rf"((?:{opening})?)The {animal} (.+)\.", answer)
     if match is None:
         return None
-    manners, *sentences = match.groups()
-    phrases = re.split(r", | and ", " and ".join(filter(None, sentences)))
+    manners, told = match.groups()
+    phrases = re.split(r", | and |\. It ", told)
     if not PHRASES.keys() >= set(phrases):
         return None
     return MANNERS[manners], [PHRASES[phrase] for phrase in phrases]
