@@ -9,6 +9,7 @@ Files, in reading order:
     metrics.py     weighted means that synchronize once per log
     checkpoint.py  which checkpoint directories are complete
     trainer.py     the walk from a batch to the loss
+    versions.py    the releases this was tested with
     args.py        the options of the recipe
     plugin.py      what axolotl calls
 """

@@ -12,18 +12,19 @@ Lowering a lowered recipe changes nothing: Ray workers load a config twice.
 """
 
 from collections.abc import Mapping
-from importlib import metadata
 
-from axolotl.integrations.base import BasePlugin
-from packaging.specifiers import SpecifierSet
+from .versions import check_versions
+
+try:
+    from axolotl.integrations.base import BasePlugin
+except ImportError:
+    check_versions()  # says more, and axolotl does not swallow it
+    raise
 
 from .args import check_foreign_recipe, check_recipe
 
 PLUGIN = "axolotl_edpo.EDPOPlugin"
 TRAINER = "axolotl_edpo.trainer.EDPOTrainer"
-
-# The releases whose seams tests/test_upstream.py pins.
-TESTED = {"axolotl": ">=0.19,<0.20", "trl": ">=1.9,<1.10"}
 
 
 class EDPOPlugin(BasePlugin):
@@ -71,32 +72,6 @@ class EDPOPlugin(BasePlugin):
             from .checkpoint import choose_auto_resume
 
             choose_auto_resume(cfg)
-
-
-def check_versions(tested: Mapping[str, str] = TESTED) -> None:
-    """Refuses releases that no test of this package has run with.
-
-    axolotl goes on after an ImportError of a plugin, so this is no ImportError.
-
-    Args:
-        tested: Distribution -> range.
-
-    Raises:
-        RuntimeError: Names what is installed and what is needed.
-    """
-    own = metadata.version("axolotl-edpo")
-    for name, wanted in tested.items():
-        try:
-            found = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found = "not installed"
-        if found == "not installed" or not SpecifierSet(wanted).contains(
-            found, prereleases=True
-        ):
-            raise RuntimeError(
-                f"axolotl-edpo {own} works with {name} {wanted}, here it is {found}: "
-                f'run `pip install "{name}{wanted}"`'
-            )
 
 
 def _check_registration(cfg: Mapping) -> None:

@@ -111,7 +111,8 @@ class EDPOTrainer(AxolotlDPOTrainer):
         settings: ControllerSettings | None = None,
         **kwargs,
     ):
-        cfg = PluginManager.get_instance().cfg
+        # whoever passes settings is no recipe of axolotl's
+        cfg: Any = PluginManager.get_instance().cfg if settings is None else None
         if isinstance(data_collator, AxolotlDPODataCollatorWithPadding):
             # axolotl 0.19 hands over a collator for batches TRL no longer makes;
             # TRL's own pads to a multiple as well
@@ -133,11 +134,10 @@ class EDPOTrainer(AxolotlDPOTrainer):
         if continued:
             self._settle_reference_adapter(evaluating=peft_config is None)
         self._refuse_unsupported_model()
-        if settings is None:
-            settings = ControllerSettings(
-                self.args.beta, cfg.edpo_epsilon, cfg.edpo_beta_mean
-            )
-        self.controller = BetaController(settings)
+        self.controller = BetaController(
+            settings
+            or ControllerSettings(self.args.beta, cfg.edpo_epsilon, cfg.edpo_beta_mean)
+        )
         self.add_callback(BetaCallback(self))
         # losses are divided by the pairs of the optimizer step, see compute_loss
         self.model_accepts_loss_kwargs = True

@@ -25,6 +25,8 @@ def imports_are_never_garbage():
 
     gc.collect()
     gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

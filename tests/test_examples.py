@@ -3,9 +3,8 @@
 Model, data, batch sizes and folders are swapped, and no checkpoint is written. Beyond
 that a swap is made only where the recipe asks for what this machine may lack:
 FlashAttention runs as `sdpa`, and `deepspeed` is taken out, because one process has
-nothing to shard (its JSON files are read by axolotl here; real ranks are another
-test's). bf16 stays, on CPU too, except in the supervised recipe, which has no plugin of
-ours to allow it.
+nothing to shard (its JSON files are read by axolotl here). bf16 stays, on CPU too,
+except in the supervised recipe, which has no plugin of ours to allow it.
 """
 
 import gzip

@@ -12,7 +12,8 @@ from axolotl.integrations.base import PluginManager
 from axolotl.utils.dict import DictDefault
 from conftest import ROOT
 
-from axolotl_edpo.plugin import PLUGIN, TRAINER, EDPOPlugin, check_versions
+from axolotl_edpo.plugin import PLUGIN, TRAINER, EDPOPlugin
+from axolotl_edpo.versions import check_versions
 
 
 @pytest.fixture(scope="module")
