@@ -16,6 +16,7 @@ TORCH ?= torch==2.13.0
 .PHONY: demo test lint clean
 
 $(VENV)/installed-%: pyproject.toml
+	@echo "Installing into $(VENV): the first time this takes some minutes."
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -q "$(TORCH)"
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -q -e ".[$*]"

@@ -32,6 +32,8 @@ UNSUPPORTED = {
     "fsdp_config": "shard with `deepspeed:` (ZeRO-3) instead",
     "is_multimodal": "use a text model, or `rl: dpo`",
     "processor_type": "use a text model, or `rl: dpo`",
+    "torch_compile": "remove it",
+    "orpo_alpha": "remove it: axolotl would take it for `beta`",
     "reward_model": "remove it: it asks for another trainer",
     "process_reward_model": "remove it: it asks for another trainer",
 }
@@ -168,6 +170,13 @@ def _check_unsupported(recipe: Mapping[str, Any]) -> None:
 
 
 def _check_adapter(recipe: Mapping[str, Any]) -> None:
+    """The reference of an adapter is the model with the adapter off."""
+    start = recipe.get("peft_init_lora_weights")
+    if start not in (None, True, "gaussian"):
+        remedy = "remove it: with the adapter off, the model must be `base_model`"
+        _refuse("peft_init_lora_weights", start, remedy)
+    if ((recipe.get("peft") or {}).get("loftq_config") or {}).get("loftq_bits"):
+        _refuse("peft.loftq_config", "set", "remove it, as it changes `base_model`")
     directory = recipe.get("lora_model_dir")
     if directory and not recipe.get("adapter"):
         remedy = "set `adapter: lora` or `adapter: qlora`"

@@ -10,7 +10,8 @@ one of three:
 to its logits afterwards, and refuses a head it does not know instead of guessing.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -25,12 +26,17 @@ from .logprobs import Head
 
 REFERENCE_ADAPTER = "ref"
 
-# What a model does to its logits: config key -> factor on the logits.
-_SCALES = {
-    "logit_scale": lambda value: value,  # Cohere
-    "logits_scaling": lambda value: 1 / value,  # Granite
-    "lm_head_multiplier": lambda value: value,  # Falcon-H1
+# What a model does to its logits after the head: (start of model_type, config key) ->
+# factor on the logits. A soft cap is the same everywhere.
+_SCALES: dict[tuple[str, str], Callable[[float], float]] = {
+    ("cohere", "logit_scale"): lambda value: value,
+    ("granite", "logits_scaling"): lambda value: 1 / value,
+    ("falcon_h1", "lm_head_multiplier"): lambda value: value,
 }
+_CAP = "final_logit_softcapping"
+# Config keys that sound like such a transform, and those of them that are none.
+_TRANSFORM = re.compile(r"logit|lm_head_|output_multiplier")
+_NO_TRANSFORM = re.compile(r"^att|router|num_logits_to_keep|logits_to_keep")
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -111,12 +117,27 @@ def head_of(model: PreTrainedModel) -> Head:
     """The head with the transform that the model applies to its logits.
 
     Raises:
-        ValueError: If the head is not a plain linear layer.
+        ValueError: If the head is not a plain linear layer, or the config names a
+            transform of the logits that is not known.
     """
     module, config = head_module(model), model.config.get_text_config()
     scale = 1.0
-    for key, factor in _SCALES.items():
-        if getattr(config, key, None) is not None:
-            scale *= factor(getattr(config, key))
-    cap = getattr(config, "final_logit_softcapping", None)
-    return Head(module.weight, module.bias, scale, cap)
+    for key, value in vars(config).items():
+        if key != _CAP and _is_transform(key, value):
+            scale *= _scale_factor(config.model_type, key)(value)
+    return Head(module.weight, module.bias, scale, getattr(config, _CAP, None))
+
+
+def _is_transform(key: str, value: object) -> bool:
+    named = _TRANSFORM.search(key) and not _NO_TRANSFORM.search(key)
+    return bool(named) and value not in (None, False, True, 0, 1)
+
+
+def _scale_factor(model_type: str, key: str) -> Callable[[float], float]:
+    for (start, name), factor in _SCALES.items():
+        if model_type.startswith(start) and name == key:
+            return factor
+    raise ValueError(
+        f"`base_model` of type {model_type} has `{key}` in its config, which "
+        "`rl: edpo` does not know how to apply to the logits: use `rl: dpo`"
+    )

@@ -1,8 +1,8 @@
 """Which checkpoint directories are complete, and which one to resume.
 
 transformers writes `trainer_state.json` last, so a directory whose file is missing or
-cut short belongs to a save that was interrupted. Resuming one would load its weights
-and start again at step 0 with the initial β, which nobody would notice.
+cut short belongs to a save that was interrupted: its weights, optimizer or β may be
+missing, or left there by an earlier run.
 """
 
 import json
@@ -67,13 +67,16 @@ def choose_auto_resume(cfg) -> None:
 
     Args:
         cfg: axolotl's config; `resume_from_checkpoint` is set where it was absent.
+            Without a complete checkpoint there is nothing to resume.
     """
-    complete = last_complete(Path(cfg.output_dir))
-    if cfg.resume_from_checkpoint or complete is None:
+    found = checkpoints(Path(cfg.output_dir))
+    if cfg.resume_from_checkpoint or not found:
         return
-    newest = checkpoints(Path(cfg.output_dir))[-1]
-    if newest != complete:
-        LOG.warning(
-            f"{newest} was not saved to its end; resuming from {complete} instead"
-        )
-    cfg.resume_from_checkpoint = str(complete)
+    complete = last_complete(Path(cfg.output_dir))
+    if complete is None:
+        cfg.auto_resume_from_checkpoints = False
+    else:
+        cfg.resume_from_checkpoint = str(complete)
+    if complete != found[-1]:
+        instead = f"resuming from {complete}" if complete else "starting anew"
+        LOG.warning(f"{found[-1]} was not saved to its end; {instead}")

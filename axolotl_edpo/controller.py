@@ -43,7 +43,7 @@ class BetaController:
         Args:
             steps: Shape (pairs,), int64, values in {-1, 0, +1}.
         """
-        counts = torch.bincount(steps + 1, minlength=3)
+        counts = torch.stack([(steps == s).sum() for s in (-1, 0, 1)])
         self._counts = counts if self._counts is None else self._counts + counts
 
     def advance(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -18,6 +18,8 @@ Logits are float32 products of the hidden states and are formed in chunks of pos
 in forward and again in backward, so no (tokens x vocab) tensor is ever alive.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -135,7 +137,7 @@ class _TokenStats(torch.autograd.Function):
         ctx, hidden, weight, bias, head, reference_hidden, reference_head, y, epsilon
     ):
         rows = []
-        with _full_precision(hidden.device):
+        with _full_precision(hidden, weight):
             for c in _chunks(y.shape[0], weight.shape[0]):
                 logits = _logits(hidden[c], head)  # (chunk, vocab)
                 reference = _logits(reference_hidden[c], reference_head)
@@ -155,9 +157,10 @@ class _TokenStats(torch.autograd.Function):
         head = Head(weight, bias, ctx.head.scale, ctx.head.cap)
         wants_hidden, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         d_hidden = torch.zeros_like(hidden) if wants_hidden else None
-        d_weight = weight.new_zeros(weight.shape).float() if wants_weight else None
-        d_bias = bias.new_zeros(bias.shape).float() if wants_bias else None
-        with _full_precision(hidden.device):
+        float32 = {"dtype": torch.float32}
+        d_weight = torch.zeros_like(weight, **float32) if wants_weight else None
+        d_bias = torch.zeros_like(bias, **float32) if wants_bias else None
+        with _full_precision(hidden, weight):
             for c in _chunks(y.shape[0], weight.shape[0]):
                 logits = _logits(hidden[c], head)
                 g = _logits_grad(logits, y[c], lse[c], grad_logp[c], head)
@@ -174,9 +177,22 @@ class _TokenStats(torch.autograd.Function):
         return d_hidden, *cast, None, None, None, None, None
 
 
-def _full_precision(device: torch.device) -> torch.autocast:
-    """Switches off an autocast around us, which would round products to bf16."""
-    return torch.autocast(device.type, enabled=False)
+@contextmanager
+def _full_precision(hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[None]:
+    """Products of all the operands' digits, whatever is set around us.
+
+    An autocast would round them to bf16. TF32, which axolotl sets on every GPU that has
+    it, keeps all digits of 16-bit operands, and their speed, but rounds float32 ones.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    if torch.float32 in (hidden.dtype, weight.dtype):
+        matmul.fp32_precision = "ieee"
+    try:
+        with torch.autocast(hidden.device.type, enabled=False):
+            yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _chunks(tokens: int, vocab: int) -> list[slice]:

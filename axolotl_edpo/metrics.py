@@ -2,7 +2,7 @@
 
 A mean over an optimizer step must not depend on how the step was cut: a micro-batch
 of one pair weighs a fourth of one of four. So sums and weights are kept apart, added
-up without a device sync, reduced over ranks once, and divided last.
+up on the device, reduced over ranks once, and divided last.
 """
 
 from collections.abc import Callable

@@ -123,6 +123,13 @@ class EDPOTrainer(AxolotlDPOTrainer):
             model = PeftModel.from_pretrained(
                 model, cfg.lora_model_dir, is_trainable=True
             )
+        elif cfg is not None and ref_model is None and peft_config is None:
+            LOG.warning(
+                "`axolotl evaluate` hands over no reference: `base_model` is compared "
+                "with itself, so rewards and steps are 0. To compare an adapter with "
+                "the model below it, add `--lora-model-dir`."
+            )
+            args.model_init_kwargs = {"dtype": model.dtype}
         super().__init__(
             model,
             ref_model,
@@ -147,7 +154,7 @@ class EDPOTrainer(AxolotlDPOTrainer):
 
     def _refuse_unsupported_model(self) -> None:
         """Before the first step, rather than training it wrongly."""
-        backbone.head_module(backbone.causal_lm(self.model))
+        backbone.head_of(backbone.causal_lm(self.model))
         if self.aux_loss_enabled:
             raise ValueError(
                 f"`base_model` of type {self.model.config.model_type} is a mixture of "
@@ -250,7 +257,7 @@ class EDPOTrainer(AxolotlDPOTrainer):
             Scalar with gradient.
         """
         if return_outputs:
-            raise ValueError("`rl: edpo` keeps no logits: remove `compute_metrics`")
+            raise ValueError("`rl: edpo` keeps no logits that it could return")
         completions = select_completions(inputs["input_ids"], inputs["completion_mask"])
         stats = self._score(model, inputs, completions)
         pairs = self._judge(stats, completions)

@@ -30,6 +30,10 @@ WRONG = [
     ({"dpo_loss_type": ["ipo"]}, r"`dpo_loss_type: \['ipo'\]`.*sigmoid"),
     ({"dpo_label_smoothing": 0.5}, r"`dpo_label_smoothing: 0.5`.*below 0.5"),
     ({"fsdp_config": {"reshard_after_forward": True}}, r"`fsdp_config: .*deepspeed"),
+    ({"torch_compile": True}, r"`torch_compile: True`"),
+    ({"orpo_alpha": 0.1}, r"`orpo_alpha: 0.1`.*take it for `beta`"),
+    ({"peft_init_lora_weights": "pissa"}, r"`peft_init_lora_weights: pissa`"),
+    ({"peft": {"loftq_config": {"loftq_bits": 4}}}, r"`peft.loftq_config: set`"),
     ({"tensor_parallel_size": 2}, r"`tensor_parallel_size: 2`"),
     ({"context_parallel_size": 2}, r"`context_parallel_size: 2`"),
     ({"lora_model_dir": "a"}, r"`lora_model_dir: a`.*adapter: lora"),
@@ -56,6 +60,7 @@ def test_a_wrong_recipe_is_one_line_with_key_value_and_remedy(keys, message):
         ({"trl": {"beta": 0.5}}, 0.5),
         ({"beta": 0.1, "rl_beta": 0.1, "trl": {"beta": 0.1}}, 0.1),
         ({"trl": None, "dpo_loss_type": ["sigmoid"], "sample_packing": False}, None),
+        ({"peft_init_lora_weights": True, "torch_compile": False}, None),
         ({"dpo_loss_type": "sigmoid", "dpo_label_smoothing": 0.1}, None),
     ],
 )

@@ -15,7 +15,9 @@ MODELS = {
     "llama": tiny.CONFIGS["llama"](**SIZES),
     "tied": tiny.CONFIGS["llama"](**SIZES, tie_word_embeddings=True),
     "mistral": tiny.CONFIGS["mistral"](**SIZES),
-    "gemma2": tiny.CONFIGS["gemma2"](**SIZES, final_logit_softcapping=2.0),
+    "gemma2": tiny.CONFIGS["gemma2"](
+        **SIZES, final_logit_softcapping=2.0, attn_logit_softcapping=5.0
+    ),
     "cohere": CohereConfig(**SIZES, logit_scale=0.25),
     "granite": GraniteConfig(**SIZES, logits_scaling=4.0),
 }
@@ -33,6 +35,15 @@ def test_head_and_hidden_states_give_the_models_own_logits(kind):
         own = model(IDS).logits.flatten(0, 1)
     assert own.abs().max() > 0.5
     torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "keys", [{"logits_scaling": 8.0}, {"output_logit_soft_cap": 30.0}]
+)
+def test_an_unknown_transform_of_the_logits_is_refused_and_not_guessed(keys):
+    model = AutoModelForCausalLM.from_config(tiny.CONFIGS["llama"](**SIZES, **keys))
+    with pytest.raises(ValueError, match=f"type llama has `{next(iter(keys))}`"):
+        backbone.head_of(model)
 
 
 def lora(**keys):

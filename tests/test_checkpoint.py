@@ -44,3 +44,11 @@ def test_a_save_into_an_old_directory_first_makes_it_incomplete(run):
     checkpoint.mark_incomplete(run / "checkpoint-10")
     checkpoint.mark_incomplete(run / "checkpoint-25")
     assert checkpoint.last_complete(run).name == "checkpoint-5"
+
+
+def test_auto_resume_starts_anew_where_no_save_came_to_its_end(tmp_path):
+    (tmp_path / "checkpoint-5").mkdir()
+    cfg = DictDefault(output_dir=str(tmp_path), auto_resume_from_checkpoints=True)
+    checkpoint.choose_auto_resume(cfg)
+    assert cfg.resume_from_checkpoint is None
+    assert cfg.auto_resume_from_checkpoints is False

@@ -113,6 +113,31 @@ def test_bf16_products_are_not_rounded_to_bf16():
     assert (ours.policy_logp - exact[0]).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("dtype", "inside"), [(torch.float32, "ieee"), (torch.bfloat16, "tf32")]
+)
+def test_tf32_is_kept_from_operands_that_it_would_round(dtype, inside, monkeypatch):
+    """bf16 has fewer digits than TF32; axolotl sets TF32 on every GPU that has it."""
+    matmul, seen = torch.backends.cuda.matmul, []
+    monkeypatch.setattr(
+        logprobs,
+        "_logits",
+        lambda *args, logits=logprobs._logits: (
+            seen.append(matmul.fp32_precision) or logits(*args)
+        ),
+    )
+    h, ref, head, y = inputs()
+    head = Head(head.weight.to(dtype))
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        token_stats(h.to(dtype), ref.to(dtype), head, head, y, 0.01)
+        assert set(seen) == {inside}
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_logits_of_a_hundred_and_a_large_epsilon_stay_finite():
     h, ref, head, y = inputs(distance=2.0)
     h, ref = 10 * h, 10 * ref

@@ -99,6 +99,24 @@ def test_evaluation_uses_the_current_beta_and_never_changes_it(recipe, parts, tm
     assert betas == after  # step 0: before training
 
 
+def test_evaluation_without_a_reference_says_so_and_gives_zeros(
+    recipe, parts, tmp_path, caplog
+):
+    """What `axolotl evaluate` does under full fine-tuning."""
+    from axolotl.cli.args import TrainerCliArgs
+    from axolotl.cli.config import load_cfg
+    from axolotl.common.datasets import load_preference_datasets
+    from axolotl.evaluate import evaluate
+
+    keys = recipe(bf16=True, test_datasets=tiny.dataset(parts["eval"]))
+    cfg = load_cfg(str(tiny.write(tmp_path, keys)))
+    meta = load_preference_datasets(cfg=cfg, cli_args=TrainerCliArgs())
+    metrics = evaluate(cfg=cfg, dataset_meta=meta)
+    assert "compared with itself" in caplog.text
+    assert metrics["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert metrics["eval_kl/policy_ref"] == metrics["eval_rewards/margins"] == 0.0
+
+
 def test_a_partial_last_window_counts_the_pairs_that_were_there(recipe, tmp_path):
     """40 pairs in micro-batches of 3, windows of 4: 12, 12, 12, then 3 + 1."""
     keys = dict(micro_batch_size=3, gradient_accumulation_steps=4)
