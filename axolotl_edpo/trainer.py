@@ -8,6 +8,7 @@ loading, data, evaluation and saving are axolotl's, TRL's and transformers' own;
 overridden here calls super().
 """
 
+import copy
 import functools
 import textwrap
 from collections.abc import Callable, Iterable
@@ -129,7 +130,7 @@ class EDPOTrainer(AxolotlDPOTrainer):
                 "with itself, so rewards and steps are 0. To compare an adapter with "
                 "the model below it, add `--lora-model-dir`."
             )
-            args.model_init_kwargs = {"dtype": model.dtype}
+            ref_model = copy.deepcopy(model)
         super().__init__(
             model,
             ref_model,
