@@ -12,6 +12,7 @@ import tiny
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from axolotl_edpo.controller import BetaController
 
@@ -70,7 +71,8 @@ def test_equal_policy_and_reference_give_steps_of_exactly_zero(recipe, tmp_path,
 
 def test_every_metric_is_logged_in_training_and_evaluation(recipe, parts, tmp_path):
     keys = recipe(test_datasets=tiny.dataset(parts["eval"]), eval_steps=2, max_steps=2)
-    trainer = tiny.train(tmp_path, {**keys, "save_steps": 2, "save_strategy": "steps"})
+    keys |= {"save_steps": 2, "save_strategy": "steps", "use_tensorboard": True}
+    trainer = tiny.train(tmp_path, keys)
     expected = """kl/beta kl/avg_steps kl/p_epsilon_steps kl/n_epsilon_steps
     kl/policy_ref rewards/chosen rewards/rejected rewards/margins rewards/accuracies
     logps/chosen logps/rejected logits/chosen logits/rejected entropy num_tokens
@@ -81,6 +83,12 @@ def test_every_metric_is_logged_in_training_and_evaluation(recipe, parts, tmp_pa
     evaluation = [entry for entry in history if "eval_loss" in entry][-1]
     assert set(expected) <= train.keys()
     assert {f"eval_{name}" for name in expected} <= evaluation.keys()
+    events = EventAccumulator(
+        str(next((tmp_path / "out").rglob("events.out*")).parent)
+    ).Reload()
+    reported = set(events.Tags()["scalars"])
+    assert {f"train/{name}" for name in expected} <= reported
+    assert {f"eval/{name}" for name in expected} <= reported
     assert evaluation["eval_kl/beta"] == trainer.controller.beta
     shares = [evaluation[f"eval_kl/{side}_epsilon_steps"] for side in "pn"]
     assert 0 < sum(shares) <= 1
