@@ -184,15 +184,17 @@ def _full_precision(hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[None
     An autocast would round them to bf16. TF32, which axolotl sets on every GPU that has
     it, keeps all digits of 16-bit operands, and their speed, but rounds float32 ones.
     """
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    if torch.float32 in (hidden.dtype, weight.dtype):
-        matmul.fp32_precision = "ieee"
+    before = torch.get_float32_matmul_precision()
+    rounds = before != "highest" and torch.float32 in (hidden.dtype, weight.dtype)
+    # the one setter that keeps torch's older and newer switches in agreement
+    if rounds:
+        torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(hidden.device.type, enabled=False):
             yield
     finally:
-        matmul.fp32_precision = before
+        if rounds:
+            torch.set_float32_matmul_precision(before)
 
 
 def _chunks(tokens: int, vocab: int) -> list[slice]:

@@ -128,14 +128,15 @@ def test_tf32_is_kept_from_operands_that_it_would_round(dtype, inside, monkeypat
     )
     h, ref, head, y = inputs()
     head = Head(head.weight.to(dtype))
-    before = matmul.fp32_precision
+    before = torch.get_float32_matmul_precision()
     try:
-        matmul.fp32_precision = "tf32"
+        torch.set_float32_matmul_precision("high")
         token_stats(h.to(dtype), ref.to(dtype), head, head, y, 0.01)
         assert set(seen) == {inside}
-        assert matmul.fp32_precision == "tf32"
+        assert torch.get_float32_matmul_precision() == "high"
+        assert (matmul.fp32_precision, matmul.allow_tf32) == ("tf32", True)
     finally:
-        matmul.fp32_precision = before
+        torch.set_float32_matmul_precision(before)
 
 
 def test_logits_of_a_hundred_and_a_large_epsilon_stay_finite():
