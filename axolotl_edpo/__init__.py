@@ -6,7 +6,7 @@ Files, in reading order:
     logprobs.py    the head: log-probabilities and perturbations, in chunks
     batch.py       which positions of a batch are scored
     backbone.py    hidden states and heads of policy and reference
-    metrics.py     weighted means that synchronize once per log
+    metrics.py     weighted means, reduced over ranks once per log
     checkpoint.py  which checkpoint directories are complete
     trainer.py     the walk from a batch to the loss
     versions.py    the releases this was tested with

@@ -36,7 +36,7 @@ _SCALES: dict[tuple[str, str], Callable[[float], float]] = {
 _CAP = "final_logit_softcapping"
 # Config keys that sound like such a transform, and those of them that are none.
 _TRANSFORM = re.compile(r"logit|lm_head_|output_multiplier")
-_NO_TRANSFORM = re.compile(r"^att|router|num_logits_to_keep|logits_to_keep")
+_NO_TRANSFORM = re.compile(r"^att|router|logits_to_keep")
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:

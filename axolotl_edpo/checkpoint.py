@@ -36,7 +36,11 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 def last_complete(output_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None."""
-    return next(filter(is_complete, reversed(checkpoints(output_dir))), None)
+    return _last_complete_of(checkpoints(output_dir))
+
+
+def _last_complete_of(found: list[Path]) -> Path | None:
+    return next(filter(is_complete, reversed(found)), None)
 
 
 def mark_incomplete(checkpoint: Path) -> None:
@@ -72,7 +76,7 @@ def choose_auto_resume(cfg) -> None:
     found = checkpoints(Path(cfg.output_dir))
     if cfg.resume_from_checkpoint or not found:
         return
-    complete = last_complete(Path(cfg.output_dir))
+    complete = _last_complete_of(found)
     if complete is None:
         cfg.auto_resume_from_checkpoints = False
     else:

@@ -157,9 +157,10 @@ class _TokenStats(torch.autograd.Function):
         head = Head(weight, bias, ctx.head.scale, ctx.head.cap)
         wants_hidden, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         d_hidden = torch.zeros_like(hidden) if wants_hidden else None
-        float32 = {"dtype": torch.float32}
-        d_weight = torch.zeros_like(weight, **float32) if wants_weight else None
-        d_bias = torch.zeros_like(bias, **float32) if wants_bias else None
+        d_weight = (
+            torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        )
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
         with _full_precision(hidden, weight):
             for c in _chunks(y.shape[0], weight.shape[0]):
                 logits = _logits(hidden[c], head)

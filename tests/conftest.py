@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 DATA = Path(__file__).parent / "data"
@@ -33,3 +34,26 @@ def imports_are_never_garbage():
 def one_thread():
     """Tiny matrices: a second thread would only wait for the first."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory):
+    """A model, 40 training and 10 evaluation pairs, and their prepared folder."""
+    folder = tmp_path_factory.mktemp("parts")
+    return {
+        "model": tiny.save_model(folder / "model"),
+        "pairs": tiny.save_pairs(folder / "train.jsonl", 40),
+        "eval": tiny.save_pairs(folder / "eval.jsonl", 10, seed=1),
+        "prepared": folder / "prepared",
+    }
+
+
+@pytest.fixture
+def recipe(parts, tmp_path):
+    """Makes a recipe over the parts; keys are added, replaced or, if None, removed."""
+
+    def make(**keys):
+        keys = {"dataset_prepared_path": str(parts["prepared"]), **keys}
+        return tiny.recipe(tmp_path, parts["model"], parts["pairs"], **keys)
+
+    return make

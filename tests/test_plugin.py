@@ -16,25 +16,6 @@ from axolotl_edpo.plugin import PLUGIN, TRAINER, EDPOPlugin
 from axolotl_edpo.versions import check_versions
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parts")
-    model = tiny.save_model(folder / "model")
-    return model, tiny.save_pairs(folder / "pairs.jsonl", 8), folder / "prepared"
-
-
-@pytest.fixture
-def recipe(parts, tmp_path):
-    """Makes a recipe; keys are added, replaced or, where None, removed."""
-
-    def make(**keys):
-        model, pairs, prepared = parts
-        keys = {"dataset_prepared_path": str(prepared), **keys}
-        return tiny.recipe(tmp_path, model, pairs, **keys)
-
-    return make
-
-
 def load(folder, recipe, **overrides):
     return load_cfg(str(tiny.write(folder, recipe)), **overrides)
 

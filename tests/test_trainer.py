@@ -20,29 +20,6 @@ LORA = dict(adapter="lora", lora_r=4, lora_alpha=8, lora_target_linear=True)
 NF4 = {**LORA, "adapter": "qlora", "load_in_4bit": True, "bf16": True}
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    """A model, 40 training and 10 evaluation pairs, and their prepared folder."""
-    folder = tmp_path_factory.mktemp("parts")
-    return {
-        "model": tiny.save_model(folder / "model"),
-        "pairs": tiny.save_pairs(folder / "train.jsonl", 40),
-        "eval": tiny.save_pairs(folder / "eval.jsonl", 10, seed=1),
-        "prepared": folder / "prepared",
-    }
-
-
-@pytest.fixture
-def recipe(parts, tmp_path):
-    """Makes a recipe over the parts; keys are added or replaced."""
-
-    def make(**keys):
-        keys = {"dataset_prepared_path": str(parts["prepared"]), **keys}
-        return tiny.recipe(tmp_path, parts["model"], parts["pairs"], **keys)
-
-    return make
-
-
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     names = ("adapter_model.safetensors", "model.safetensors")
     return load_file(next(folder / name for name in names if (folder / name).exists()))
