@@ -3,7 +3,10 @@
 Files, in reading order:
     loss.py        the paper's equations on per-pair tensors
     controller.py  β: observed per micro-batch, advanced per optimizer step
-    logprobs.py    the head: log-probabilities and perturbations, in chunks
+    head.py        a linear head, plain, quantized or under LoRA, and its products
+    tiles.py       sums over one tile of the vocabulary, in PyTorch
+    kernels.py     the same in Triton
+    logprobs.py    the op: log-probabilities and perturbations, tile by tile
     batch.py       which positions of a batch are scored
     backbone.py    hidden states and heads of policy and reference
     metrics.py     weighted means, reduced over ranks once per log
@@ -14,6 +17,15 @@ Files, in reading order:
     plugin.py      what axolotl calls
 """
 
-from .plugin import EDPOPlugin
+from typing import Any
 
 __all__ = ["EDPOPlugin"]
+
+
+def __getattr__(name: str) -> Any:
+    """The plugin on demand: the op and the loss need no axolotl."""
+    if name != "EDPOPlugin":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .plugin import EDPOPlugin
+
+    return EDPOPlugin

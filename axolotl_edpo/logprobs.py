@@ -1,10 +1,10 @@
-"""The head: everything ε-DPO needs of two logit vectors, position by position.
+"""Everything ε-DPO needs of two logit vectors, position by position, in one op.
 
 With h = h_θ and h_ref the logits of policy and reference at one position, y the token
 that follows, d = h - h_ref and p = softmax(h):
 
     policy_logp     h[y] - logsumexp(h)                                gradient
-    reference_logp  h_ref[y] - logsumexp(h_ref)
+    reference_logp  policy_logp - d[y] - log Σ_v p_v e^(-d_v)
     plus, minus     ±ε d[y] - log Σ_v p_v e^(±ε d_v)
     kl              Σ_v p_v d_v + log Σ_v p_v e^(-d_v)
 
@@ -12,42 +12,51 @@ that follows, d = h - h_ref and p = softmax(h):
 softmax(h_ref + (1±ε) d) of Proposition 1, https://arxiv.org/abs/2502.13177. Only their
 signs, summed over a pair, are used, and they are ε times a small number, so they are
 never formed as a difference of two log-softmaxes: that loses the sign in bf16 and
-often in float32. d = 0 gives exactly 0.
+often in float32. A log of a mean is log1p of a mean of expm1: d = 0 gives exactly 0.
 
-Logits are float32 products of the hidden states and are formed in chunks of positions,
-in forward and again in backward, so no (tokens x vocab) tensor is ever alive.
+The vocabulary is walked in tiles. `tiles.py`, or `kernels.py` on a GPU, adds each to
+running sums per token; this file walks the tiles and finishes the sums. The gradient is
+
+    ∂ policy_logp / ∂ hidden = weight[y] - Σ_v p_v weight[v]
+
+A frozen head has it made in forward from the same tiles, so the whole op costs three
+matrix products: policy, reference, gradient. A head that trains has its logits formed
+again in backward, because its own gradient needs the loss's first: five products.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Literal, NamedTuple
 
 import torch
 
-# Logits alive at once per model: 2**24 float32 values are 64 MiB.
-CHUNK_LOGITS = 2**24
-# Rows of the head cast to float32 at once.
-CAST_ROWS = 8192
+from . import tiles
+from .head import Head, Rows, Tensors, add_product, full_precision, product, tile_of
+from .tiles import (
+    BACK,
+    COLLISION,
+    LOGIT,
+    LOGIT_Y,
+    MASS,
+    MINUS,
+    PLUS,
+    RATIO,
+    RATIO_Y,
+    TOP,
+    TOTAL,
+    WIDEST,
+)
 
+Backend = Literal["auto", "eager", "triton"]
 
-@dataclass(frozen=True)
-class Head:
-    """A linear head and what its model does to the logits after it.
-
-    logits = cap · tanh(scale · (weight @ hidden + bias) / cap), no cap where None.
-
-    Attributes:
-        weight: Shape (vocab, hidden).
-        bias: Shape (vocab,) or None.
-        scale: Factor on the logits (Cohere, Granite, Falcon-H1).
-        cap: Soft cap (Gemma 2).
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
-    scale: float = 1.0
-    cap: float | None = None
+# Values of a float32 accumulator of gradients: 2**25 are 128 MiB. More tokens than fit
+# are worked through in blocks.
+BLOCK_VALUES = 2**25
+# Beyond a ratio |d| of this size, or with a mean of expm1 this near to -1, a token is
+# computed another way: e^60 still fits into float32, log1p(-0.98) still has 6 digits.
+WIDEST_RATIO, SMALLEST_MEAN = 60.0, -0.98
 
 
 class TokenStats(NamedTuple):
@@ -56,12 +65,13 @@ class TokenStats(NamedTuple):
     Attributes:
         policy_logp: log π_θ(y), nats, with gradient.
         reference_logp: log π_ref(y), nats.
-        plus: log π_{1+ε}(y) - log π_θ(y), nats.
-        minus: log π_{1-ε}(y) - log π_θ(y), nats.
+        plus: log π_{1+ε}(y) - log π_θ(y), nats; 0 without ε.
+        minus: log π_{1-ε}(y) - log π_θ(y), nats; 0 without ε.
         kl: KL(π_θ || π_ref) over the vocabulary, nats.
         entropy: of π_θ, nats.
         mean_logit: mean of h over the vocabulary.
-        hit: 1 where the most likely token is y, else 0.
+        hit: 1 where no token is more likely than y, else 0.
+        collision: Σ_v p_v² of π_θ; 0 unless asked for.
     """
 
     policy_logp: torch.Tensor
@@ -72,6 +82,7 @@ class TokenStats(NamedTuple):
     entropy: torch.Tensor
     mean_logit: torch.Tensor
     hit: torch.Tensor
+    collision: torch.Tensor
 
 
 def token_stats(
@@ -80,7 +91,10 @@ def token_stats(
     policy_head: Head,
     reference_head: Head,
     targets: torch.Tensor,
-    epsilon: float,
+    epsilon: float | None,
+    *,
+    collision: bool = False,
+    backend: Backend = "auto",
 ) -> TokenStats:
     """Scores completion tokens under policy, reference and both perturbed policies.
 
@@ -92,10 +106,12 @@ def token_stats(
     Args:
         policy_hidden: Shape (tokens, hidden); gradient flows to it.
         reference_hidden: Shape (tokens, hidden).
-        policy_head: Gradient flows to its weight and bias where they require it.
-        reference_head: Same vocabulary.
+        policy_head: Gradient flows to its tensors where they require it.
+        reference_head: Same vocabulary; no gradient.
         targets: Shape (tokens,), int64.
-        epsilon: Perturbation, 0 < ε < 1.
+        epsilon: Perturbation, 0 < ε < 1; None leaves `plus` and `minus` at 0.
+        collision: Whether `collision` is wanted.
+        backend: `auto` is `triton` on CUDA and `eager` elsewhere.
 
     Returns:
         One value per token for each statistic. Without tokens, empty tensors that
@@ -104,191 +120,383 @@ def token_stats(
     Raises:
         ValueError: If shapes or vocabularies do not fit.
     """
-    vocab, tokens = policy_head.weight.shape[0], targets.shape[0]
-    if reference_head.weight.shape[0] != vocab:
+    _check_shapes(policy_hidden, reference_hidden, policy_head, reference_head, targets)
+    inputs, weights = policy_head.inputs(policy_hidden), policy_head.weights
+    with torch.no_grad():
+        reference = _Side.of(reference_head, reference_hidden)
+    call = _Call(
+        policy_head,
+        reference,
+        targets,
+        epsilon,
+        collision,
+        _operations(backend, policy_hidden.device),
+        with_grad=torch.is_grad_enabled(),
+    )
+    tensors = (w if isinstance(w, torch.Tensor) else None for w in weights)
+    return TokenStats(*_TokenStats.apply(call, policy_head.bias, *inputs, *tensors))
+
+
+def logits_stats(
+    policy_logits: torch.Tensor,
+    reference_logits: torch.Tensor,
+    targets: torch.Tensor,
+    epsilon: float | None,
+    *,
+    collision: bool = False,
+    backend: Backend = "auto",
+) -> TokenStats:
+    """As `token_stats`, of logits that a model made itself.
+
+    Args:
+        policy_logits: Shape (tokens, vocab); gradient flows to them.
+        reference_logits: Shape (tokens, vocab).
+        targets: Shape (tokens,), int64.
+        epsilon: As in `token_stats`.
+        collision: As in `token_stats`.
+        backend: As in `token_stats`.
+
+    Returns:
+        As `token_stats`.
+    """
+    policy = _Made(policy_logits.detach())
+    call = _Call(
+        policy.head,
+        _Made(reference_logits),
+        targets,
+        epsilon,
+        collision,
+        _operations(backend, targets.device),
+        with_grad=False,
+    )
+    sums, _ = _read_tiles(call, policy, early=False)
+    stats, _ = _finish(call, sums)
+    _recompute_extremes(call, policy, sums, stats)
+    nll = torch.nn.functional.cross_entropy(
+        policy_logits.float(), targets, reduction="none"
+    )
+    # the value that reference_logp was made from, with the gradient of -nll
+    return stats._replace(policy_logp=stats.policy_logp + (nll.detach() - nll))
+
+
+def _check_shapes(policy_hidden, reference_hidden, policy_head, reference_head, y):
+    vocab, tokens = policy_head.vocab, len(y)
+    if reference_head.vocab != vocab:
         raise ValueError(
             f"policy has a vocabulary of {vocab}, reference of "
-            f"{reference_head.weight.shape[0]}: use a reference with the same head"
+            f"{reference_head.vocab}: use a reference with the same head"
         )
-    if policy_hidden.shape[0] != tokens or reference_hidden.shape[0] != tokens:
+    if len(policy_hidden) != tokens or len(reference_hidden) != tokens:
         raise ValueError(
-            f"{tokens} targets for {policy_hidden.shape[0]} policy and "
-            f"{reference_hidden.shape[0]} reference positions"
+            f"{tokens} targets for {len(policy_hidden)} policy and "
+            f"{len(reference_hidden)} reference positions"
         )
-    return TokenStats(
-        *_TokenStats.apply(
-            policy_hidden,
-            policy_head.weight,
-            policy_head.bias,
-            policy_head,
-            reference_hidden,
-            reference_head,
-            targets,
-            epsilon,
-        )
-    )
+
+
+def _operations(backend: Backend, device: torch.device) -> ModuleType:
+    """`kernels` or `tiles`: the same functions, in Triton and in PyTorch."""
+    if backend == "eager" or (backend == "auto" and device.type != "cuda"):
+        return tiles
+    from . import kernels
+
+    return kernels
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Policy or reference: a head and what it is multiplied with."""
+
+    head: Head
+    inputs: Tensors
+    weights: tuple[torch.Tensor | Rows, ...]
+    bias: torch.Tensor | None
+
+    @classmethod
+    def of(cls, head: Head, hidden: torch.Tensor) -> "_Side":
+        return cls(head, head.inputs(hidden), head.weights, head.bias)
+
+    def rows(self, tile: slice) -> list[torch.Tensor]:
+        """The tile of every weight, each of shape (tile, width)."""
+        pairs = zip(self.weights, self.inputs, strict=True)
+        return [tile_of(weight, tile, x) for weight, x in pairs]
+
+    def few(self, tokens: torch.Tensor) -> "_Side":
+        """The same for some tokens."""
+        return replace(self, inputs=tuple(x[tokens] for x in self.inputs))
+
+    def logits(
+        self, rows: list[torch.Tensor], chunk: slice, tile: slice, out: torch.Tensor
+    ) -> None:
+        """weight @ hidden + bias, before scale and cap, into out (chunk, tile)."""
+        product(self.inputs[0][chunk], rows[0].T, out)
+        for x, up in zip(self.inputs[1:], rows[1:], strict=True):  # LoRA
+            add_product(x[chunk], up.T, out)
+        if self.bias is not None:
+            out += self.bias[tile]
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Policy or reference whose logits are there: a `_Side` without a product."""
+
+    values: torch.Tensor
+    inputs: Tensors = ()
+    weights: Tensors = ()
+
+    @property
+    def head(self) -> Head:
+        """One that leaves the logits alone."""
+        return Head(self.values.T)
+
+    def rows(self, tile: slice) -> list[torch.Tensor]:
+        return []
+
+    def few(self, tokens: torch.Tensor) -> "_Made":
+        return _Made(self.values[tokens])
+
+    def logits(self, rows, chunk: slice, tile: slice, out: torch.Tensor) -> None:
+        out.copy_(self.values[chunk, tile])
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What `token_stats` was asked, apart from what may need a gradient."""
+
+    policy: Head
+    reference: _Side | _Made
+    targets: torch.Tensor
+    epsilon: float | None
+    collision: bool
+    ops: ModuleType
+    with_grad: bool
+
+    def blocks(self) -> Iterator[slice]:
+        """Tokens whose gradients fit into BLOCK_VALUES."""
+        width = sum(weight.shape[1] for weight in self.policy.weights)
+        return _slices(0, len(self.targets), max(1, BLOCK_VALUES // max(1, width)))
+
+    def tiles(self) -> Iterator[slice]:
+        """The vocabulary, tile by tile."""
+        return _slices(0, self.policy.vocab, self.ops.TILE)
+
+    def chunks(self, block: slice) -> Iterator[slice]:
+        """The tokens of a block that meet a tile at once."""
+        return _slices(block.start, block.stop, self.ops.CHUNK)
+
+    def scratch(self, matrices: int) -> torch.Tensor:
+        """Space for float32 matrices of a tile, see `_cut`."""
+        rows = min(self.ops.CHUNK, len(self.targets))
+        columns = min(self.ops.TILE, self.policy.vocab)
+        return torch.empty(matrices, rows * columns, device=self.targets.device)
+
+    def precision(self) -> AbstractContextManager[None]:
+        """Within it, products keep all digits."""
+        operands = *self.reference.inputs, *self.reference.weights, *self.policy.weights
+        return full_precision(*operands)
+
+
+def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
+
+
+def _cut(scratch: torch.Tensor, chunk: slice, tile: slice) -> torch.Tensor:
+    """The scratch as contiguous matrices of shape (chunk, tile)."""
+    rows, columns = chunk.stop - chunk.start, tile.stop - tile.start
+    return scratch[:, : rows * columns].view(-1, rows, columns)
 
 
 class _TokenStats(torch.autograd.Function):
-    """Forward walks the chunks once; backward forms the policy's logits again."""
+    """Forward reads every tile once, backward again only where the head trains."""
 
     @staticmethod
-    def forward(
-        ctx, hidden, weight, bias, head, reference_hidden, reference_head, y, epsilon
-    ):
-        rows = []
-        with _full_precision(hidden, weight):
-            for c in _chunks(y.shape[0], weight.shape[0]):
-                logits = _logits(hidden[c], head)  # (chunk, vocab)
-                reference = _logits(reference_hidden[c], reference_head)
-                rows.append(_row_stats(logits, reference, y[c], epsilon))
-        fields = len(TokenStats._fields)
-        out = torch.cat(rows, dim=1) if rows else hidden.new_zeros(fields, 0).float()
-        lse = out[fields] if rows else out.new_zeros(0)
-        ctx.save_for_backward(hidden, weight, bias, y, lse)
-        ctx.head = head
-        stats = tuple(out[i] for i in range(fields))
+    def forward(ctx, call, bias, *tensors):
+        half = len(tensors) // 2
+        policy = _Side(call.policy, tensors[:half], call.policy.weights, bias)
+        _, wants_bias, *wants = ctx.needs_input_grad
+        head_trains = wants_bias or any(wants[half:])
+        early = call.with_grad and any(wants) and not head_trains
+        with call.precision():
+            sums, gradients = _read_tiles(call, policy, early)
+            stats, lse = _finish(call, sums)
+            _recompute_extremes(call, policy, sums, stats)
+        ctx.call, ctx.early = call, early
+        ctx.save_for_backward(*(gradients if early else (lse, bias, *tensors)))
         ctx.mark_non_differentiable(*stats[1:])
-        return stats
+        return tuple(stats)
 
     @staticmethod
     def backward(ctx, grad_logp, *_):
-        hidden, weight, bias, y, lse = ctx.saved_tensors
-        head = Head(weight, bias, ctx.head.scale, ctx.head.cap)
-        wants_hidden, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-        d_hidden = torch.zeros_like(hidden) if wants_hidden else None
-        d_weight = (
-            torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        if ctx.early:
+            scaled = [g * grad_logp[:, None].to(g.dtype) for g in ctx.saved_tensors]
+            return None, None, *scaled, *(None for _ in scaled)
+        call, (lse, bias, *tensors) = ctx.call, ctx.saved_tensors
+        half = len(tensors) // 2
+        weights = tuple(
+            own if saved is None else saved
+            for own, saved in zip(call.policy.weights, tensors[half:], strict=True)
         )
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
-        with _full_precision(hidden, weight):
-            for c in _chunks(y.shape[0], weight.shape[0]):
-                logits = _logits(hidden[c], head)
-                g = _logits_grad(logits, y[c], lse[c], grad_logp[c], head)
-                if d_hidden is not None:
-                    d_hidden[c] = _times_weight(g, weight).to(d_hidden.dtype)
-                if d_weight is not None:  # (vocab, chunk) @ (chunk, hidden)
-                    d_weight.addmm_(g.T, hidden[c].float())
-                if d_bias is not None:
-                    d_bias += g.sum(dim=0)
-        cast = [
-            None if grad is None else grad.to(like.dtype)
-            for grad, like in ((d_weight, weight), (d_bias, bias))
+        policy = _Side(call.policy, tuple(tensors[:half]), weights, bias)
+        with call.precision():
+            wanted = ctx.needs_input_grad[1:]
+            return None, *_read_again(call, policy, lse, grad_logp, wanted)
+
+
+def _read_tiles(
+    call: _Call, policy: _Side | _Made, early: bool
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Sums over the vocabulary; if early, also ∂ policy_logp / ∂ inputs."""
+    sums = call.ops.new_sums(len(call.targets), call.targets.device)
+    gradients = [torch.empty_like(x) for x in policy.inputs] if early else []
+    scratch = call.scratch(call.ops.MATRICES)
+    for block in call.blocks():
+        means = _Parts(gradients, block)  # Σ w · weight
+        for tile in call.tiles():
+            own, other = policy.rows(tile), call.reference.rows(tile)
+            for c in call.chunks(block):
+                space = _cut(scratch, c, tile)
+                policy.logits(own, c, tile, space[0])
+                call.reference.logits(other, c, tile, space[1])
+                w, shrink = call.ops.add_tile(
+                    sums[:, c],
+                    space,
+                    call.targets[c] - tile.start,
+                    (policy.head, call.reference.head),
+                    epsilon=call.epsilon,
+                    collision=call.collision,
+                    weights_as=own[0].dtype if early else None,
+                )
+                for mean in means.at(c):
+                    call.ops.rescale(mean, shrink)
+                means.add_products(c, w, own if early else [])
+        for c in call.chunks(block):
+            slope = policy.head.slope(sums[LOGIT_Y, c, None])
+            for i, mean in enumerate(means.at(c)):
+                mean /= -sums[MASS, c, None]
+                gradients[i][c] = mean.add_(policy.weights[i][call.targets[c]] * slope)
+    return sums, gradients
+
+
+class _Parts:
+    """Float32 accumulators for some rows of those gradients that are wanted."""
+
+    def __init__(self, wholes: Sequence[torch.Tensor | None], rows: slice):
+        self._wholes, self._rows = wholes, rows
+        self._parts = [
+            None if g is None else torch.zeros_like(g[rows], dtype=torch.float32)
+            for g in wholes
         ]
-        return d_hidden, *cast, None, None, None, None, None
+
+    def at(self, rows: slice) -> Iterator[torch.Tensor]:
+        """The accumulators at rows of the whole."""
+        start = self._rows.start
+        within = slice(rows.start - start, rows.stop - start)
+        return (part[within] for part in self._parts if part is not None)
+
+    def add_products(self, rows: slice, left: torch.Tensor, rights) -> None:
+        """parts[rows] += left @ right, for the rights whose gradient is wanted."""
+        wanted = (r for r, g in zip(rights, self._wholes, strict=True) if g is not None)
+        for part, right in zip(self.at(rows), wanted, strict=True):
+            add_product(left, right, part)
+
+    def flush(self) -> None:
+        """Adds them to the gradients."""
+        for whole, part in zip(self._wholes, self._parts, strict=True):
+            if whole is not None and part is not None:
+                whole[self._rows] += part
 
 
-@contextmanager
-def _full_precision(hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[None]:
-    """Products of all the operands' digits, whatever is set around us.
-
-    An autocast would round them to bf16. TF32, which axolotl sets on every GPU that has
-    it, keeps all digits of 16-bit operands, and their speed, but rounds float32 ones.
-    """
-    before = torch.get_float32_matmul_precision()
-    rounds = before != "highest" and torch.float32 in (hidden.dtype, weight.dtype)
-    # the one setter that keeps torch's older and newer switches in agreement
-    if rounds:
-        torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(hidden.device.type, enabled=False):
-            yield
-    finally:
-        if rounds:
-            torch.set_float32_matmul_precision(before)
-
-
-def _chunks(tokens: int, vocab: int) -> list[slice]:
-    size = max(1, CHUNK_LOGITS // vocab)
-    return [slice(i, i + size) for i in range(0, tokens, size)]
-
-
-def _logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
-    """Float32 logits (chunk, vocab); the head is cast to float32 by rows."""
-    out = hidden.new_empty(len(hidden), len(head.weight), dtype=torch.float32)
-    hidden = hidden.float()
-    for r in range(0, len(head.weight), CAST_ROWS):
-        rows = slice(r, r + CAST_ROWS)
-        out[:, rows] = hidden @ head.weight[rows].float().T
-    if head.bias is not None:
-        out += head.bias.float()
-    if head.scale != 1.0:
-        out *= head.scale
-    if head.cap is not None:
-        out = head.cap * torch.tanh(out / head.cap)
-    return out
-
-
-def _times_weight(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """(chunk, vocab) @ (vocab, hidden) in float32, the head cast by rows."""
-    out = grad.new_zeros(len(grad), weight.shape[1])
-    for r in range(0, len(weight), CAST_ROWS):
-        rows = slice(r, r + CAST_ROWS)
-        out.addmm_(grad[:, rows], weight[rows].float())
-    return out
-
-
-def _row_stats(
-    logits: torch.Tensor, reference: torch.Tensor, y: torch.Tensor, epsilon: float
-) -> torch.Tensor:
-    """TokenStats of a chunk and logsumexp of the policy, shape (9, chunk)."""
-    y = y[:, None]
-    lse, reference_lse = logits.logsumexp(-1), reference.logsumexp(-1)
-    logit_y, reference_y = logits.gather(1, y)[:, 0], reference.gather(1, y)[:, 0]
-    hit = logits.argmax(-1) == y[:, 0]
-    logp = logits - lse[:, None]
-    p = torch.exp(logp)
-    d = torch.sub(logits, reference, out=reference)
-    d_y = logit_y - reference_y
-    return torch.stack(
-        [
-            logit_y - lse,
-            reference_y - reference_lse,
-            epsilon * d_y - _log_mean_exp(epsilon, d, p, logits, lse),
-            -epsilon * d_y - _log_mean_exp(-epsilon, d, p, logits, lse),
-            (p * d).sum(-1) + _log_mean_exp(-1.0, d, p, logits, lse),
-            -(p * logp).sum(-1),
-            logits.mean(-1),
-            hit.float(),
-            lse,
-        ]
+def _finish(call: _Call, sums: torch.Tensor) -> tuple[TokenStats, torch.Tensor]:
+    """The formulas of the module's docstring, and the policy's logsumexp."""
+    mass, logit_y, d_y = sums[MASS], sums[LOGIT_Y], sums[RATIO_Y]
+    lse = sums[TOP] + mass.log()
+    logp = logit_y - lse
+    shift = torch.log1p(sums[BACK] / mass)  # logsumexp(h_ref) - logsumexp(h)
+    epsilon = call.epsilon or 0.0
+    stats = TokenStats(
+        policy_logp=logp,
+        reference_logp=logp - (d_y + shift),
+        plus=epsilon * d_y - torch.log1p(sums[PLUS] / mass),
+        minus=-epsilon * d_y - torch.log1p(sums[MINUS] / mass),
+        kl=sums[RATIO] / mass + shift,
+        entropy=lse - sums[LOGIT] / mass,
+        mean_logit=sums[TOTAL] / call.policy.vocab,
+        hit=(logit_y >= sums[TOP]).float(),
+        collision=sums[COLLISION] / mass**2,
     )
+    return stats, lse
 
 
-def _log_mean_exp(
-    epsilon: float,
-    d: torch.Tensor,
-    p: torch.Tensor,
-    logits: torch.Tensor,
-    lse: torch.Tensor,
-) -> torch.Tensor:
-    """log Σ_v p_v e^(ε d_v), shape (chunk,), exact for small and for large ε d.
+def _recompute_extremes(
+    call: _Call, policy: _Side | _Made, sums: torch.Tensor, stats: TokenStats
+) -> None:
+    """Replaces what expm1 and log1p cannot give where policies are worlds apart.
 
-    Small: log1p of the mean of expm1, which keeps every digit of ε d. Where |ε d|
-    passes 1, expm1 would overflow in the end, and a difference of two logsumexp has
-    digits to spare.
+    expm1 overflows for large d, and log1p(x) has no digits left near x = -1. There a
+    difference of two logsumexp has digits to spare. Rare, so whole rows are formed.
     """
-    x = epsilon * d
-    small = torch.log1p((p * torch.expm1(x)).sum(-1))
-    large = x.abs().amax(-1) > 1
-    if not large.any():
-        return small
-    return torch.where(large, (logits + x).logsumexp(-1) - lse, small)
+    smallest = sums[[BACK, PLUS, MINUS]].amin(0) / sums[MASS]
+    fine = (sums[WIDEST] <= WIDEST_RATIO) & (smallest >= SMALLEST_MEAN)
+    size = max(1, call.ops.CHUNK * call.ops.TILE // call.policy.vocab)
+    for rows in (~fine).nonzero()[:, 0].split(size):
+        h, r = (_whole_rows(call, side, rows) for side in (policy, call.reference))
+        d, p, q = h - r, h.log_softmax(1), r.log_softmax(1)
+        y = call.targets[rows, None]
+        stats.reference_logp[rows] = q.gather(1, y)[:, 0]
+        stats.kl[rows] = (p.exp() * (p - q)).sum(1)
+        for out, sign in ((stats.plus, 1), (stats.minus, -1)):
+            x = sign * (call.epsilon or 0.0) * d
+            out[rows] = x.gather(1, y)[:, 0] - (p + x).logsumexp(1)
 
 
-def _logits_grad(
-    logits: torch.Tensor,
-    y: torch.Tensor,
+def _whole_rows(call: _Call, side: _Side | _Made, rows: torch.Tensor) -> torch.Tensor:
+    """Logits of some tokens over the whole vocabulary, shape (rows, vocab)."""
+    few = side.few(rows)
+    logits = torch.empty(len(rows), call.policy.vocab, device=rows.device)
+    for tile in call.tiles():
+        h = torch.empty_like(logits[:, tile], memory_format=torch.contiguous_format)
+        few.logits(few.rows(tile), slice(None), tile, h)
+        logits[:, tile] = h
+    return side.head.after(logits)
+
+
+def _read_again(
+    call: _Call,
+    policy: _Side,
     lse: torch.Tensor,
     grad_logp: torch.Tensor,
-    head: Head,
-) -> torch.Tensor:
-    """Gradient of Σ grad_logp · log p[y] for `weight @ hidden + bias`.
-
-    d log p[y] / d logits = onehot(y) - p, then through cap and scale.
-    """
-    grad = torch.exp(logits - lse[:, None]).mul_(-grad_logp[:, None])
-    grad.scatter_add_(1, y[:, None], grad_logp[:, None])
-    if head.cap is not None:  # d tanh = 1 - tanh²
-        grad *= 1 - (logits / head.cap) ** 2
-    return grad * head.scale if head.scale != 1.0 else grad
+    wanted: tuple[bool, ...],
+) -> list[torch.Tensor | None]:
+    """Gradients of bias, inputs and weights, from logits formed again."""
+    half = len(policy.inputs)
+    operands = (policy.bias, *policy.inputs, *policy.weights)
+    out = [
+        torch.zeros_like(x) if want else None  # type: ignore[arg-type]
+        for x, want in zip(operands, wanted, strict=True)
+    ]
+    bias, hidden, trained = out[0], out[1 : 1 + half], out[1 + half :]
+    scratch = call.scratch(1)
+    for block in call.blocks():
+        d_inputs = _Parts(hidden, block)
+        for tile in call.tiles():
+            rows, d_rows = policy.rows(tile), _Parts(trained, tile)
+            d_bias = _Parts([bias], tile)
+            for c in call.chunks(block):
+                (h,) = _cut(scratch, c, tile)
+                policy.logits(rows, c, tile, h)
+                g = call.ops.gradient_tile(
+                    h,
+                    call.targets[c] - tile.start,
+                    lse[c],
+                    grad_logp[c],
+                    policy.head,
+                    rows[0].dtype,
+                )
+                # (chunk, tile) @ (tile, width) and (tile, chunk) @ (chunk, width)
+                d_inputs.add_products(c, g, rows)
+                d_rows.add_products(tile, g.T, [x[c] for x in policy.inputs])
+                for part in d_bias.at(tile):
+                    part += g.sum(0, dtype=torch.float32)
+            d_rows.flush()
+            d_bias.flush()
+        d_inputs.flush()
+    return out

@@ -23,6 +23,7 @@ from axolotl.utils.logging import get_logger
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing
 from trl.trainer.utils import maybe_gather_lm_head_ctx
@@ -35,7 +36,8 @@ from .batch import (
     sum_per_sequence,
 )
 from .controller import BetaController, ControllerSettings
-from .logprobs import Head, TokenStats, token_stats
+from .head import Head
+from .logprobs import TokenStats, logits_stats, token_stats
 from .metrics import WeightedMeans
 
 LOG = get_logger(__name__)
@@ -142,6 +144,7 @@ class EDPOTrainer(AxolotlDPOTrainer):
         if continued:
             self._settle_reference_adapter(evaluating=peft_config is None)
         self._refuse_unsupported_model()
+        self._reads_head = self._head_is_readable()
         self.controller = BetaController(
             settings
             or ControllerSettings(self.args.beta, cfg.edpo_epsilon, cfg.edpo_beta_mean)
@@ -155,13 +158,31 @@ class EDPOTrainer(AxolotlDPOTrainer):
 
     def _refuse_unsupported_model(self) -> None:
         """Before the first step, rather than training it wrongly."""
-        backbone.head_of(backbone.causal_lm(self.model))
         if self.aux_loss_enabled:
             raise ValueError(
                 f"`base_model` of type {self.model.config.model_type} is a mixture of "
                 "experts: `rl: edpo` does not compute its router loss yet; use a dense "
                 "model, or `rl: dpo`"
             )
+
+    def _head_is_readable(self) -> bool:
+        """Whether the head op can take the head; if not, says what that costs."""
+        lm = backbone.causal_lm(self.model)
+        try:
+            backbone.head_of(lm)
+            if not is_deepspeed_zero3_enabled():  # there the weights are elsewhere
+                with self.accelerator.autocast():
+                    backbone.check_head(lm)
+        except backbone.HeadError as error:
+            vocab = lm.config.get_text_config().vocab_size
+            size = vocab * (2 * lm.dtype.itemsize + 8) * 1000 / 2**30
+            LOG.warning(
+                f"The head of {type(lm).__name__} cannot be read: {error}. The model "
+                f"makes its own logits instead: about {size:.1f} GiB more memory per "
+                f"1,000 tokens of a micro-batch, slower, and rounded to {lm.dtype}."
+            )
+            return False
+        return True
 
     def _settle_reference_adapter(self, evaluating: bool) -> None:
         """The reference of an adapter that is trained further is its own start.
@@ -274,41 +295,49 @@ class EDPOTrainer(AxolotlDPOTrainer):
 
     def _score(self, model, inputs, completions: Completions) -> TokenStats:
         """Reference first, without gradient, then policy and head in one forward."""
-        hidden, head = self._reference(model, inputs, completions)
+        epsilon, y = self.controller.settings.epsilon, completions.targets
+        reference, head = self._reference(model, inputs, completions)
 
-        def policy(unwrapped: nn.Module) -> tuple[torch.Tensor, ...]:
+        def policy(unwrapped: nn.Module) -> TokenStats:
             lm = backbone.causal_lm(unwrapped)
-            own_hidden = self._hidden(lm, inputs, completions)
-            own_head = backbone.head_module(lm)
+            own = self._positions(lm, inputs, completions)
+            if head is None:
+                return logits_stats(own, reference, y, epsilon)
+            return self._inside(
+                backbone.head_modules(lm),
+                lambda: token_stats(
+                    own, reference, backbone.head_of(lm), head, y, epsilon
+                ),
+            )
 
-            def score() -> tuple[torch.Tensor, ...]:
-                return tuple(
-                    token_stats(
-                        own_hidden,
-                        hidden,
-                        backbone.head_of(lm),
-                        head,
-                        completions.targets,
-                        self.controller.settings.epsilon,
-                    )
-                )
-
-            return self._redirect(own_head, own_head, score)
-
-        # ZeRO-3 gathers the policy's head in its own forward, but not the reference's
-        separate = () if self.ref_model is None else (head.weight, head.bias)
-        with maybe_gather_lm_head_ctx(*separate):
+        with maybe_gather_lm_head_ctx(*self._only_of_reference(model, head)):
             return TokenStats(*self._inside_forward(model, policy))
+
+    def _only_of_reference(self, model, head: Head | None) -> list[Any]:
+        """What ZeRO-3 does not gather in the forward of the policy's head."""
+        if head is None:
+            return []
+        lm = backbone.causal_lm(self.accelerator.unwrap_model(model))
+        own = {id(tensor) for tensor in backbone.head_of(lm).tensors}
+        return [tensor for tensor in head.tensors if id(tensor) not in own]
+
+    def _inside(self, modules: list[nn.Module], method: Callable[[], Any]) -> Any:
+        """Runs `method` in the forward of all these modules."""
+        if not modules:
+            return method()
+        first, *others = modules
+        return self._redirect(first, first, lambda: self._inside(others, method))
 
     def _reference(
         self, model, inputs, completions: Completions
-    ) -> tuple[torch.Tensor, Head]:
-        """Hidden states and head of the reference, without gradient."""
+    ) -> tuple[torch.Tensor, Head | None]:
+        """Hidden states and head of the reference, or its logits and None."""
         separate = self.ref_model is not None
 
-        def forward(unwrapped: nn.Module) -> tuple[torch.Tensor, Head]:
+        def forward(unwrapped: nn.Module) -> tuple[torch.Tensor, Head | None]:
             lm = backbone.causal_lm(unwrapped)
-            return self._hidden(lm, inputs, completions), backbone.head_of(lm)
+            values = self._positions(lm, inputs, completions)
+            return values, backbone.head_of(lm) if self._reads_head else None
 
         with (
             torch.no_grad(),
@@ -321,10 +350,13 @@ class EDPOTrainer(AxolotlDPOTrainer):
             with backbone.reference_adapter(self.accelerator.unwrap_model(model)):
                 return self._inside_forward(model, forward)
 
-    def _hidden(self, lm, inputs, completions: Completions) -> torch.Tensor:
-        return backbone.completion_hidden(
-            lm, inputs["input_ids"], inputs["attention_mask"], completions
-        )
+    def _positions(self, lm, inputs, completions: Completions) -> torch.Tensor:
+        """Hidden states or logits at the positions that predict a completion token."""
+        if self._reads_head:
+            read = backbone.completion_hidden
+        else:
+            read = backbone.completion_logits
+        return read(lm, inputs["input_ids"], inputs["attention_mask"], completions)
 
     def _inside_forward(self, model, method: Callable[[nn.Module], Any]) -> Any:
         """Runs `method` in the forward of the engine that wraps the model.

@@ -1,5 +1,6 @@
 """trainer.py through axolotl's own loader, builder and train loop, on tiny models."""
 
+import gc
 import json
 import os
 import signal
@@ -307,3 +308,49 @@ def test_a_trained_head_under_lora_is_scored(recipe, tmp_path):
     before = load_file(Path(trainer.model.config._name_or_path) / "model.safetensors")
     saved = weights(tmp_path / "out")[name]
     assert not torch.equal(saved, before["lm_head.weight"])
+
+
+def test_lora_on_the_head_is_trained(recipe, tmp_path):
+    keys = {**LORA, "lora_target_linear": None, "lora_dropout": 0.0, "max_steps": 4}
+    keys["lora_target_modules"] = ["q_proj", "lm_head"]
+    trainer = tiny.train(tmp_path, recipe(**keys))
+    saved = weights(tmp_path / "out")
+    (up,) = (value for name, value in saved.items() if "lm_head.lora_B" in name)
+    assert up.abs().max() > 0
+    first, *_, last = tiny.logs(trainer)
+    assert first["kl/policy_ref"] == 0.0 < last["kl/policy_ref"]
+
+
+def test_a_head_that_cannot_be_read_trains_the_same_with_one_warning(
+    recipe, parts, tmp_path, caplog
+):
+    """The config names a transform that is not known: the model makes its logits."""
+    model = tiny.save_model(tmp_path / "model", output_logit_soft_cap=30.0)
+    keys = dict(max_steps=4, test_datasets=tiny.dataset(parts["eval"]), eval_steps=2)
+    read = tiny.train(tmp_path, recipe(**keys))
+    assert "cannot be read" not in caplog.text
+    made = tiny.train(tmp_path, recipe(**keys, base_model=str(model)))
+    (warning,) = (r for r in caplog.records if "cannot be read" in r.getMessage())
+    assert "`output_logit_soft_cap`" in warning.getMessage()
+    assert "GiB more memory per 1,000 tokens" in warning.getMessage()
+    for a, b in zip(made.state.log_history, read.state.log_history, strict=True):
+        for name in a.keys() - {"grad_norm"}:
+            if not name.endswith(("runtime", "second", "flos")):
+                assert a[name] == pytest.approx(b[name], rel=2e-5, abs=2e-6), name
+    assert made.controller.beta == pytest.approx(read.controller.beta, abs=1e-12)
+
+
+def test_micro_batches_do_not_collect_garbage(recipe, tmp_path, monkeypatch):
+    """axolotl collects it, and flushes the GPU's cache, after each one."""
+    calls = []
+    real = gc.collect
+    monkeypatch.setattr(gc, "collect", lambda *args: calls.append(1) or real(*args))
+
+    def count(steps, **keys):
+        calls.clear()
+        tiny.train(tmp_path, recipe(**keys, max_steps=steps))
+        return len(calls)
+
+    assert count(4) == count(2)
+    dpo = dict(rl="dpo", plugins=None, beta=None, edpo_epsilon=None)
+    assert count(4, **dpo) == count(2, **dpo) + 2 * 2

@@ -1,0 +1,205 @@
+"""The language-model head: a linear map to the vocabulary, read tile by tile.
+
+    logits = cap · tanh(scale · (weight @ hidden + Σ up @ down(hidden) + bias) / cap)
+
+The sum is over LoRA adapters on the head. A weight may be quantized: it is dequantized
+one tile at a time. Products keep every digit of their operands: 16-bit operands are
+multiplied in float32 and never rounded back before a difference of logits is formed.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+class Rows(Protocol):
+    """What the op asks of a weight of shape (vocab, width): some of its rows.
+
+    A tensor is one; so is a quantized weight, which has no gradient.
+    """
+
+    shape: Any
+    dtype: torch.dtype
+
+    def __getitem__(self, rows: Any) -> torch.Tensor: ...
+
+
+class Quantized4bit:
+    """A bitsandbytes 4-bit weight; rows come out in the dtype it computes in.
+
+    Args:
+        packed: Two values per byte, any shape.
+        state: Its `QuantState`; rows must hold whole blocks.
+    """
+
+    def __init__(self, packed: torch.Tensor, state: Any):
+        from bitsandbytes import functional
+
+        vocab, hidden = state.shape
+        absmax = state.absmax
+        if state.nested:
+            absmax = functional.dequantize_blockwise(absmax, state.state2)
+            absmax = absmax + state.offset
+        self.shape, self.dtype = torch.Size((vocab, hidden)), state.dtype
+        self._packed = packed.view(torch.uint8).view(vocab, hidden // 2)
+        self._absmax = absmax.float().view(vocab, hidden // state.blocksize)
+        self._state, self._functional = state, functional
+
+    def __getitem__(self, rows: Any) -> torch.Tensor:
+        packed, absmax = self._packed[rows], self._absmax[rows]
+        state = self._functional.QuantState(
+            absmax=absmax.flatten(),
+            shape=(len(packed), self.shape[1]),
+            blocksize=self._state.blocksize,
+            quant_type=self._state.quant_type,
+            dtype=self.dtype,
+        )
+        return self._functional.dequantize_4bit(packed.reshape(-1, 1), state)
+
+
+class Quantized8bit:
+    """A bitsandbytes 8-bit weight: int8 rows, each with its own scale.
+
+    LLM.int8 also rounds the hidden states to 8 bits. That is left out: it would drown
+    the difference between policy and reference.
+
+    Args:
+        values: Shape (vocab, hidden), int8.
+        scales: Shape (vocab,), largest absolute value of each row.
+        dtype: What the rows come out in.
+    """
+
+    def __init__(self, values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype):
+        self.shape, self.dtype = values.shape, dtype
+        self._values, self._scales = values, scales.float() / 127
+
+    def __getitem__(self, rows: Any) -> torch.Tensor:
+        return (self._values[rows] * self._scales[rows][:, None]).to(self.dtype)
+
+
+class LowRank(NamedTuple):
+    """One LoRA adapter on the head.
+
+    Attributes:
+        down: (tokens, hidden) -> (tokens, rank), with dropout and scaling.
+        up: Shape (vocab, rank).
+    """
+
+    down: Callable[[torch.Tensor], torch.Tensor]
+    up: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear head and what its model does to the logits after it.
+
+    Attributes:
+        weight: Shape (vocab, hidden), a tensor or quantized.
+        bias: Shape (vocab,) or None.
+        scale: Factor on the logits (Cohere, Granite, Falcon-H1).
+        cap: Soft cap (Gemma 2), or None.
+        lora: LoRA adapters on the head.
+    """
+
+    weight: torch.Tensor | Rows
+    bias: torch.Tensor | None = None
+    scale: float = 1.0
+    cap: float | None = None
+    lora: tuple[LowRank, ...] = field(default=())
+
+    @property
+    def vocab(self) -> int:
+        """Size of the vocabulary."""
+        return self.weight.shape[0]
+
+    @property
+    def weights(self) -> tuple[torch.Tensor | Rows, ...]:
+        """Every factor of shape (vocab, width), for what `inputs` returns."""
+        return self.weight, *(adapter.up for adapter in self.lora)
+
+    @property
+    def tensors(self) -> Tensors:
+        """Whatever of it is a tensor, as a sharding engine knows it."""
+        every = (*self.weights, self.bias)
+        return tuple(x for x in every if isinstance(x, torch.Tensor))
+
+    def inputs(self, hidden: torch.Tensor) -> Tensors:
+        """What each of `weights` is multiplied with, each (tokens, width)."""
+        return hidden, *(adapter.down(hidden) for adapter in self.lora)
+
+    def after(self, logits: torch.Tensor) -> torch.Tensor:
+        """Scale and cap, in place."""
+        if self.scale != 1.0:
+            logits *= self.scale
+        if self.cap is not None:
+            logits.div_(self.cap).tanh_().mul_(self.cap)
+        return logits
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """All logits of some tokens, (tokens, hidden) -> (tokens, vocab), float32."""
+        operands = self.inputs(hidden)
+        out = torch.zeros(len(hidden), self.vocab, device=hidden.device)
+        with full_precision(*operands, *self.weights):
+            for x, weight in zip(operands, self.weights, strict=True):
+                add_product(x, weight[:].T, out)
+        return self.after(out if self.bias is None else out.add_(self.bias))
+
+    def slope(self, logits: torch.Tensor) -> torch.Tensor | float:
+        """Derivative of `after` where it returned these logits."""
+        if self.cap is None:
+            return self.scale
+        return self.scale * (1 - (logits / self.cap) ** 2)
+
+
+@contextmanager
+def full_precision(*operands: torch.Tensor | Rows) -> Iterator[None]:
+    """Products of all the operands' digits, whatever is set around us.
+
+    An autocast would round them to bf16. TF32, which axolotl sets on every GPU that has
+    it, keeps all digits of 16-bit operands, and their speed, but rounds float32 ones.
+    """
+    before = torch.get_float32_matmul_precision()
+    rounds = before != "highest" and any(x.dtype == torch.float32 for x in operands)
+    # the one setter that keeps torch's older and newer switches in agreement
+    if rounds:
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(_device_type(operands), enabled=False):
+            yield
+    finally:
+        if rounds:
+            torch.set_float32_matmul_precision(before)
+
+
+def _device_type(operands: tuple[torch.Tensor | Rows, ...]) -> str:
+    return next(x.device.type for x in operands if isinstance(x, torch.Tensor))
+
+
+def tile_of(
+    weight: torch.Tensor | Rows, rows: slice, hidden: torch.Tensor
+) -> torch.Tensor:
+    """A tile of a weight, ready to be multiplied: float32, unless the device multiplies
+    16-bit operands in float32 by itself."""
+    narrow = hidden.is_cuda and hidden.dtype == weight.dtype != torch.float32
+    return weight[rows] if narrow else weight[rows].float()
+
+
+def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """out = a @ b in float32."""
+    if a.is_cuda and a.dtype == b.dtype != torch.float32:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a.float(), b.float(), out=out)
+
+
+def add_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """out += a @ b in float32."""
+    if a.is_cuda and a.dtype == b.dtype != torch.float32:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        out.addmm_(a.float(), b.float())

@@ -1,0 +1,220 @@
+"""The head alone: hidden states of policy and reference to a loss and back.
+
+    python benchmarks/head.py            # shapes for this machine
+    python benchmarks/head.py --write    # and into RESULTS.md
+
+Needs torch, and triton on a GPU; nothing else. Side by side, per shape, with the head
+frozen (LoRA) and trained (full fine-tuning):
+
+    released   the released formula: four full-vocabulary logit tensors, their
+               log-softmaxes, ε-DPO
+    plain DPO  TRL 1.9's way: two full-vocabulary logit tensors, no ε
+    ours       `token_stats` with ε, in PyTorch and, on a GPU, in Triton
+    ours, ε off
+    products   only the matrix products that any method needs: two forward, one
+               recompute, hidden gradient and, where the head trains, weight gradient
+
+Every contender runs `--repeats` times in turn. Times are medians of ratios to
+`products` of the same turn; memory is the peak beyond inputs, in ratio to `released`.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from measure import append_results, environment, peak_extra_bytes
+
+from axolotl_edpo.head import Head
+from axolotl_edpo.logprobs import token_stats
+
+EPSILON = 0.01
+ON_GPU = torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """N tokens, H hidden, V vocabulary."""
+
+    tokens: int
+    hidden: int
+    vocab: int
+
+    def __str__(self) -> str:
+        return f"N {self.tokens}, H {self.hidden}, V {self.vocab}"
+
+
+GPU_SHAPES = [Shape(2048, 1024, 32000), Shape(8192, 4096, 128256)]
+CPU_SHAPES = [Shape(2048, 512, 32000), Shape(1024, 256, 128256)]
+
+
+class Case:
+    """Inputs of one shape, and the contenders as methods."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, trained: bool):
+        g = torch.Generator().manual_seed(0)
+
+        def draw(rows: int, scale: float) -> torch.Tensor:
+            values = torch.randn(rows, shape.hidden, generator=g) * scale
+            return values.to("cuda" if ON_GPU else "cpu", dtype)
+
+        self.trained = trained
+        self.buffer: torch.Tensor | None = None
+        self.hidden = draw(shape.tokens, 1.0).requires_grad_()
+        self.reference = (self.hidden + draw(shape.tokens, 0.02)).detach()
+        self.weight = draw(shape.vocab, shape.hidden**-0.5).requires_grad_(trained)
+        self.frozen = self.weight.detach()  # the reference's
+        self.y = torch.randint(shape.vocab, (shape.tokens,), generator=g)
+        self.y = self.y.to(self.hidden.device)
+
+    def contenders(self) -> dict[str, Callable[[], object]]:
+        """Name and one forward and backward of each."""
+        ours = {"ours, PyTorch": ("eager", EPSILON)}
+        if ON_GPU:
+            ours["ours, Triton"] = ("triton", EPSILON)
+        ours["ours, ε off"] = ("auto", None)
+        runs = {name: self._ours(*how) for name, how in ours.items()}
+        others = {"released": self.released, "plain DPO": self.plain}
+        return {"products": self.products, **others, **runs}
+
+    def _ours(self, backend, epsilon: float | None) -> Callable[[], object]:
+        def run() -> None:
+            heads = Head(self.weight), Head(self.frozen)
+            stats = token_stats(
+                self.hidden, self.reference, *heads, self.y, epsilon, backend=backend
+            )
+            self._backward(stats.policy_logp - stats.reference_logp)
+
+        return run
+
+    def released(self) -> None:
+        """log-softmax of policy, reference and both perturbed policies, in float32."""
+        policy = F.linear(self.hidden, self.weight).float()
+        with torch.no_grad():
+            reference = F.linear(self.reference, self.frozen).float()
+        logps = [
+            logits.log_softmax(-1).gather(1, self.y[:, None])[:, 0]
+            for logits in (
+                policy,
+                reference,
+                (1 + EPSILON) * policy - EPSILON * reference,
+                (1 - EPSILON) * policy + EPSILON * reference,
+            )
+        ]
+        self._backward(logps[0] - logps[1])
+
+    def plain(self) -> None:
+        """TRL's selective_log_softmax: logit minus logsumexp, row by row in 16 bit."""
+        policy = F.linear(self.hidden, self.weight)
+        with torch.no_grad():
+            reference = F.linear(self.reference, self.frozen)
+        self._backward(self._selective(policy) - self._selective(reference))
+
+    def _selective(self, logits: torch.Tensor) -> torch.Tensor:
+        if logits.dtype == torch.float32:
+            lse = torch.stack([row.logsumexp(-1) for row in logits])
+            return logits.gather(1, self.y[:, None])[:, 0] - lse
+        rows = zip(logits, self.y, strict=True)
+        return torch.stack([row.log_softmax(-1)[y] for row, y in rows])
+
+    @torch.no_grad()
+    def products(self) -> None:
+        """Into one buffer that is kept, so that memory is not what is timed."""
+        if self.buffer is None:
+            self.buffer = self.hidden.new_empty(len(self.y), len(self.weight))
+        for operand in (self.hidden, self.reference, self.hidden):
+            torch.mm(operand, self.weight.T, out=self.buffer)
+        torch.mm(self.buffer, self.weight)  # hidden gradient
+        if self.trained:
+            torch.mm(self.buffer.T, self.hidden)  # weight gradient
+
+    def _backward(self, log_ratio: torch.Tensor) -> None:
+        self.hidden.grad = self.weight.grad = None
+        (0.1 * log_ratio).sum().backward()
+
+
+def measure(case: Case, repeats: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Per contender: seconds of each turn, and peak bytes beyond the gradients."""
+    contenders = case.contenders()
+    gradients = case.hidden.nbytes + (case.weight.nbytes if case.trained else 0)
+    peaks, times = {}, {name: [] for name in contenders}
+    for name, run in contenders.items():  # the first run also warms up
+        case.hidden.grad = case.weight.grad = None
+        peaks[name] = max(0, peak_extra_bytes(run) - gradients)
+    for _ in range(repeats):
+        for name, run in contenders.items():
+            times[name].append(_seconds(run))
+    return times, peaks
+
+
+def ratio(times: dict[str, list[float]], name: str, other: str) -> float:
+    """Median over the turns of one contender's time relative to another's."""
+    pairs = zip(times[name], times[other], strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    if ON_GPU:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if ON_GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def table(shape: Shape, dtype: torch.dtype, trained: bool, repeats: int) -> str:
+    """A markdown table of one case; absolute times on a GPU only."""
+    times, peaks = measure(Case(shape, dtype, trained), repeats)
+    kind = "trained" if trained else "frozen"
+    lines = [
+        f"### {shape}, {str(dtype).removeprefix('torch.')}, head {kind}",
+        "",
+        "| | time / products | time / released | extra memory | / released |"
+        + (" ms |" if ON_GPU else ""),
+        "|---|---|---|---|---|" + ("---|" if ON_GPU else ""),
+    ]
+    for name, seconds in times.items():
+        lines.append(
+            f"| {name} | {ratio(times, name, 'products'):.2f} "
+            f"| {ratio(times, name, 'released'):.2f} | {peaks[name] / 2**20:.0f} MiB "
+            f"| {peaks[name] / peaks['released']:.3f} |"
+            + (f" {statistics.median(seconds) * 1e3:.1f} |" if ON_GPU else "")
+        )
+    best = "ours, Triton" if ON_GPU else "ours, PyTorch"
+    part = ratio(times, best, "ours, ε off") - 1
+    return "\n".join([*lines, "", f"ε's part: {part:+.1%} of the time without it."])
+
+
+def main() -> None:
+    """Measures every shape and prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2, help="on a CPU")
+    parser.add_argument("--write", action="store_true", help="into RESULTS.md")
+    parser.add_argument(
+        "--shape",
+        type=lambda text: Shape(*map(int, text.split(","))),
+        action="append",
+        help="N,H,V; may be repeated",
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
+    parts = [environment("torch", *(["triton"] if ON_GPU else []))]
+    print(parts[0], flush=True)
+    for shape in options.shape or (GPU_SHAPES if ON_GPU else CPU_SHAPES):
+        for trained in (False, True):
+            parts.append(table(shape, dtype, trained, options.repeats))
+            print("\n" + parts[-1], flush=True)
+    if not ON_GPU:
+        parts.append("On a GPU: not measured.")
+    if options.write:
+        append_results(f"Head, {'GPU' if ON_GPU else 'CPU'}", "\n\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""kernels.py: it compiles for real GPUs, and runs on one where there is one.
+
+What the kernels compute is tested in test_logprobs.py, where they are interpreted.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_logprobs import assert_as_exact_as_pytorch, gradients, inputs, naive
+
+from axolotl_edpo.head import Head
+from axolotl_edpo.logprobs import token_stats
+
+COMPILE = """
+import sys
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from axolotl_edpo import kernels
+
+TYPES = dict(targets="*i64", weights="*bf16", out="*bf16", tile="i32", width="i32")
+TYPES |= dict(sums_stride="i32")
+TYPES |= dict(epsilon="fp32", scale="fp32", cap="fp32")
+TYPES |= dict(reference_scale="fp32", reference_cap="fp32")
+
+def build(kernel, flags):
+    constants = {name: flags for name in kernel.arg_names if name.isupper()}
+    constants["BLOCK"] = kernels.BLOCK
+    signature = {name: TYPES.get(name, "*fp32") for name in kernel.arg_names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    return compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32))
+
+for kernel in kernels._add_tile_kernel, kernels._gradient_tile_kernel:
+    for flags in (False, True):
+        print(len(build(kernel, flags).asm["cubin"]))
+print(len(build(kernels._rescale_kernel, False).asm["cubin"]))
+"""
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_every_kernel_compiles_for_a_gpu_that_is_not_here(architecture, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    command = [sys.executable, "-c", COMPILE, str(architecture)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    sizes = [int(line) for line in done.stdout.split()]
+    assert len(sizes) == 5
+    assert min(sizes) > 1000
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trained", [False, True])
+def test_on_a_gpu_values_and_gradients_are_as_exact_as_pytorch(dtype, trained):
+    """Whole tiles and pieces of them, products of 16-bit operands on tensor cores."""
+    sizes = dict(tokens=4500, hidden=256, vocab=9001, size=0.3)
+    h, ref, head, y = inputs(**sizes, dtype=dtype, device="cuda")
+    leaves = [h, head.weight] if trained else [h]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    ours = token_stats(h, ref, head, head, y, 0.01, collision=True)
+    plain = naive(h, ref, head, y, 0.01, dtype)
+    exact = naive(h, ref, head, y, 0.01)
+    logit_size = 10 + head.logits(h.detach()).abs().max()
+    assert_as_exact_as_pytorch(ours, plain, exact, logit_size)
+    got = (gradients(stats.policy_logp, leaves) for stats in (ours, plain, exact))
+    for a, b, c in zip(*got, strict=True):
+        error, allowed = (a - c).abs().max(), (b - c).abs().max()
+        assert error <= allowed + torch.finfo(dtype).eps * c.abs().max()
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("trained", [False, True])
+def test_on_a_gpu_memory_is_bounded_by_the_tile(trained):
+    tokens, hidden, vocab = 8192, 4096, 128256
+    kind = dict(device="cuda", dtype=torch.bfloat16)
+    h, ref = (torch.randn(tokens, hidden, **kind) for _ in range(2))
+    weight = torch.randn(vocab, hidden, **kind) / 64
+    y = torch.randint(vocab, (tokens,), device="cuda")
+    h.requires_grad_()
+    weight.requires_grad_(trained)
+    head = Head(weight)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    token_stats(h, ref, head, head, y, 0.01).policy_logp.sum().backward()
+    extra = torch.cuda.max_memory_allocated() - before
+    gradients = sum(t.nbytes for t in (h, weight) if t.requires_grad)
+    assert extra - gradients <= 512 * 2**20
