@@ -15,6 +15,7 @@ whose head cannot be read makes its logits itself: `completion_logits`.
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from trl.trainer.utils import use_adapter
+from trl.trainer.utils import maybe_gather_lm_head_ctx, use_adapter
 
 from .batch import Completions
 from .head import Head, LowRank, Quantized4bit, Quantized8bit, Rows, full_precision
@@ -165,6 +167,28 @@ def head_of(model: PreTrainedModel) -> Head:
             scale *= _scale_factor(config.model_type, key)(value)
     cap = getattr(config, _CAP, None)
     return Head(_weight(module, model.dtype), module.bias, scale, cap, lora)
+
+
+def shared_reference_head(model: nn.Module) -> tuple[list[nn.Module], Head]:
+    """The head of a reference that is the policy's model, and `head_modules` of it."""
+    lm = causal_lm(model)
+    with reference_adapter(model):
+        return head_modules(lm), head_of(lm)
+
+
+@contextmanager
+def whole_head(model: PreTrainedModel) -> Iterator[Head]:
+    """The head of a frozen model, outside its forward, gathered from all ranks.
+
+    ZeRO-3 keeps an empty weight there, FSDP2 a shard; the whole one is let go on exit.
+    """
+    head = head_of(model)
+    with maybe_gather_lm_head_ctx(*head.tensors):  # type: ignore[arg-type]
+        yield replace(head, weight=_whole(head.weight), bias=_whole(head.bias))
+
+
+def _whole(weight: Any) -> Any:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def check_head(model: PreTrainedModel) -> None:

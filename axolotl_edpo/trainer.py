@@ -11,7 +11,8 @@ overridden here calls super().
 import copy
 import functools
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,6 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from . import backbone, checkpoint, loss
 from .batch import (
@@ -296,30 +296,36 @@ class EDPOTrainer(AxolotlDPOTrainer):
     def _score(self, model, inputs, completions: Completions) -> TokenStats:
         """Reference first, without gradient, then policy and head in one forward."""
         epsilon, y = self.controller.settings.epsilon, completions.targets
-        reference, head = self._reference(model, inputs, completions)
+        reference = self._reference(model, inputs, completions)
 
-        def policy(unwrapped: nn.Module) -> TokenStats:
+        def made(unwrapped: nn.Module) -> TokenStats:
+            own = self._positions(unwrapped, inputs, completions)
+            return logits_stats(own, reference, y, epsilon)
+
+        def read(unwrapped: nn.Module) -> TokenStats:
+            modules, head = others or backbone.shared_reference_head(unwrapped)
+            own = self._positions(unwrapped, inputs, completions)
             lm = backbone.causal_lm(unwrapped)
-            own = self._positions(lm, inputs, completions)
-            if head is None:
-                return logits_stats(own, reference, y, epsilon)
             return self._inside(
-                backbone.head_modules(lm),
+                [*dict.fromkeys([*backbone.head_modules(lm), *modules])],
                 lambda: token_stats(
                     own, reference, backbone.head_of(lm), head, y, epsilon
                 ),
             )
 
-        with maybe_gather_lm_head_ctx(*self._only_of_reference(model, head)):
-            return TokenStats(*self._inside_forward(model, policy))
+        if not self._reads_head:
+            return TokenStats(*self._inside_forward(model, made))
+        with self._separate_reference_head() as others:
+            return TokenStats(*self._inside_forward(model, read))
 
-    def _only_of_reference(self, model, head: Head | None) -> list[Any]:
-        """What ZeRO-3 does not gather in the forward of the policy's head."""
-        if head is None:
-            return []
-        lm = backbone.causal_lm(self.accelerator.unwrap_model(model))
-        own = {id(tensor) for tensor in backbone.head_of(lm).tensors}
-        return [tensor for tensor in head.tensors if id(tensor) not in own]
+    @contextmanager
+    def _separate_reference_head(self) -> Iterator[tuple[list[nn.Module], Head] | None]:
+        """The head of a reference model of its own, without modules to run inside."""
+        if self.ref_model is None:
+            yield None
+            return
+        with backbone.whole_head(self.accelerator.unwrap_model(self.ref_model)) as head:
+            yield [], head
 
     def _inside(self, modules: list[nn.Module], method: Callable[[], Any]) -> Any:
         """Runs `method` in the forward of all these modules."""
@@ -328,16 +334,11 @@ class EDPOTrainer(AxolotlDPOTrainer):
         first, *others = modules
         return self._redirect(first, first, lambda: self._inside(others, method))
 
-    def _reference(
-        self, model, inputs, completions: Completions
-    ) -> tuple[torch.Tensor, Head | None]:
-        """Hidden states and head of the reference, or its logits and None."""
-        separate = self.ref_model is not None
+    def _reference(self, model, inputs, completions: Completions) -> torch.Tensor:
+        """Hidden states or logits of the reference, without gradient."""
 
-        def forward(unwrapped: nn.Module) -> tuple[torch.Tensor, Head | None]:
-            lm = backbone.causal_lm(unwrapped)
-            values = self._positions(lm, inputs, completions)
-            return values, backbone.head_of(lm) if self._reads_head else None
+        def forward(unwrapped: nn.Module) -> torch.Tensor:
+            return self._positions(unwrapped, inputs, completions)
 
         with (
             torch.no_grad(),
@@ -345,13 +346,14 @@ class EDPOTrainer(AxolotlDPOTrainer):
                 self.model, self.args.gradient_checkpointing_kwargs
             ),
         ):
-            if separate:
+            if self.ref_model is not None:
                 return self._inside_forward(self.ref_model, forward)
             with backbone.reference_adapter(self.accelerator.unwrap_model(model)):
                 return self._inside_forward(model, forward)
 
-    def _positions(self, lm, inputs, completions: Completions) -> torch.Tensor:
+    def _positions(self, model, inputs, completions: Completions) -> torch.Tensor:
         """Hidden states or logits at the positions that predict a completion token."""
+        lm = backbone.causal_lm(model)
         if self._reads_head:
             read = backbone.completion_hidden
         else:
