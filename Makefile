@@ -1,6 +1,7 @@
-# Two commands, each of which sets itself up in .venv and nowhere else:
+# Commands, each of which sets itself up in .venv and nowhere else:
 #   make demo   a first run: builds a tiny world, trains on it, shows what happened
 #   make test   the tests
+#   make bench  the head and a training run, measured; writes benchmarks/RESULTS.md
 #   make lint   what pre-commit checks
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ export AXOLOTL_DO_NOT_TRACK ?= 1
 # further. Set TORCH to another one for another build.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench lint clean
 
 $(VENV)/installed-%: pyproject.toml
 	@echo "Installing into $(VENV): the first time this takes some minutes."
@@ -29,6 +30,13 @@ demo: $(VENV)/installed-demo
 
 test: $(VENV)/installed-test
 	python -m pytest
+
+# DATA: preference pairs in JSON lines to train on; without it synthetic ones.
+DATA ?=
+
+bench: $(VENV)/installed-test
+	python benchmarks/head.py --write
+	python benchmarks/train_step.py $(addprefix --data ,$(DATA)) --write
 
 lint: $(VENV)/installed-dev
 	ruff check .

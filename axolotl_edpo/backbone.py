@@ -12,6 +12,7 @@ guessing, and `check_head` compares what it read with the model's own logits. A 
 whose head cannot be read makes its logits itself: `completion_logits`.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -122,14 +123,14 @@ def completion_logits(
     """
     row = completions.positions // input_ids.shape[1]
     column = completions.positions % input_ids.shape[1]
-    columns = column.unique()
+    only = {}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        only["logits_to_keep"] = columns = column.unique()
+        column = torch.searchsorted(columns, column)
     out = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        logits_to_keep=columns,
-        use_cache=False,
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **only
     )
-    return out.logits[row, torch.searchsorted(columns, column)]
+    return out.logits[row, column]
 
 
 class HeadError(ValueError):
@@ -166,7 +167,8 @@ def head_of(model: PreTrainedModel) -> Head:
         if key != _CAP and _is_transform(key, value):
             scale *= _scale_factor(config.model_type, key)(value)
     cap = getattr(config, _CAP, None)
-    return Head(_weight(module, model.dtype), module.bias, scale, cap, lora)
+    weight = _weight(module, model.dtype)
+    return Head(weight, module.bias, scale, cap, lora)
 
 
 def shared_reference_head(model: nn.Module) -> tuple[list[nn.Module], Head]:
@@ -201,14 +203,16 @@ def check_head(model: PreTrainedModel) -> None:
         HeadError: If they differ by more than rounding.
     """
     head, training = head_of(model), model.training
+    if any(tensor.device != model.device for tensor in head.tensors):
+        raise HeadError("its weight is not on the model's device")
     ids = torch.arange(16, device=model.device).view(2, 8) % head.vocab
-    every = torch.arange(16, device=model.device)
-    batch = ids, torch.ones_like(ids), Completions(every, ids.flatten(), every[:2])
+    some = torch.tensor([3, 4, 6, 13, 14], device=model.device)
+    batch = ids, torch.ones_like(ids), Completions(some, ids.flatten()[some], some[:2])
     model.eval()
     try:
         with torch.no_grad():
             own = completion_logits(model, *batch).float()
-            ours = head.logits(completion_hidden(model, *batch))
+            ours = head_of(model).logits(completion_hidden(model, *batch))
     finally:
         model.train(training)
     difference = ((ours - own).abs().max() / own.abs().max()).item()
@@ -261,16 +265,25 @@ def _weight(module: Any, dtype: torch.dtype) -> torch.Tensor | Rows:
     Raises:
         HeadError: If the layer is of another type.
     """
-    kind, weight = type(module).__name__, module.weight
+    kind: str = type(module).__name__
+    weight: Any = getattr(module, "weight", None)
     if type(module) is nn.Linear:
-        return weight
-    if kind == "Linear4bit" and weight.quant_state is not None:
-        if weight.quant_state.shape[1] % weight.quant_state.blocksize == 0:
-            return Quantized4bit(weight.data, weight.quant_state)
+        return module.weight
+    if kind == "Linear4bit":
+        return _weight_of_4bit(weight)
     if kind == "Linear8bitLt" and weight.dtype == torch.int8:
         scales = weight.SCB if module.state.SCB is None else module.state.SCB
         return Quantized8bit(weight.data, scales, dtype)
-    raise HeadError(f"its head is of type {kind}")
+    raise HeadError(f"its type is {kind}")
+
+
+def _weight_of_4bit(weight: Any) -> Quantized4bit:
+    state = getattr(weight, "quant_state", None)
+    if state is None or state.shape[1] % state.blocksize:
+        raise HeadError("it is in 4 bits, and its rows are not whole blocks")
+    if getattr(state, "packing_format_for_cpu", False):
+        raise HeadError("it is in 4 bits, and packed anew for this processor")
+    return Quantized4bit(weight.data, state)
 
 
 def _is_transform(key: str, value: object) -> bool:

@@ -9,7 +9,7 @@ multiplied in float32 and never rounded back before a difference of logits is fo
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -110,7 +110,7 @@ class Head:
     bias: torch.Tensor | None = None
     scale: float = 1.0
     cap: float | None = None
-    lora: tuple[LowRank, ...] = field(default=())
+    lora: tuple[LowRank, ...] = ()
 
     @property
     def vocab(self) -> int:
@@ -142,11 +142,11 @@ class Head:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """All logits of some tokens, (tokens, hidden) -> (tokens, vocab), float32."""
-        operands = self.inputs(hidden)
+        operands = self.inputs(as_autocast(hidden))
         out = torch.zeros(len(hidden), self.vocab, device=hidden.device)
         with full_precision(*operands, *self.weights):
             for x, weight in zip(operands, self.weights, strict=True):
-                add_product(x, weight[:].T, out)
+                add_product(x, rows_of(weight, slice(None), x).T, out)
         return self.after(out if self.bias is None else out.add_(self.bias))
 
     def slope(self, logits: torch.Tensor) -> torch.Tensor | float:
@@ -160,8 +160,9 @@ class Head:
 def full_precision(*operands: torch.Tensor | Rows) -> Iterator[None]:
     """Products of all the operands' digits, whatever is set around us.
 
-    An autocast would round them to bf16. TF32, which axolotl sets on every GPU that has
-    it, keeps all digits of 16-bit operands, and their speed, but rounds float32 ones.
+    An autocast would round the product to 16 bits. TF32, which axolotl sets on every
+    GPU that has it, keeps all digits of 16-bit operands, and their speed, but rounds
+    float32 ones.
     """
     before = torch.get_float32_matmul_precision()
     rounds = before != "highest" and any(x.dtype == torch.float32 for x in operands)
@@ -180,13 +181,24 @@ def _device_type(operands: tuple[torch.Tensor | Rows, ...]) -> str:
     return next(x.device.type for x in operands if isinstance(x, torch.Tensor))
 
 
-def tile_of(
-    weight: torch.Tensor | Rows, rows: slice, hidden: torch.Tensor
-) -> torch.Tensor:
-    """A tile of a weight, ready to be multiplied: float32, unless the device multiplies
-    16-bit operands in float32 by itself."""
-    narrow = hidden.is_cuda and hidden.dtype == weight.dtype != torch.float32
-    return weight[rows] if narrow else weight[rows].float()
+def as_autocast(hidden: torch.Tensor) -> torch.Tensor:
+    """Hidden states in the dtype that an autocast around us would multiply them in."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden
+    return hidden.to(torch.get_autocast_dtype(device))
+
+
+def rows_of(weight: torch.Tensor | Rows, rows: Any, hidden: torch.Tensor):
+    """Rows of a weight, ready to be multiplied with these hidden states.
+
+    16-bit hidden states meet a weight of 16 bits, rounded if need be, as they would in
+    the model. The product is in float32: where the device has none such of 16-bit
+    operands, they are widened.
+    """
+    narrow = hidden.dtype != torch.float32
+    tile = weight[rows].to(hidden.dtype) if narrow else weight[rows]
+    return tile if narrow and hidden.is_cuda else tile.float()
 
 
 def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:

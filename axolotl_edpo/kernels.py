@@ -1,11 +1,13 @@
 """The functions of tiles.py in Triton, for logits that live on a GPU.
 
 The products stay with cuBLAS, whose float32 output is read here once: a tile of logits
-is small enough to be worked on while it is hot. One program walks one token's row
+is bounded whatever the batch. One program walks one token's row
 twice, for its maximum and for its sums, or writes a piece of one row of a gradient.
 
-Numbers are those of tiles.py up to float32 rounding. Under TRITON_INTERPRET=1 the
-kernels run on a CPU.
+Numbers are those of tiles.py up to float32 rounding. Products and sums are fused only
+where `fma` says so: if the compiler fused the scale of one logit with the difference of
+two, equal policies would differ by a rounding, and that decides steps. Under
+TRITON_INTERPRET=1 the kernels run on a CPU.
 """
 
 import torch
@@ -40,14 +42,13 @@ BLOCK = 1024
 @triton.jit
 def _expm1(x):
     """e^x - 1 to float32 precision, also for small x."""
-    # Taylor to x^7; at |x| < 0.4 the next term is 2e-8 of the first
-    p = 1 / 5040
-    p = p * x + 1 / 720
-    p = p * x + 1 / 120
-    p = p * x + 1 / 24
-    p = p * x + 1 / 6
-    p = p * x + 1 / 2
-    p = p * x + 1
+    # Taylor to x^7; at |x| < 0.4 the next term is 4e-8 of the first
+    p = tl.fma(x, 1 / 5040, 1 / 720)
+    p = tl.fma(p, x, 1 / 120)
+    p = tl.fma(p, x, 1 / 24)
+    p = tl.fma(p, x, 1 / 6)
+    p = tl.fma(p, x, 1 / 2)
+    p = tl.fma(p, x, 1.0)
     return tl.where(tl.abs(x) < 0.4, p * x, tl.exp(x) - 1)
 
 
@@ -137,16 +138,16 @@ def _add_tile_kernel(
         d = h - _after(r, reference_scale, reference_cap, REFERENCE_CAPPED)
         w = tl.where(inside, tl.exp(h - top), 0.0)
         mass += w
-        logit += w * h
-        ratio += w * d
-        back += w * _expm1(-d)
+        logit = tl.fma(w, h, logit)
+        ratio = tl.fma(w, d, ratio)
+        back = tl.fma(w, _expm1(-d), back)
         total += h
         widest = tl.maximum(widest, tl.abs(d))
         if PERTURBED:
-            plus += w * _expm1(epsilon * d)
-            minus += w * _expm1(-epsilon * d)
+            plus = tl.fma(w, _expm1(epsilon * d), plus)
+            minus = tl.fma(w, _expm1(-epsilon * d), minus)
         if COLLIDING:
-            collision += w * w
+            collision = tl.fma(w, w, collision)
         if WEIGHTED:
             _store(weights + row + v, w * _slope(h, scale, cap, CAPPED), inside)
 
@@ -170,8 +171,8 @@ def _add_tile_kernel(
         h = _after(tl.load(policy + row + y), scale, cap, CAPPED)
         r = tl.load(reference + row + y)
         r = _after(r, reference_scale, reference_cap, REFERENCE_CAPPED)
-        _rescaled(sums, sums_stride, LOGIT_Y, 0.0, h)
-        _rescaled(sums, sums_stride, RATIO_Y, 0.0, h - r)
+        tl.store(sums + LOGIT_Y * sums_stride, h)
+        tl.store(sums + RATIO_Y * sums_stride, h - r)
 
 
 def add_tile(
@@ -208,6 +209,7 @@ def add_tile(
         COLLIDING=collision,
         WEIGHTED=weighted,
         BLOCK=BLOCK,
+        enable_fp_fusion=False,
     )
     return weights, shrinks
 
@@ -261,6 +263,7 @@ def gradient_tile(
         *_transform(head),
         CAPPED=head.cap is not None,
         BLOCK=BLOCK,
+        enable_fp_fusion=False,
     )
     return out
 
@@ -279,4 +282,6 @@ def _rescale_kernel(values, factors, width, BLOCK: tl.constexpr):
 def rescale(values: torch.Tensor, factor: torch.Tensor) -> None:
     """As `tiles.rescale`, for contiguous rows."""
     tokens, width = values.shape
-    _rescale_kernel[(tokens,)](values, factor, width, BLOCK=BLOCK)
+    _rescale_kernel[(tokens,)](
+        values, factor, width, BLOCK=BLOCK, enable_fp_fusion=False
+    )

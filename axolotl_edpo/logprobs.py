@@ -25,15 +25,25 @@ again in backward, because its own gradient needs the loss's first: five product
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from . import tiles
-from .head import Head, Rows, Tensors, add_product, full_precision, product, tile_of
+from .head import (
+    Head,
+    Rows,
+    Tensors,
+    add_product,
+    as_autocast,
+    full_precision,
+    product,
+    rows_of,
+)
 from .tiles import (
     BACK,
     COLLISION,
@@ -52,7 +62,7 @@ from .tiles import (
 Backend = Literal["auto", "eager", "triton"]
 
 # Values of a float32 accumulator of gradients: 2**25 are 128 MiB. More tokens than fit
-# are worked through in blocks.
+# are worked through in blocks; a 16-bit weight gradient is rounded once per block.
 BLOCK_VALUES = 2**25
 # Beyond a ratio |d| of this size, or with a mean of expm1 this near to -1, a token is
 # computed another way: e^60 still fits into float32, log1p(-0.98) still has 6 digits.
@@ -121,20 +131,21 @@ def token_stats(
         ValueError: If shapes or vocabularies do not fit.
     """
     _check_shapes(policy_hidden, reference_hidden, policy_head, reference_head, targets)
-    inputs, weights = policy_head.inputs(policy_hidden), policy_head.weights
+    inputs = policy_head.inputs(as_autocast(policy_hidden))
     with torch.no_grad():
-        reference = _Side.of(reference_head, reference_hidden)
+        reference = _Side.of(reference_head, as_autocast(reference_hidden))
     call = _Call(
         policy_head,
-        reference,
         targets,
         epsilon,
         collision,
         _operations(backend, policy_hidden.device),
         with_grad=torch.is_grad_enabled(),
     )
-    tensors = (w if isinstance(w, torch.Tensor) else None for w in weights)
-    return TokenStats(*_TokenStats.apply(call, policy_head.bias, *inputs, *tensors))
+    tensors = (w if isinstance(w, torch.Tensor) else None for w in policy_head.weights)
+    return TokenStats(
+        *_TokenStats.apply(call, reference, policy_head.bias, *inputs, *tensors)
+    )
 
 
 def logits_stats(
@@ -162,16 +173,13 @@ def logits_stats(
     policy = _Made(policy_logits.detach())
     call = _Call(
         policy.head,
-        _Made(reference_logits),
         targets,
         epsilon,
         collision,
         _operations(backend, targets.device),
         with_grad=False,
     )
-    sums, _ = _read_tiles(call, policy, early=False)
-    stats, _ = _finish(call, sums)
-    _recompute_extremes(call, policy, sums, stats)
+    stats, _, _ = _forward(call, policy, _Made(reference_logits), early=False)
     nll = torch.nn.functional.cross_entropy(
         policy_logits.float(), targets, reduction="none"
     )
@@ -218,7 +226,7 @@ class _Side:
     def rows(self, tile: slice) -> list[torch.Tensor]:
         """The tile of every weight, each of shape (tile, width)."""
         pairs = zip(self.weights, self.inputs, strict=True)
-        return [tile_of(weight, tile, x) for weight, x in pairs]
+        return [rows_of(weight, tile, x) for weight, x in pairs]
 
     def few(self, tokens: torch.Tensor) -> "_Side":
         """The same for some tokens."""
@@ -263,7 +271,6 @@ class _Call:
     """What `token_stats` was asked, apart from what may need a gradient."""
 
     policy: Head
-    reference: _Side | _Made
     targets: torch.Tensor
     epsilon: float | None
     collision: bool
@@ -273,7 +280,10 @@ class _Call:
     def blocks(self) -> Iterator[slice]:
         """Tokens whose gradients fit into BLOCK_VALUES."""
         width = sum(weight.shape[1] for weight in self.policy.weights)
-        return _slices(0, len(self.targets), max(1, BLOCK_VALUES // max(1, width)))
+        size = max(1, BLOCK_VALUES // max(1, width))
+        if size > self.ops.CHUNK:
+            size -= size % self.ops.CHUNK
+        return _slices(0, len(self.targets), size)
 
     def tiles(self) -> Iterator[slice]:
         """The vocabulary, tile by tile."""
@@ -289,10 +299,17 @@ class _Call:
         columns = min(self.ops.TILE, self.policy.vocab)
         return torch.empty(matrices, rows * columns, device=self.targets.device)
 
-    def precision(self) -> AbstractContextManager[None]:
-        """Within it, products keep all digits."""
-        operands = *self.reference.inputs, *self.reference.weights, *self.policy.weights
-        return full_precision(*operands)
+    @contextmanager
+    def on_device(self, *sides: _Side | _Made) -> Iterator[None]:
+        """Within it, kernels run where the tensors are, and products keep all digits.
+
+        Args:
+            *sides: What is multiplied.
+        """
+        operands = [x for side in sides for x in (*side.inputs, *side.weights)]
+        device = torch.cuda.device_of(self.targets)
+        with device, full_precision(self.targets, *operands):
+            yield
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -309,40 +326,54 @@ class _TokenStats(torch.autograd.Function):
     """Forward reads every tile once, backward again only where the head trains."""
 
     @staticmethod
-    def forward(ctx, call, bias, *tensors):
+    def forward(ctx, call, reference, bias, *tensors):
         half = len(tensors) // 2
         policy = _Side(call.policy, tensors[:half], call.policy.weights, bias)
-        _, wants_bias, *wants = ctx.needs_input_grad
+        _, _, wants_bias, *wants = ctx.needs_input_grad
         head_trains = wants_bias or any(wants[half:])
         early = call.with_grad and any(wants) and not head_trains
-        with call.precision():
-            sums, gradients = _read_tiles(call, policy, early)
-            stats, lse = _finish(call, sums)
-            _recompute_extremes(call, policy, sums, stats)
-        ctx.call, ctx.early = call, early
+        stats, lse, gradients = _forward(call, policy, reference, early)
+        ctx.call, ctx.early = None if early else call, early
         ctx.save_for_backward(*(gradients if early else (lse, bias, *tensors)))
         ctx.mark_non_differentiable(*stats[1:])
         return tuple(stats)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_logp, *_):
         if ctx.early:
-            scaled = [g * grad_logp[:, None].to(g.dtype) for g in ctx.saved_tensors]
-            return None, None, *scaled, *(None for _ in scaled)
+            # float32 inside: a rounded factor would bend a whole sequence alike
+            scaled = [
+                torch.mul(g, grad_logp[:, None], out=torch.empty_like(g))
+                for g in ctx.saved_tensors
+            ]
+            return None, None, None, *scaled, *(None for _ in scaled)
         call, (lse, bias, *tensors) = ctx.call, ctx.saved_tensors
+        grad_logp = grad_logp.contiguous()  # that of a sum is one value, expanded
         half = len(tensors) // 2
         weights = tuple(
             own if saved is None else saved
             for own, saved in zip(call.policy.weights, tensors[half:], strict=True)
         )
         policy = _Side(call.policy, tuple(tensors[:half]), weights, bias)
-        with call.precision():
-            wanted = ctx.needs_input_grad[1:]
-            return None, *_read_again(call, policy, lse, grad_logp, wanted)
+        with call.on_device(policy):
+            wanted = ctx.needs_input_grad[2:]
+            return None, None, *_read_again(call, policy, lse, grad_logp, wanted)
+
+
+def _forward(
+    call: _Call, policy: _Side | _Made, reference: _Side | _Made, early: bool
+) -> tuple[TokenStats, torch.Tensor, list[torch.Tensor]]:
+    """Statistics, the policy's logsumexp and, if early, ∂ policy_logp / ∂ inputs."""
+    with call.on_device(policy, reference):
+        sums, gradients = _read_tiles(call, policy, reference, early)
+        stats, lse = _finish(call, sums)
+        _recompute_extremes(call, policy, reference, sums, stats)
+    return stats, lse, gradients
 
 
 def _read_tiles(
-    call: _Call, policy: _Side | _Made, early: bool
+    call: _Call, policy: _Side | _Made, reference: _Side | _Made, early: bool
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Sums over the vocabulary; if early, also ∂ policy_logp / ∂ inputs."""
     sums = call.ops.new_sums(len(call.targets), call.targets.device)
@@ -351,16 +382,16 @@ def _read_tiles(
     for block in call.blocks():
         means = _Parts(gradients, block)  # Σ w · weight
         for tile in call.tiles():
-            own, other = policy.rows(tile), call.reference.rows(tile)
+            own, other = policy.rows(tile), reference.rows(tile)
             for c in call.chunks(block):
                 space = _cut(scratch, c, tile)
                 policy.logits(own, c, tile, space[0])
-                call.reference.logits(other, c, tile, space[1])
+                reference.logits(other, c, tile, space[1])
                 w, shrink = call.ops.add_tile(
                     sums[:, c],
                     space,
                     call.targets[c] - tile.start,
-                    (policy.head, call.reference.head),
+                    (policy.head, reference.head),
                     epsilon=call.epsilon,
                     collision=call.collision,
                     weights_as=own[0].dtype if early else None,
@@ -372,7 +403,8 @@ def _read_tiles(
             slope = policy.head.slope(sums[LOGIT_Y, c, None])
             for i, mean in enumerate(means.at(c)):
                 mean /= -sums[MASS, c, None]
-                gradients[i][c] = mean.add_(policy.weights[i][call.targets[c]] * slope)
+                rows = rows_of(policy.weights[i], call.targets[c], policy.inputs[i])
+                gradients[i][c] = mean.add_(rows.float() * slope)
     return sums, gradients
 
 
@@ -382,7 +414,7 @@ class _Parts:
     def __init__(self, wholes: Sequence[torch.Tensor | None], rows: slice):
         self._wholes, self._rows = wholes, rows
         self._parts = [
-            None if g is None else torch.zeros_like(g[rows], dtype=torch.float32)
+            None if g is None else torch.zeros(g[rows].shape, device=g.device)
             for g in wholes
         ]
 
@@ -427,18 +459,25 @@ def _finish(call: _Call, sums: torch.Tensor) -> tuple[TokenStats, torch.Tensor]:
 
 
 def _recompute_extremes(
-    call: _Call, policy: _Side | _Made, sums: torch.Tensor, stats: TokenStats
+    call: _Call,
+    policy: _Side | _Made,
+    reference: _Side | _Made,
+    sums: torch.Tensor,
+    stats: TokenStats,
 ) -> None:
     """Replaces what expm1 and log1p cannot give where policies are worlds apart.
 
     expm1 overflows for large d, and log1p(x) has no digits left near x = -1. There a
-    difference of two logsumexp has digits to spare. Rare, so whole rows are formed.
+    difference of two logsumexp has digits to spare. Whole rows are formed: these tokens
+    cost the head's products once more.
     """
     smallest = sums[[BACK, PLUS, MINUS]].amin(0) / sums[MASS]
     fine = (sums[WIDEST] <= WIDEST_RATIO) & (smallest >= SMALLEST_MEAN)
-    size = max(1, call.ops.CHUNK * call.ops.TILE // call.policy.vocab)
-    for rows in (~fine).nonzero()[:, 0].split(size):
-        h, r = (_whole_rows(call, side, rows) for side in (policy, call.reference))
+    extreme = (~fine).nonzero()[:, 0]
+    # some eight matrices of as many rows are alive at once
+    size = max(1, call.ops.CHUNK * call.ops.TILE // (4 * call.policy.vocab))
+    for rows in extreme.split(size) if len(extreme) else ():
+        h, r = (_whole_rows(call, side, rows) for side in (policy, reference))
         d, p, q = h - r, h.log_softmax(1), r.log_softmax(1)
         y = call.targets[rows, None]
         stats.reference_logp[rows] = q.gather(1, y)[:, 0]

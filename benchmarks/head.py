@@ -2,6 +2,7 @@
 
     python benchmarks/head.py            # shapes for this machine
     python benchmarks/head.py --write    # and into RESULTS.md
+    python benchmarks/head.py --memory   # only the memory of the largest shape, bf16
 
 Needs torch, and triton on a GPU; nothing else. Side by side, per shape, with the head
 frozen (LoRA) and trained (full fine-tuning):
@@ -21,7 +22,7 @@ Every contender runs `--repeats` times in turn. Times are medians of ratios to
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -62,13 +63,13 @@ class Case:
             return values.to("cuda" if ON_GPU else "cpu", dtype)
 
         self.trained = trained
-        self.buffer: torch.Tensor | None = None
         self.hidden = draw(shape.tokens, 1.0).requires_grad_()
         self.reference = (self.hidden + draw(shape.tokens, 0.02)).detach()
         self.weight = draw(shape.vocab, shape.hidden**-0.5).requires_grad_(trained)
         self.frozen = self.weight.detach()  # the reference's
         self.y = torch.randint(shape.vocab, (shape.tokens,), generator=g)
         self.y = self.y.to(self.hidden.device)
+        self.buffer = self.hidden.new_empty(0)  # of the products
 
     def contenders(self) -> dict[str, Callable[[], object]]:
         """Name and one forward and backward of each."""
@@ -123,13 +124,19 @@ class Case:
     @torch.no_grad()
     def products(self) -> None:
         """Into one buffer that is kept, so that memory is not what is timed."""
-        if self.buffer is None:
-            self.buffer = self.hidden.new_empty(len(self.y), len(self.weight))
+        if not len(self.buffer):
+            self.buffer = self.hidden.new_zeros(len(self.y), len(self.weight))
         for operand in (self.hidden, self.reference, self.hidden):
             torch.mm(operand, self.weight.T, out=self.buffer)
         torch.mm(self.buffer, self.weight)  # hidden gradient
         if self.trained:
             torch.mm(self.buffer.T, self.hidden)  # weight gradient
+
+    def extra_bytes(self, run: Callable[[], object]) -> int:
+        """Peak memory of a run beyond inputs and gradients."""
+        self.hidden.grad = self.weight.grad = None
+        gradients = self.hidden.nbytes + (self.weight.nbytes if self.trained else 0)
+        return max(0, peak_extra_bytes(run) - gradients)
 
     def _backward(self, log_ratio: torch.Tensor) -> None:
         self.hidden.grad = self.weight.grad = None
@@ -139,11 +146,10 @@ class Case:
 def measure(case: Case, repeats: int) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Per contender: seconds of each turn, and peak bytes beyond the gradients."""
     contenders = case.contenders()
-    gradients = case.hidden.nbytes + (case.weight.nbytes if case.trained else 0)
-    peaks, times = {}, {name: [] for name in contenders}
-    for name, run in contenders.items():  # the first run also warms up
-        case.hidden.grad = case.weight.grad = None
-        peaks[name] = max(0, peak_extra_bytes(run) - gradients)
+    case.products()  # makes its buffer
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    # the first run also warms up
+    peaks = {name: case.extra_bytes(run) for name, run in contenders.items()}
     for _ in range(repeats):
         for name, run in contenders.items():
             times[name].append(_seconds(run))
@@ -189,8 +195,30 @@ def table(shape: Shape, dtype: torch.dtype, trained: bool, repeats: int) -> str:
     return "\n".join([*lines, "", f"ε's part: {part:+.1%} of the time without it."])
 
 
+def memory() -> str:
+    """The peak of `token_stats` beyond inputs and gradients at the largest shape."""
+    lines = ["| head | extra memory |", "|---|---|"]
+    for trained in (False, True):
+        case = Case(GPU_SHAPES[-1], torch.bfloat16, trained)
+        run = case.contenders()["ours, Triton" if ON_GPU else "ours, PyTorch"]
+        peak = case.extra_bytes(run) / 2**20
+        lines.append(f"| {'trained' if trained else 'frozen'} | {peak:.0f} MiB |")
+        print(lines[-1], flush=True)
+    return "\n".join([f"### {GPU_SHAPES[-1]}, bfloat16", "", *lines])
+
+
+def tables(options: argparse.Namespace) -> Iterator[str]:
+    """The tables of every shape, with the head frozen and trained."""
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
+    for shape in options.shape or (GPU_SHAPES if ON_GPU else CPU_SHAPES):
+        for trained in (False, True):
+            yield table(shape, dtype, trained, options.repeats)
+    if not ON_GPU:
+        yield "On a GPU: not measured."
+
+
 def main() -> None:
-    """Measures every shape and prints the tables."""
+    """Measures, prints and, if asked, writes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2, help="on a CPU")
@@ -201,19 +229,16 @@ def main() -> None:
         action="append",
         help="N,H,V; may be repeated",
     )
+    parser.add_argument("--memory", action="store_true", help="only that")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    dtype = torch.bfloat16 if ON_GPU else torch.float32
     parts = [environment("torch", *(["triton"] if ON_GPU else []))]
-    print(parts[0], flush=True)
-    for shape in options.shape or (GPU_SHAPES if ON_GPU else CPU_SHAPES):
-        for trained in (False, True):
-            parts.append(table(shape, dtype, trained, options.repeats))
-            print("\n" + parts[-1], flush=True)
-    if not ON_GPU:
-        parts.append("On a GPU: not measured.")
+    for part in [memory()] if options.memory else tables(options):
+        parts.append(part)
+        print("\n" + part, flush=True)
     if options.write:
-        append_results(f"Head, {'GPU' if ON_GPU else 'CPU'}", "\n\n".join(parts))
+        kind = "Head, memory" if options.memory else "Head"
+        append_results(f"{kind}, {'GPU' if ON_GPU else 'CPU'}", "\n\n".join(parts))
 
 
 if __name__ == "__main__":

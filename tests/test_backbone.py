@@ -117,8 +117,17 @@ def test_a_transform_that_the_config_does_not_name_is_found_by_comparing():
     assert model.training
 
 
-def test_logits_are_made_for_the_columns_that_are_asked_for():
-    model = build("llama")
+class MakesAll(LlamaForCausalLM):
+    """Takes `logits_to_keep` among other things, and makes all logits."""
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        kwargs.pop("logits_to_keep", None)
+        return super().forward(input_ids, attention_mask, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, MakesAll])
+def test_logits_are_made_at_the_positions_that_are_asked_for(kind):
+    model = kind(MODELS["llama"])
     some = Completions(
         torch.tensor([1, 3, 11]), IDS.flatten()[:3], torch.tensor([2, 1])
     )
@@ -182,6 +191,13 @@ def test_lora_on_the_head_learns_as_in_the_model_itself():
     for a, b in zip(got, want, strict=True):
         assert b.abs().max() > 0
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * b.abs().max().item())
+
+
+def test_a_head_of_another_type_is_named():
+    model = build("llama")
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(backbone.HeadError, match="its type is Sequential"):
+        backbone.head_of(model)
 
 
 def test_an_adapter_of_the_head_that_is_more_than_lora_is_named():

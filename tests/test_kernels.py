@@ -31,7 +31,8 @@ def build(kernel, flags):
     signature = {name: TYPES.get(name, "*fp32") for name in kernel.arg_names}
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    return compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32))
+    target = GPUTarget("cuda", int(sys.argv[1]), 32)
+    return compile(source, target=target, options={"enable_fp_fusion": False})
 
 for kernel in kernels._add_tile_kernel, kernels._gradient_tile_kernel:
     for flags in (False, True):
@@ -74,6 +75,18 @@ def test_on_a_gpu_values_and_gradients_are_as_exact_as_pytorch(dtype, trained):
     for a, b, c in zip(*got, strict=True):
         error, allowed = (a - c).abs().max(), (b - c).abs().max()
         assert error <= allowed + torch.finfo(dtype).eps * c.abs().max()
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("scale", [1.0, 1 / 6, 0.8333])
+def test_on_a_gpu_equal_policies_give_exactly_zero(scale):
+    """Nothing is fused with the difference of logits; the interpreter never fuses."""
+    kind = dict(tokens=500, hidden=64, vocab=5000, device="cuda", scale=scale)
+    h, _, head, y = inputs(**kind)
+    stats = token_stats(h, h.clone(), head, head, y, 0.01)
+    for values in (stats.plus, stats.minus, stats.kl):
+        assert not values.any()
 
 
 @pytest.mark.gpu

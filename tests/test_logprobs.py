@@ -4,14 +4,20 @@ Everything here runs twice: in PyTorch, and in Triton, which interprets its kern
 where there is no GPU.
 """
 
+import sys
 from functools import partial
 
 import pytest
 import torch
+from conftest import ROOT
 
 from axolotl_edpo import kernels, logprobs, tiles
 from axolotl_edpo.head import Head, LowRank
 from axolotl_edpo.logprobs import logits_stats, token_stats
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from measure import peak_extra_bytes  # noqa: E402
 
 CASES = {
     "plain": dict(),
@@ -194,6 +200,17 @@ def test_gradients_are_as_exact_as_pytorch_in_that_dtype(backend, case, dtype, t
         assert error <= allowed + rounding * c.abs().max(), (error, allowed)
 
 
+def test_the_gradient_of_a_plain_sum(backend):
+    """Autograd hands it over as one value, expanded without memory of its own."""
+    h, ref, head, y = inputs(device=device(backend))
+    leaves = [h.requires_grad_(), head.weight.requires_grad_()]
+    ours = token_stats(h, ref, head, head, y, 0.01, backend=backend).policy_logp
+    exact = naive(h, ref, head, y, 0.01).policy_logp
+    got, want = (torch.autograd.grad(logp.sum(), leaves) for logp in (ours, exact))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_a_frozen_head_makes_its_gradient_in_three_products(backend, monkeypatch):
     """Two forward, one gradient; a trained head forms its logits again."""
     seen = []
@@ -242,7 +259,7 @@ def test_more_tokens_than_an_accumulator_holds_give_the_same_gradient(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equal_policies_give_exactly_zero(backend, dtype):
-    h, _, head, y = inputs(dtype=dtype, device=device(backend))
+    h, _, head, y = inputs(dtype=dtype, device=device(backend), scale=1 / 6)
     read = token_stats(h, h.clone(), head, head, y, 0.01, backend=backend)
     logits = head.logits(h).to(dtype)
     made = logits_stats(logits, logits.clone(), y, 0.01, backend=backend)
@@ -271,6 +288,24 @@ def test_bf16_products_are_not_rounded_to_bf16(backend):
     exact = naive(h, ref, head, y, 0.01)
     assert (ours.plus - exact.plus).abs().max() <= 1e-5 * exact.plus.abs().max()
     assert (ours.policy_logp - exact.policy_logp).abs().max() < 1e-4
+
+
+def test_under_an_autocast_operands_are_rounded_as_in_the_model(backend):
+    """And products are not: the same as for operands that were in bf16 before."""
+    h, ref, head, y = inputs(device=device(backend))
+    leaves = [h.requires_grad_(), head.weight.requires_grad_()]
+    with torch.autocast(device(backend), torch.bfloat16):
+        ours = token_stats(h, ref, head, head, y, 0.01, backend=backend)
+    got = gradients(ours.policy_logp, leaves)
+    kind = dict(dtype=torch.bfloat16, device=device(backend))
+    h, ref, head, y = inputs(**kind)
+    leaves = [h.requires_grad_(), head.weight.requires_grad_()]
+    want = token_stats(h, ref, head, head, y, 0.01, backend=backend)
+    for name, a, b in zip(NAMES, ours, want, strict=True):
+        assert torch.equal(a, b), name
+    for a, b in zip(got, gradients(want.policy_logp, leaves), strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b.float(), rtol=2**-8, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -332,3 +367,26 @@ def test_logits_that_a_model_made_give_the_same(backend, size):
     (grad,) = torch.autograd.grad(made.policy_logp.sum(), logits[0])
     onehot = torch.nn.functional.one_hot(y, head.vocab)
     torch.testing.assert_close(grad, onehot - logits[0].softmax(-1).detach())
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_memory_is_that_of_a_tile_whatever_tokens_and_vocabulary(trained):
+    """Logits of the larger case take 500 MiB, four times those of the smaller."""
+
+    def extra(tokens, vocab):
+        h, ref, head, y = inputs(tokens=tokens, vocab=vocab, hidden=16, size=0.2)
+        h.requires_grad_()
+        head.weight.requires_grad_(trained)
+
+        def run():
+            stats = token_stats(h, ref, head, head, y, 0.01)
+            stats.policy_logp.sum().backward()
+
+        return peak_extra_bytes(run) / 2**20
+
+    matrices = tiles.MATRICES * tiles.CHUNK * tiles.TILE * 4 / 2**20
+    extra(64, 64)
+    small, large = extra(2048, 16000), extra(4096, 32000)
+    assert matrices == 16
+    assert small < 2 * matrices
+    assert large < small + 8
