@@ -52,6 +52,17 @@ def test_every_kernel_compiles_for_a_gpu_that_is_not_here(architecture, monkeypa
     assert min(sizes) > 1000
 
 
+def test_the_op_needs_torch_alone():
+    """So that it can be measured where nothing else is installed."""
+    loaded = "import sys, axolotl_edpo.logprobs; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", loaded], capture_output=True, text=True
+    )
+    modules = set(done.stdout.split())
+    assert "axolotl_edpo.tiles" in modules
+    assert not modules & {"axolotl", "transformers", "peft", "trl", "bitsandbytes"}
+
+
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
