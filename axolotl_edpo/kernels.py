@@ -1,8 +1,8 @@
 """The functions of tiles.py in Triton, for logits that live on a GPU.
 
-The products stay with cuBLAS, whose float32 output is read here once: a tile of logits
-is bounded whatever the batch. One program walks one token's row
-twice, for its maximum and for its sums, or writes a piece of one row of a gradient.
+The products stay with cuBLAS, whose float32 output is read here once, one tile of it at
+a time. One program walks one token's row of the tile twice, for its maximum and for its
+sums, or writes a piece of one row of a gradient.
 
 Numbers are those of tiles.py up to float32 rounding. Products and sums are fused only
 where `fma` says so: if the compiler fused the scale of one logit with the difference of
