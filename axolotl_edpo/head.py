@@ -201,9 +201,14 @@ def rows_of(weight: torch.Tensor | Rows, rows: Any, hidden: torch.Tensor):
     return tile if narrow and hidden.is_cuda else tile.float()
 
 
+def _is_narrow(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the device multiplies these 16-bit operands in float32 by itself."""
+    return a.is_cuda and a.dtype == b.dtype != torch.float32
+
+
 def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     """out = a @ b in float32."""
-    if a.is_cuda and a.dtype == b.dtype != torch.float32:
+    if _is_narrow(a, b):
         torch.mm(a, b, out_dtype=torch.float32, out=out)
     else:
         torch.mm(a.float(), b.float(), out=out)
@@ -211,7 +216,7 @@ def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
 
 def add_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     """out += a @ b in float32."""
-    if a.is_cuda and a.dtype == b.dtype != torch.float32:
+    if _is_narrow(a, b):
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
         out.addmm_(a.float(), b.float())

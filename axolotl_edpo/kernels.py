@@ -18,8 +18,15 @@ from . import tiles
 from .head import Head
 from .tiles import new_sums
 
-__all__ = ["CHUNK", "MATRICES", "TILE", "add_tile", "gradient_tile", "new_sums"]
-__all__ += ["rescale"]
+__all__ = [
+    "CHUNK",
+    "MATRICES",
+    "TILE",
+    "add_tile",
+    "gradient_tile",
+    "new_sums",
+    "rescale",
+]
 
 # As in tiles.py: 64 MiB per matrix, products large enough for tensor cores.
 CHUNK, TILE, MATRICES = 4096, 4096, 2

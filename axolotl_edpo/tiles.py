@@ -88,7 +88,7 @@ def add_tile(
         sums[PLUS] += perturbed[0]
         sums[MINUS] += perturbed[1]
     if weights_as is not None:
-        w = w.mul_(heads[0].slope(h)).to(weights_as)
+        w = _times(w, heads[0].slope(h)).to(weights_as)
     return w, shrink
 
 
@@ -145,7 +145,14 @@ def gradient_tile(
     inside = (targets >= 0) & (targets < h.shape[1])
     column = targets.clamp(0, h.shape[1] - 1)[:, None]
     p.scatter_add_(1, column, -inside[:, None].float())
-    return p.mul_(-grad_logp[:, None]).mul_(slope).to(dtype)
+    return _times(p.mul_(-grad_logp[:, None]), slope).to(dtype)
+
+
+def _times(values: torch.Tensor, slope: torch.Tensor | float) -> torch.Tensor:
+    """values *= slope, without a pass over them where it is 1."""
+    if not isinstance(slope, torch.Tensor) and slope == 1:
+        return values
+    return values.mul_(slope)
 
 
 def rescale(values: torch.Tensor, factor: torch.Tensor) -> None:
