@@ -7,7 +7,7 @@ would not train as written, in one line that names key, value and remedy.
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
@@ -19,9 +19,6 @@ BETA_KEYS = ("beta", "rl_beta", "dpo_beta", "trl.beta")
 # Recipe keys that would change the loss or the batch in a way this version does not
 # compute: key -> what to set instead.
 UNSUPPORTED = {
-    "sample_packing": "set `sample_packing: false`",
-    "eval_sample_packing": "set `eval_sample_packing: false`",
-    "dpo_padding_free": "remove it: batches are padded",
     "dpo_use_weighting": "remove it, or use `rl: dpo` for WPO weights",
     "dpo_use_liger_kernel": "remove it: the head already runs without full logits",
     "precompute_ref_log_probs": "remove it: ε-DPO needs the reference's logits over "
@@ -32,10 +29,14 @@ UNSUPPORTED = {
     "fsdp_config": "shard with `deepspeed:` (ZeRO-3) instead",
     "is_multimodal": "use a text model, or `rl: dpo`",
     "processor_type": "use a text model, or `rl: dpo`",
-    "torch_compile": "remove it",
     "orpo_alpha": "remove it: axolotl would take it for `beta`",
     "reward_model": "remove it: it asks for another trainer",
     "process_reward_model": "remove it: it asks for another trainer",
+}
+# Keys that axolotl refuses beside `rl` -> what they become.
+LOWERED = {
+    "sample_packing": "edpo_sample_packing",
+    "eval_sample_packing": "edpo_eval_sample_packing",
 }
 # Keys that split a model or a sequence: allowed up to 1.
 SPLITTING = (
@@ -51,6 +52,13 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
+def _switch(value: Any) -> Any:
+    if value not in (True, False, "auto"):
+        raise ValueError("true, false or auto is needed")
+    return value
+
+
+Switch = Annotated[bool | Literal["auto"], BeforeValidator(_switch)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
 
 
@@ -74,6 +82,21 @@ class EDPOArgs(BaseModel):
         description="Mean of the pairs' β that is the next step's β: `arithmetic` "
         "(the paper's Eq. 6) or `harmonic` (the authors' released code)",
     )
+    edpo_prefix_sharing: Switch = Field(
+        default="auto",
+        description="Whether a prompt is in a packed row once, for chosen and rejected "
+        "(`auto`: where pairs are packed or padding-free and the model can)",
+    )
+    edpo_sample_packing: Switch = Field(
+        default=False,
+        description="What `sample_packing` becomes, which axolotl refuses beside `rl`: "
+        "one row per micro-batch, pairs of a step dealt evenly by tokens (`auto`: "
+        "padded, where the model cannot)",
+    )
+    edpo_eval_sample_packing: bool | None = Field(
+        default=None,
+        description="What `eval_sample_packing` becomes (absent: as in training)",
+    )
 
 
 def check_recipe(recipe: Mapping[str, Any]) -> float | None:
@@ -88,6 +111,7 @@ def check_recipe(recipe: Mapping[str, Any]) -> float | None:
     Raises:
         ValueError: One line with key, value and what to set.
     """
+    recipe = {**recipe, **lowered_packing(recipe)}
     _check_unknown(recipe)
     beta = _common_beta(recipe)
     own = {key: recipe[key] for key in EDPOArgs.model_fields if key in recipe}
@@ -95,7 +119,21 @@ def check_recipe(recipe: Mapping[str, Any]) -> float | None:
     _check_values({**own, "beta": beta})
     _check_unsupported(recipe)
     _check_adapter(recipe)
+    _check_sharing(recipe)
     return None if beta is None else float(beta)
+
+
+def lowered_packing(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The packing keys of a recipe under the names they get.
+
+    Args:
+        recipe: The YAML; None is as good as absent.
+    """
+    return {
+        name: recipe[key]
+        for key, name in LOWERED.items()
+        if recipe.get(key) is not None
+    }
 
 
 def check_foreign_recipe(recipe: Mapping[str, Any]) -> None:
@@ -149,8 +187,9 @@ def _check_values(values: Mapping[str, Any], name: str | None = None) -> None:
         first = error.errors()[0]
         key = str(first["loc"][0])
         description = EDPOArgs.model_fields[key].description
+        written = {lowered: key for key, lowered in LOWERED.items()}.get(key, key)
         raise ValueError(
-            f"`{name or key}: {first['input']}`: {first['msg']}. {description}."
+            f"`{name or written}: {first['input']}`: {first['msg']}. {description}."
         ) from None
 
 
@@ -184,6 +223,14 @@ def _check_adapter(recipe: Mapping[str, Any]) -> None:
     if directory and recipe.get("rl_adapter_ref_model"):
         remedy = "remove it: the reference of `lora_model_dir` is its own start"
         _refuse("rl_adapter_ref_model", True, remedy)
+
+
+def _check_sharing(recipe: Mapping[str, Any]) -> None:
+    packing = ("dpo_padding_free", *LOWERED.values())
+    if recipe.get("edpo_prefix_sharing") is True and not any(map(recipe.get, packing)):
+        remedy = "set `sample_packing: true` or `dpo_padding_free: true`: padded, each "
+        remedy += "sequence has a row of its own"
+        _refuse("edpo_prefix_sharing", True, remedy)
 
 
 def _refuse(key: str, value: Any, remedy: str) -> None:

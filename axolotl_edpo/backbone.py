@@ -14,7 +14,7 @@ whose head cannot be read makes its logits itself: `completion_logits`.
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from trl.trainer.utils import maybe_gather_lm_head_ctx, use_adapter
 
+from .attention import evaluating
 from .batch import Completions
 from .head import Head, LowRank, Quantized4bit, Quantized8bit, Rows, full_precision
 
@@ -81,55 +82,43 @@ def copy_to_reference_adapter(model: PeftModel, source: str = "default") -> None
 
 
 def completion_hidden(
-    model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    completions: Completions,
+    model: PreTrainedModel, inputs: Mapping[str, Any], completions: Completions
 ) -> torch.Tensor:
     """Last hidden states at the positions that predict a completion token.
 
     Args:
         model: A causal language model.
-        input_ids: Shape (sequences, length).
-        attention_mask: Shape (sequences, length).
+        inputs: `input_ids` of shape (rows, length), and what else its forward takes.
         completions: The positions, over the flattened batch.
 
     Returns:
         Shape (tokens, hidden).
     """
-    out = model.base_model(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-    )
+    out = model.base_model(**inputs, use_cache=False)
     return out.last_hidden_state.flatten(0, 1)[completions.positions]
 
 
 def completion_logits(
-    model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    completions: Completions,
+    model: PreTrainedModel, inputs: Mapping[str, Any], completions: Completions
 ) -> torch.Tensor:
     """Logits as the model makes them, where its head cannot be read.
 
     Args:
         model: A causal language model.
-        input_ids: Shape (sequences, length).
-        attention_mask: Shape (sequences, length).
+        inputs: `input_ids` of shape (rows, length), and what else its forward takes.
         completions: The positions, over the flattened batch.
 
     Returns:
         Shape (tokens, vocab). The model makes them for every column in which any
-        sequence has a completion token.
+        row has a position that is scored.
     """
-    row = completions.positions // input_ids.shape[1]
-    column = completions.positions % input_ids.shape[1]
+    length = inputs["input_ids"].shape[1]
+    row, column = completions.positions // length, completions.positions % length
     only = {}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         only["logits_to_keep"] = columns = column.unique()
         column = torch.searchsorted(columns, column)
-    out = model(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **only
-    )
+    out = model(**inputs, use_cache=False, **only)
     return out.logits[row, column]
 
 
@@ -202,19 +191,16 @@ def check_head(model: PreTrainedModel) -> None:
     Raises:
         HeadError: If they differ by more than rounding.
     """
-    head, training = head_of(model), model.training
+    head = head_of(model)
     if any(tensor.device != model.device for tensor in head.tensors):
         raise HeadError("its weight is not on the model's device")
     ids = torch.arange(16, device=model.device).view(2, 8) % head.vocab
     some = torch.tensor([3, 4, 6, 13, 14], device=model.device)
-    batch = ids, torch.ones_like(ids), Completions(some, ids.flatten()[some], some[:2])
-    model.eval()
-    try:
-        with torch.no_grad():
-            own = completion_logits(model, *batch).float()
-            ours = head_of(model).logits(completion_hidden(model, *batch))
-    finally:
-        model.train(training)
+    completions = Completions(some, ids.flatten()[some], some[:2])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with evaluating(model):
+        own = completion_logits(model, inputs, completions).float()
+        ours = head_of(model).logits(completion_hidden(model, inputs, completions))
     difference = ((ours - own).abs().max() / own.abs().max()).item()
     if not difference < _TOLERANCE:
         raise HeadError(

@@ -4,9 +4,10 @@ axolotl's `rl` is a closed list that its data loading, model loading and validat
 branch on. ε-DPO wants all of them to do what they do for DPO, so the recipe is lowered
 before validation:
 
-    rl: edpo        →   rl: dpo
-    beta: 0.01      →   rl_beta: 0.01
-                        trainer_cls: axolotl_edpo.trainer.EDPOTrainer
+    rl: edpo               →   rl: dpo
+    beta: 0.01             →   rl_beta: 0.01
+    sample_packing: true   →   edpo_sample_packing: true
+                               trainer_cls: axolotl_edpo.trainer.EDPOTrainer
 
 Lowering a lowered recipe changes nothing: Ray workers load a config twice.
 """
@@ -21,7 +22,7 @@ except ImportError:
     check_versions()  # says more, and axolotl does not swallow it
     raise
 
-from .args import check_foreign_recipe, check_recipe
+from .args import LOWERED, check_foreign_recipe, check_recipe, lowered_packing
 
 PLUGIN = "axolotl_edpo.EDPOPlugin"
 TRAINER = "axolotl_edpo.trainer.EDPOTrainer"
@@ -52,7 +53,9 @@ class EDPOPlugin(BasePlugin):
         check_versions()
         _check_registration(cfg)
         beta = check_recipe(cfg)
-        cfg.update(rl="dpo", trainer_cls=TRAINER)
+        cfg.update(rl="dpo", trainer_cls=TRAINER, **lowered_packing(cfg))
+        for key in LOWERED:
+            cfg.pop(key, None)
         if beta is not None:
             cfg.update(beta=beta, rl_beta=beta)
 
@@ -65,6 +68,13 @@ class EDPOPlugin(BasePlugin):
         if cfg.trainer_cls != TRAINER or _has_accelerator():
             return {}
         return {"use_cpu": True}
+
+    def pre_model_load(self, cfg) -> None:
+        """Refuses a model that cannot be packed, where the recipe asks for it."""
+        if cfg.trainer_cls == TRAINER:
+            from .rows import check_recipe_model
+
+            check_recipe_model(cfg)
 
     def post_trainer_create(self, cfg, trainer) -> None:
         """Points auto-resume at the newest checkpoint whose save came to its end."""

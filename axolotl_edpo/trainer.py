@@ -21,6 +21,7 @@ from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.collators.dpo import AxolotlDPODataCollatorWithPadding
 from axolotl.utils.logging import get_logger
+from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
@@ -32,13 +33,16 @@ from . import backbone, checkpoint, loss
 from .batch import (
     Completions,
     chosen_minus_rejected,
-    select_completions,
+    completions_of,
+    model_inputs,
     sum_per_sequence,
 )
+from .collator import PairCollator, keep_examples, long_pairs, pairs_in
 from .controller import BetaController, ControllerSettings
 from .head import Head
 from .logprobs import TokenStats, logits_stats, token_stats
 from .metrics import WeightedMeans
+from .rows import RowSettings, settle
 
 LOG = get_logger(__name__)
 
@@ -85,6 +89,8 @@ class EDPOTrainer(AxolotlDPOTrainer):
         model: Policy, as AxolotlDPOTrainer takes it.
         ref_model: Reference, or None for the adapter's own reference.
         settings: β₀, ε and the mean; by default those of the axolotl recipe.
+        rows: How pairs are laid in rows; by default as the axolotl recipe says, or,
+            with `settings` of one's own, padded.
         **kwargs: As AxolotlDPOTrainer takes them.
     """
 
@@ -112,6 +118,7 @@ class EDPOTrainer(AxolotlDPOTrainer):
         data_collator=None,
         peft_config=None,
         settings: ControllerSettings | None = None,
+        rows: RowSettings | None = None,
         **kwargs,
     ):
         # whoever passes settings is no recipe of axolotl's
@@ -121,6 +128,9 @@ class EDPOTrainer(AxolotlDPOTrainer):
             # TRL's own pads to a multiple as well
             args.pad_to_multiple_of = data_collator.pad_to_multiple_of
             data_collator = None
+        rows = rows or (RowSettings() if cfg is None else RowSettings.of(cfg))
+        # what TRL 1.9 would only switch off, with a warning
+        args.padding_free = False
         continued = cfg is not None and cfg.adapter and cfg.lora_model_dir
         if continued:
             model = PeftModel.from_pretrained(
@@ -145,6 +155,7 @@ class EDPOTrainer(AxolotlDPOTrainer):
             self._settle_reference_adapter(evaluating=peft_config is None)
         self._refuse_unsupported_model()
         self._reads_head = self._head_is_readable()
+        self._settle_rows(rows)
         self.controller = BetaController(
             settings
             or ControllerSettings(self.args.beta, cfg.edpo_epsilon, cfg.edpo_beta_mean)
@@ -153,7 +164,7 @@ class EDPOTrainer(AxolotlDPOTrainer):
         # losses are divided by the pairs of the optimizer step, see compute_loss
         self.model_accepts_loss_kwargs = True
         self._redirect = _ForwardRedirection()
-        self._new_tokens = torch.tensor(0)
+        self._new_tokens = 0
         self._means = {"train": WeightedMeans(), "eval": WeightedMeans()}
 
     def _refuse_unsupported_model(self) -> None:
@@ -198,6 +209,67 @@ class EDPOTrainer(AxolotlDPOTrainer):
         self.model.save_pretrained = functools.partial(
             self.model.save_pretrained, selected_adapters=["default"]
         )
+
+    # --- rows --------------------------------------------------------------------
+
+    def _settle_rows(self, wanted: RowSettings) -> None:
+        """Sets the collators of training and evaluation.
+
+        Raises:
+            ValueError: If the model cannot do what the recipe asks for.
+        """
+        models = [backbone.causal_lm(self.model)]
+        if self.ref_model is not None:
+            models.append(self.accelerator.unwrap_model(self.ref_model))
+        probe = not is_deepspeed_zero3_enabled()  # there the weights are elsewhere
+        with self.accelerator.autocast():
+            rows = settle(wanted, models, probe)
+        base, shares = vars(self.data_collator), bool(rows.shares)  # TRL's
+        self._deals = rows.deals
+        self.data_collator: Any = PairCollator(**base, packs=rows.packs, shares=shares)
+        self._eval_collator = PairCollator(**base, packs=rows.eval_packs, shares=shares)
+
+    @contextmanager
+    def _collating(self, collator: Any) -> Iterator[None]:
+        """Within it, data loaders are made with this collator."""
+        own, self.data_collator = self.data_collator, collator
+        try:
+            yield
+        finally:
+            self.data_collator = own
+
+    def get_train_dataloader(self):
+        """As transformers', with examples that are still to be dealt if packing."""
+        with self._collating(keep_examples if self._deals else self.data_collator):
+            return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, *args, **kwargs):
+        """As transformers', with the collator of evaluation."""
+        with self._collating(self._eval_collator):
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_batch_samples(self, *args, **kwargs):
+        """The micro-batches of an optimizer step, dealt anew if packing."""
+        batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        if self._deals and batches:
+            batches = self.data_collator.deal(batches)
+        return batches, num_items_in_batch
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        """As TRL's; says once which pairs `sequence_len` cost."""
+        prepared = super()._prepare_dataset(
+            dataset, processing_class, args, dataset_name
+        )
+        if isinstance(prepared, Dataset) and args.max_length is not None:
+            dropped = len(dataset) - len(prepared)
+            truncated = long_pairs(prepared, args.max_length)
+            if dropped or truncated:
+                LOG.warning(
+                    f"{dataset_name} set, `sequence_len: {args.max_length}`: "
+                    f"{dropped} of {len(dataset)} pairs dropped (the prompt alone "
+                    f"fills it), {truncated} truncated (an answer ends after it)."
+                )
+        return prepared
 
     # --- β -----------------------------------------------------------------------
 
@@ -259,7 +331,7 @@ class EDPOTrainer(AxolotlDPOTrainer):
         self, batch_samples: Iterable[dict], device: torch.device
     ) -> torch.Tensor:
         """Pairs of an optimizer step, over its micro-batches and all ranks."""
-        pairs = sum(len(batch["input_ids"]) // 2 for batch in batch_samples)
+        pairs = sum(pairs_in(batch) for batch in batch_samples)
         return self._sum_over_ranks(torch.tensor(pairs))
 
     def compute_loss(
@@ -269,8 +341,7 @@ class EDPOTrainer(AxolotlDPOTrainer):
 
         Args:
             model: The policy, wrapped by its engine.
-            inputs: Batch with `input_ids`, `attention_mask` and `completion_mask`,
-                each of shape (2 x pairs, length), all chosen, then all rejected.
+            inputs: Batch of a `PairCollator`.
             return_outputs: Refused: no logits are kept that could be returned.
             num_items_in_batch: Pairs of the whole optimizer step; absent in
                 evaluation, where the micro-batch stands for itself.
@@ -280,7 +351,7 @@ class EDPOTrainer(AxolotlDPOTrainer):
         """
         if return_outputs:
             raise ValueError("`rl: edpo` keeps no logits that it could return")
-        completions = select_completions(inputs["input_ids"], inputs["completion_mask"])
+        completions = completions_of(inputs)
         stats = self._score(model, inputs, completions)
         pairs = self._judge(stats, completions)
         training = self.model.training
@@ -358,7 +429,7 @@ class EDPOTrainer(AxolotlDPOTrainer):
             read = backbone.completion_hidden
         else:
             read = backbone.completion_logits
-        return read(lm, inputs["input_ids"], inputs["attention_mask"], completions)
+        return read(lm, model_inputs(inputs), completions)
 
     def _inside_forward(self, model, method: Callable[[nn.Module], Any]) -> Any:
         """Runs `method` in the forward of the engine that wraps the model.
@@ -419,13 +490,14 @@ class EDPOTrainer(AxolotlDPOTrainer):
         add("logits/chosen", stats.mean_logit[:chosen])
         add("logits/rejected", stats.mean_logit[chosen:])
         if mode == "train":
-            self._new_tokens = self._new_tokens + inputs["attention_mask"].sum()
+            self._new_tokens += inputs["num_tokens"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Hands TRL the means over everything since the last log."""
         mode = "train" if self.model.training else "eval"
-        self._total_train_tokens += int(self._sum_over_ranks(self._new_tokens))
-        self._new_tokens = torch.tensor(0)
+        new = torch.tensor(self._new_tokens)
+        self._total_train_tokens += int(self._sum_over_ranks(new))
+        self._new_tokens = 0
         means = self._means[mode].pop(self._sum_over_ranks)
         if means:
             means["num_tokens"] = self._total_train_tokens

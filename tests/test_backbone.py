@@ -36,8 +36,7 @@ MODELS = {
     "granite": GraniteConfig(**SIZES, logits_scaling=4.0),
 }
 IDS = torch.arange(3, 19).view(2, 8)
-
-
+INPUTS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 EVERY = Completions(torch.arange(16), IDS.flatten(), torch.tensor([8, 8]))
 
 
@@ -45,7 +44,7 @@ def both_logits(model):
     """What the head that was read makes, and what the model makes itself."""
     lm = backbone.causal_lm(model.eval())
     with torch.no_grad():
-        hidden = backbone.completion_hidden(lm, IDS, torch.ones_like(IDS), EVERY)
+        hidden = backbone.completion_hidden(lm, INPUTS, EVERY)
         return backbone.head_of(lm).logits(hidden), model(IDS).logits.flatten(0, 1)
 
 
@@ -132,7 +131,7 @@ def test_logits_are_made_at_the_positions_that_are_asked_for(kind):
         torch.tensor([1, 3, 11]), IDS.flatten()[:3], torch.tensor([2, 1])
     )
     with torch.no_grad():
-        few = backbone.completion_logits(model, IDS, torch.ones_like(IDS), some)
+        few = backbone.completion_logits(model, INPUTS, some)
         torch.testing.assert_close(few, model(IDS).logits.flatten(0, 1)[[1, 3, 11]])
 
 
@@ -180,7 +179,7 @@ def test_lora_on_the_head_learns_as_in_the_model_itself():
     model = lora_on_the_head(lora_dropout=0.0).eval()
     lm, y = backbone.causal_lm(model), EVERY.targets
     trained = [p for p in model.parameters() if p.requires_grad]
-    hidden = backbone.completion_hidden(lm, IDS, torch.ones_like(IDS), EVERY)
+    hidden = backbone.completion_hidden(lm, INPUTS, EVERY)
     head = backbone.head_of(lm)
     ours = token_stats(hidden, hidden.detach(), head, head, y, 0.01).policy_logp
     own = model(IDS).logits.flatten(0, 1).log_softmax(-1).gather(1, y[:, None])[:, 0]

@@ -36,12 +36,13 @@ def distances():
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0)
     ids, attention, mask = oracle.batch([pair(generator) for _ in range(PAIRS)])
     selection = select_completions(ids, mask)
+    inputs = {"input_ids": ids, "attention_mask": attention}
     found = []
     for _ in range(5):
         train_step(policy, reference, optimizer, ids, attention, mask)
         with torch.no_grad():
             hidden = [
-                completion_hidden(model, ids, attention, selection)
+                completion_hidden(model, inputs, selection)
                 for model in (policy, reference)
             ]
         heads = [head_of(policy), head_of(reference)]
@@ -66,11 +67,11 @@ def train_step(policy, reference, optimizer, ids, attention, mask) -> None:
     """One optimizer step of plain DPO on 32 of the pairs."""
     rows = torch.arange(32)
     rows = torch.cat([rows, rows + PAIRS])
-    ids, attention = ids[rows], attention[rows]
-    selection = select_completions(ids, mask[rows])
+    inputs = {"input_ids": ids[rows], "attention_mask": attention[rows]}
+    selection = select_completions(ids[rows], mask[rows])
     with torch.no_grad():
-        hidden = completion_hidden(reference, ids, attention, selection)
-    own = completion_hidden(policy, ids, attention, selection)
+        hidden = completion_hidden(reference, inputs, selection)
+    own = completion_hidden(policy, inputs, selection)
     stats = token_stats(
         own, hidden, head_of(policy), head_of(reference), selection.targets, EPSILON
     )

@@ -1,0 +1,122 @@
+"""TRL's collator, and the rows made of what it returns.
+
+Truncation, padding and masks are TRL's. A batch is then left padded or packed, on the
+CPU, where lengths are known without asking the GPU.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.compute
+import torch
+from datasets import Dataset
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from .batch import deal, pack, select_completions, shared_starts
+
+
+@dataclass
+class Undealt:
+    """Examples of a micro-batch that are dealt anew with those of their step."""
+
+    examples: list[dict[str, Any]]
+
+
+def pairs_in(batch: Mapping[str, Any]) -> int:
+    """Pairs of a micro-batch, dealt or not."""
+    if "undealt" in batch:
+        return len(batch["undealt"].examples)
+    return len(batch["lengths"]) // 2
+
+
+def keep_examples(examples: list[dict[str, Any]]) -> dict[str, Undealt]:
+    """Collates nothing yet."""
+    return {"undealt": Undealt(examples)}
+
+
+@dataclass
+class PairCollator(DataCollatorForPreference):
+    """Batches of pairs, ready for the model.
+
+    Attributes:
+        packs: One row without padding, instead of a row per sequence.
+        shares: With `packs`: what chosen and rejected have in common at their start is
+            in the row once.
+    """
+
+    packs: bool = False
+    shares: bool = False
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """One micro-batch.
+
+        Args:
+            examples: `prompt_ids`, `chosen_ids` and `rejected_ids` of each pair.
+
+        Returns:
+            The model's inputs, the fields of `Completions`, and `num_tokens`: tokens of
+            all sequences, whether padded, packed or shared.
+        """
+        return self._finish(super().torch_call(examples))
+
+    def deal(self, batches: list[dict[str, Undealt]]) -> list[dict[str, Any]]:
+        """The pairs of an optimizer step over its micro-batches, evenly by tokens.
+
+        Args:
+            batches: What `keep_examples` returned for each micro-batch of the step.
+
+        Returns:
+            As many batches, ready for the model, none of them empty.
+        """
+        step = [example for batch in batches for example in batch["undealt"].examples]
+        padded = super().torch_call(step)
+        sizes = self._tokens(padded).tolist()
+        return [
+            self._finish(_rows(padded, pairs)) for pairs in deal(sizes, len(batches))
+        ]
+
+    def _tokens(self, padded: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Tokens of a pair in a packed row; shape (pairs,)."""
+        chosen, rejected = padded["attention_mask"].sum(dim=1).chunk(2)
+        tokens = chosen + rejected
+        if self.shares:
+            tokens -= shared_starts(padded["input_ids"], padded["attention_mask"])
+        return tokens
+
+    def _finish(self, padded: dict[str, torch.Tensor]) -> dict[str, Any]:
+        num_tokens = int(padded["attention_mask"].sum())
+        if self.packs:
+            row = pack(padded, self.shares, self.pad_token_id, self.pad_to_multiple_of)
+            return {**row, "num_tokens": num_tokens}
+        mask = padded.pop("completion_mask")
+        completions = select_completions(padded["input_ids"], mask)
+        return {**padded, **completions._asdict(), "num_tokens": num_tokens}
+
+
+def _rows(padded: dict[str, torch.Tensor], pairs: list[int]) -> dict[str, torch.Tensor]:
+    """A batch of these pairs only."""
+    count = len(padded["input_ids"]) // 2
+    both = pairs + [count + pair for pair in pairs]
+    return {name: values[both] for name, values in padded.items()}
+
+
+def long_pairs(dataset: Dataset, max_length: int) -> int:
+    """Pairs of which TRL's collator truncates a sequence.
+
+    Args:
+        dataset: Tokenized, with `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        max_length: Tokens that a sequence may have.
+    """
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    tables: Iterable[Any] = (
+        dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000)
+    )
+    count = 0
+    for table in tables:
+        prompt, chosen, rejected = (
+            pyarrow.compute.list_value_length(table[name]).to_numpy()
+            for name in columns
+        )
+        count += int((prompt + chosen.clip(rejected) > max_length).sum())
+    return count
