@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils.other import is_repeated_blocks
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
@@ -120,6 +121,24 @@ def completion_logits(
         column = torch.searchsorted(columns, column)
     out = model(**inputs, use_cache=False, **only)
     return out.logits[row, column]
+
+
+def compile_layers(model: PreTrainedModel, keywords: Mapping[str, Any]) -> None:
+    """Compiles a model layer by layer, in place.
+
+    The walk from batch to loss runs inside the model's forward; compiled as a whole, it
+    would be compiled too, anew for every batch.
+
+    Args:
+        model: A causal language model.
+        keywords: Of `torch.compile`; none means no compilation.
+    """
+    if not keywords:
+        return
+    for module in model.base_model.children():
+        if is_repeated_blocks(module):
+            for layer in module:
+                layer.compile(**keywords)
 
 
 class HeadError(ValueError):

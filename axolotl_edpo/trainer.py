@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import DynamoBackend
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.collators.dpo import AxolotlDPODataCollatorWithPadding
@@ -24,7 +25,7 @@ from axolotl.utils.logging import get_logger
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing
@@ -156,6 +157,8 @@ class EDPOTrainer(AxolotlDPOTrainer):
         self._refuse_unsupported_model()
         self._reads_head = self._head_is_readable()
         self._settle_rows(rows)
+        for lm in self._models():
+            backbone.compile_layers(lm, self._compile_keywords)
         self.controller = BetaController(
             settings
             or ControllerSettings(self.args.beta, cfg.edpo_epsilon, cfg.edpo_beta_mean)
@@ -195,6 +198,22 @@ class EDPOTrainer(AxolotlDPOTrainer):
             return False
         return True
 
+    def _models(self) -> list[PreTrainedModel]:
+        """The policy and, where it is a model of its own, the reference."""
+        policy = backbone.causal_lm(self.model)
+        if self.ref_model is None:
+            return [policy]
+        return [policy, self.accelerator.unwrap_model(self.ref_model)]
+
+    def create_accelerator_and_postprocess(self):
+        """As TRL's; keeps `torch_compile` for the layers, see `compile_layers`."""
+        super().create_accelerator_and_postprocess()
+        dynamo = self.accelerator.state.dynamo_plugin
+        self._compile_keywords = {}
+        if dynamo.backend != DynamoBackend.NO:
+            self._compile_keywords = dynamo.to_kwargs()
+            dynamo.backend = DynamoBackend.NO
+
     def _settle_reference_adapter(self, evaluating: bool) -> None:
         """The reference of an adapter that is trained further is its own start.
 
@@ -218,12 +237,9 @@ class EDPOTrainer(AxolotlDPOTrainer):
         Raises:
             ValueError: If the model cannot do what the recipe asks for.
         """
-        models = [backbone.causal_lm(self.model)]
-        if self.ref_model is not None:
-            models.append(self.accelerator.unwrap_model(self.ref_model))
         probe = not is_deepspeed_zero3_enabled()  # there the weights are elsewhere
         with self.accelerator.autocast():
-            rows = settle(wanted, models, probe)
+            rows = settle(wanted, self._models(), probe)
         base, shares = vars(self.data_collator), bool(rows.shares)  # TRL's
         self._deals = rows.deals
         self.data_collator: Any = PairCollator(**base, packs=rows.packs, shares=shares)

@@ -15,6 +15,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -36,7 +37,12 @@ SIZES = dict(
     eos_token_id=1,
     pad_token_id=2,
 )
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "gemma2": Gemma2Config}
+CONFIGS = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "mistral": MistralConfig,
+    "gemma2": Gemma2Config,
+}
 
 
 def reference_tokenizer() -> PreTrainedTokenizerFast:
