@@ -55,6 +55,10 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Within it, a model computes without dropout and without gradient."""
     training = model.training
     model.eval()
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            # else bitsandbytes packs its weight for some CPUs, and for good
+            module.training = True
     try:
         with torch.no_grad():
             yield

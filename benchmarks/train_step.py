@@ -1,19 +1,23 @@
-"""A training run of `rl: edpo` against one of `rl: dpo` on the same padded batches.
+"""Training runs of `rl: edpo`, padded and packed, against one of `rl: dpo`.
 
     python benchmarks/train_step.py                  # synthetic pairs
     python benchmarks/train_step.py --data a.jsonl --data b.jsonl --write
     python benchmarks/train_step.py --adapter lora --repeats 3
+    python benchmarks/train_step.py --model DIR --attention flash_attention_2 \
+        --data c.jsonl --type chat_template.default --field field_messages=question
 
-A random Llama is trained for one epoch on the first `--pairs` pairs of each file, by
-`axolotl train` in a process of its own; contenders take turns. Measured are the
-trainer's own `train_runtime`, which begins after loading and tokenizing, and the most
-memory in use: the resident set of the whole process (Python and its libraries are about
-1 GiB of it), or what torch allocated on the GPU. With β 0.1 the first loss of both runs
-must be log 2 = 0.6931, and the batches of both hold the same number of tokens.
+A random Llama, or the model in `--model`, is trained for one epoch on the first
+`--pairs` pairs of each file, by `axolotl train` in a process of its own; contenders
+take turns. Measured are the trainer's own `train_runtime`, which begins after loading
+and tokenizing, and the most memory in use: the resident set of the whole process
+(Python and its libraries are about 1 GiB of it), or what torch allocated on the GPU.
+With β 0.1 the first loss of all runs must be log 2 = 0.6931. Contenders whose pairs,
+optimizer steps or tokens differ are an error.
 
-A file has one pair per line. `chosen` and `rejected` are lists of messages: whole
-conversations or, in files with a `prompt`, the answers to it. Synthetic pairs are
-random words with the lengths of the test split of harmless-base of Anthropic's hh-rlhf.
+A file has one pair per line. Without `--type`, `chosen` and `rejected` are lists of
+messages: whole conversations or, in files with a `prompt`, the answers to it. Synthetic
+pairs are random words with the lengths of the test split of harmless-base of
+Anthropic's hh-rlhf.
 
 Two things to know when reading the times. axolotl's DPO trainer collects garbage and
 empties the GPU's cache after every micro-batch, which `rl: edpo` leaves out: some
@@ -23,6 +27,7 @@ compiles kernels: use `--repeats 3` there.
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -33,33 +38,64 @@ import string
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from axolotl.integrations.base import BasePlugin
 from measure import append_results, environment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-CONTENDERS = ("edpo", "dpo")
+PROBE = "train_step.Probe"
+DPO: dict[str, Any] = {"rl": "dpo", "plugins": [PROBE]}
+EDPO: dict[str, Any] = {
+    "rl": "edpo",
+    "plugins": [PROBE, "axolotl_edpo.EDPOPlugin"],
+    "edpo_epsilon": 0.01,
+}
+PACKED = {**EDPO, "sample_packing": True}
+# Recipe keys of each contender; the first is the baseline.
+CONTENDERS = {
+    "dpo": DPO,
+    "padded": EDPO,
+    "padding-free": {**EDPO, "dpo_padding_free": True, "edpo_prefix_sharing": False},
+    "packed": {**PACKED, "edpo_prefix_sharing": False},
+    # not `auto`: a model that cannot share is an error and not measured as `packed`
+    "shared": {**PACKED, "edpo_prefix_sharing": True},
+}
+LEGEND = (
+    "Contenders: `dpo` is axolotl's `rl: dpo`, the others are `rl: edpo`: `padded`; "
+    "`padding-free` with `dpo_padding_free`; `packed` with `sample_packing`; `shared` "
+    "the same with each prompt in its row once."
+)
 ON_GPU = torch.cuda.is_available()
 GIB = 2**30
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+# tokens of their own: nothing merges over the border of prompt and answer
+ROLES = ["<system>", "<user>", "<assistant>", "<tool>"]
 CHAT_TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}{{ eos_token }}"
-    "{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 # tokens of hh-rlhf's harmless-base, test split; medians of the answers follow from
 # their ratio to the mean in words
 TOKENS_MEAN_MEDIAN = {"prompt": (108, 76), "chosen": (42, 29), "rejected": (52, 36)}
 TOKENS_LONGEST = 836
+SYNTHETIC_PAIRS = 1000  # where all are asked for
 HEADINGS = (
     "data",
     "pairs",
-    "rl",
-    "time, relative to dpo",
+    "contender",
+    "pairs per second, relative to dpo",
     "peak memory, relative to dpo",
     "peak memory (GiB)",
     "note",
@@ -74,33 +110,47 @@ class Run:
         seconds: `train_runtime`.
         peak_bytes: Most memory in use.
         first_loss: Loss of the first optimizer step.
+        pairs: Pairs of the epoch; those longer than `sequence_len` are not among them.
         steps: Optimizer steps.
-        tokens: Tokens of all batches, padding apart, to four digits.
+        tokens: Tokens of all sequences, padding apart, shared or not.
     """
 
     seconds: float
     peak_bytes: int
     first_loss: float
+    pairs: int
     steps: int
-    tokens: float
+    tokens: int
+
+    def work(self) -> str:
+        """What all contenders must have in common."""
+        return f"{self.pairs} pairs, {self.steps} steps, {self.tokens:,} tokens"
 
     def evidence(self) -> str:
         """What shows that the contenders train the same thing."""
         return (
             f"loss of step 1: {self.first_loss:.4f}; "
-            f"{self.steps} steps, {self.tokens:,.0f} tokens"
+            f"{self.steps} steps, {self.tokens:,} tokens"
         )
 
-    def seconds_per_step(self) -> str:
+    def speed(self) -> str:
         """The time, which depends on the machine."""
-        return f"{self.seconds:.2f} s, {self.seconds / self.steps:.3f} s per step"
+        return f"{self.pairs / self.seconds:.2f} pairs/s, {self.seconds:.2f} s"
 
 
-class PeakMemory(BasePlugin):
-    """Lets a run print the most memory torch allocated on the GPU."""
+class Probe(BasePlugin):
+    """Lets a run print what its log does not, or only rounded."""
+
+    def post_trainer_create(self, cfg, trainer) -> None:
+        """Keeps the trainer for the end of the run."""
+        self._trainer = trainer
 
     def post_train(self, cfg, model) -> None:
-        """After the last optimizer step; 0 without a GPU."""
+        """After the last optimizer step; no GPU, no bytes."""
+        history = self._trainer.state.log_history
+        tokens = [entry["num_tokens"] for entry in history if "num_tokens" in entry]
+        print({"trained_pairs": len(self._trainer.train_dataset)})
+        print({"trained_tokens": int(tokens[-1])})
         print({"peak_gpu_bytes": torch.cuda.max_memory_allocated()})
 
 
@@ -139,19 +189,32 @@ def synthetic_pairs(count: int, vocab: int) -> list[dict]:
     return [pair() for _ in range(count)]
 
 
-def read_pairs(path: Path, count: int) -> list[dict]:
-    """The first pairs of a file."""
+def read_pairs(path: Path, count: int | None) -> list[dict]:
+    """The first pairs of a file; None: all of them."""
     with path.open() as file:
-        return [json.loads(line) for line, _ in zip(file, range(count), strict=False)]
+        return [json.loads(line) for line in itertools.islice(file, count)]
 
 
-def dataset(path: Path, pairs: list[dict]) -> dict:
+def dataset(path: Path, pairs: list[dict], args: argparse.Namespace) -> dict:
     """Writes the pairs; returns the entry of `datasets:` that reads them."""
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     entry = {"path": str(path), "ds_type": "json", "split": "train"}
-    if "prompt" not in pairs[0]:
-        return {**entry, "type": "chat_template.argilla_chat"}
-    return {**entry, "type": "chat_template.default", "field_messages": "prompt"}
+    if args.type:
+        entry |= {"type": args.type}
+    elif "prompt" in pairs[0]:
+        entry |= {"type": "chat_template.default", "field_messages": "prompt"}
+    else:
+        entry |= {"type": "chat_template.argilla_chat"}
+    return entry | dict(args.field)
+
+
+def texts(value: object) -> Iterator[str]:
+    """All strings of a pair, whatever its format."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from texts(part)
 
 
 # --- model and recipe --------------------------------------------------------------
@@ -159,77 +222,102 @@ def dataset(path: Path, pairs: list[dict]) -> dict:
 
 def make_tokenizer(pairs: list[dict], vocab: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer, learned from the pairs and from random words."""
-    answers = [pair[part] for pair in pairs for part in ("chosen", "rejected")]
-    texts = [message["content"] for messages in answers for message in messages]
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
-        special_tokens=list(special.values()),
+        special_tokens=[*SPECIAL.values(), *ROLES],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*texts, " ".join(random_words(vocab))], trainer)
+    words = " ".join(random_words(vocab))
+    tokenizer.train_from_iterator([*texts(pairs), words], trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, **special
+        tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, **SPECIAL
     )
 
 
-def save_model(folder: Path, pairs: list[dict], args: argparse.Namespace) -> None:
-    """A random Llama and its tokenizer, ready for `base_model`."""
+def save_llama(folder: Path, vocab: int, hidden: int, layers: int, length: int) -> None:
+    """A random Llama for sequences up to a length."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=args.vocab,
-        hidden_size=args.hidden,
-        intermediate_size=args.hidden * 43 // 16,
-        num_hidden_layers=args.layers,
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=hidden * 43 // 16,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=4096,
+        max_position_embeddings=length,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def base_model(folder: Path, pairs: list[dict], args: argparse.Namespace) -> Path:
+    """The model of `--model`, or a new one in this folder with a tokenizer."""
+    if args.model:
+        return args.model.resolve()
+    save_llama(folder, args.vocab, args.hidden, args.layers, args.sequence_len)
     make_tokenizer(pairs, args.vocab).save_pretrained(folder)
+    return folder
 
 
-def recipe(rl: str, folder: Path, model: Path, data: dict, adapter: str | None) -> dict:
-    """The recipe of a contender."""
-    probe = "train_step.PeakMemory"
+def base_recipe(folder: Path, data: dict, args: argparse.Namespace) -> dict[str, Any]:
+    """What all recipes have in common."""
     keys = {
-        "base_model": str(model),
-        "rl": rl,
         "rl_beta": 0.1,
-        "plugins": [probe],
-        "chat_template": "tokenizer_default",
         "datasets": [data],
         "dataset_prepared_path": str(folder / "prepared"),
         "dataset_num_proc": 1,
-        "output_dir": str(folder / f"out_{rl}"),
-        "sequence_len": 2048,
-        "micro_batch_size": 4,
-        "gradient_accumulation_steps": 2,
+        "sequence_len": args.sequence_len,
+        "micro_batch_size": args.micro_batch,
+        "gradient_accumulation_steps": args.accumulation,
         "num_epochs": 1,
         "optimizer": "adamw_torch",
         "learning_rate": 1e-4,
         "lr_scheduler": "constant",
-        "attn_implementation": "sdpa",
         "bf16": ON_GPU,
         "tf32": False,
         "save_strategy": "no",
         "logging_steps": 1,
         "seed": 0,
     }
-    if rl == "edpo":
-        keys["plugins"] = [probe, "axolotl_edpo.EDPOPlugin"]
-        keys["edpo_epsilon"] = 0.01
-    if adapter == "lora":
+    if data["type"].startswith("chat_template"):
+        keys["chat_template"] = "tokenizer_default"
+    return keys
+
+
+def recipe(name: str, base: dict, folder: Path, args: argparse.Namespace) -> dict:
+    """The recipe of a contender."""
+    keys = {
+        **base,
+        **CONTENDERS[name],
+        "output_dir": str(folder / f"out_{name}"),
+        "attn_implementation": args.attention,
+    }
+    if args.gradient_checkpointing:
+        keys["gradient_checkpointing"] = True
+        keys["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    if args.adapter == "lora":
         keys |= {"adapter": "lora", "lora_r": 16, "lora_alpha": 32}
         keys["lora_target_linear"] = True
     return keys
+
+
+def write_recipes(
+    folder: Path, model: Path, pairs: list[dict], args: argparse.Namespace
+) -> dict[str, Path]:
+    """The pairs and the recipes of all contenders."""
+    folder.mkdir()
+    data = dataset(folder / "pairs.jsonl", pairs, args)
+    base = {"base_model": str(model), **base_recipe(folder, data, args)}
+    recipes = {name: folder / f"{name}.yml" for name in args.contenders}
+    for name, path in recipes.items():
+        path.write_text(yaml.safe_dump(recipe(name, base, folder, args)))
+    return recipes
 
 
 # --- runs ------------------------------------------------------------------------
@@ -297,67 +385,94 @@ def train(path: Path, env: dict[str, str]) -> Run:
         seconds=logged(output, "train_runtime")[-1],
         peak_bytes=int(logged(output, "peak_gpu_bytes")[-1]) or resident,
         first_loss=losses[0],
+        pairs=int(logged(output, "trained_pairs")[-1]),
         steps=len(losses),
-        tokens=logged(output, "num_tokens")[-1],
+        tokens=int(logged(output, "trained_tokens")[-1]),
     )
 
 
 def take_turns(
-    name: str, recipes: dict[str, Path], args: argparse.Namespace
+    data: str, recipes: dict[str, Path], args: argparse.Namespace
 ) -> dict[str, list[Run]]:
-    """Trains the contenders in turn, after tokenizing for all of them."""
+    """Trains the contenders in turn, after preparing the pairs for all of them.
+
+    Raises:
+        RuntimeError: If the contenders did not train the same thing.
+    """
     folder = recipes["dpo"].parent
     env = child_environment(folder / "cache", args.threads)
     run_axolotl(["preprocess", str(recipes["dpo"])], folder / "preprocess.log", env)
-    runs: dict[str, list[Run]] = {rl: [] for rl in recipes}
+    runs: dict[str, list[Run]] = {name: [] for name in recipes}
     for repeat in range(args.repeats):
-        for rl, path in recipes.items():
-            print(
-                f"{name}: rl: {rl}, run {repeat + 1} of {args.repeats} ...", flush=True
-            )
+        for name, path in recipes.items():
+            print(f"{data}: {name}, run {repeat + 1} of {args.repeats} ...", flush=True)
             run = train(path, env)
             gib = f"{run.peak_bytes / GIB:.2f} GiB"
-            print(f"  {run.seconds_per_step()}; {gib}; {run.evidence()}", flush=True)
-            runs[rl].append(run)
+            print(f"  {run.speed()}; {gib}; {run.evidence()}", flush=True)
+            runs[name].append(run)
+            check_preparation(folder / "prepared", name)
+            check_same_work(runs)
     return runs
 
 
-def write_recipes(
-    folder: Path, model: Path, pairs: list[dict], adapter: str | None
-) -> dict[str, Path]:
-    """The pairs and the recipes of all contenders."""
-    folder.mkdir()
-    data = dataset(folder / "pairs.jsonl", pairs)
-    recipes = {rl: folder / f"{rl}.yml" for rl in CONTENDERS}
-    for rl, path in recipes.items():
-        path.write_text(yaml.safe_dump(recipe(rl, folder, model, data, adapter)))
-    return recipes
+def check_preparation(prepared: Path, name: str) -> None:
+    """That a contender used what was prepared, and prepared nothing of its own.
+
+    Raises:
+        RuntimeError: Names the contender.
+    """
+    found = [path.name for path in prepared.iterdir() if path.is_dir()]
+    if len(found) != 1:
+        raise RuntimeError(
+            f"{name} prepared a dataset of its own: {prepared} holds {found}"
+        )
+
+
+def check_same_work(runs: dict[str, list[Run]]) -> None:
+    """That all contenders trained as many pairs, steps and tokens as the first.
+
+    Raises:
+        RuntimeError: Names the contenders.
+    """
+    base = next(iter(runs))
+    for name, own in runs.items():
+        for run in own:
+            if run.work() != runs[base][0].work():
+                raise RuntimeError(
+                    f"{name} and {base} did not train the same thing: {run.work()} "
+                    f"against {runs[base][0].work()}"
+                )
 
 
 # --- report ----------------------------------------------------------------------
 
 
-def table_rows(name: str, pairs: int, runs: dict[str, list[Run]]) -> list[str]:
+def table_rows(data: str, runs: dict[str, list[Run]]) -> list[str]:
     """A row per contender; absolute times of a GPU only."""
-    peaks = {rl: max(run.peak_bytes for run in runs[rl]) for rl in runs}
+    peaks = {name: max(run.peak_bytes for run in runs[name]) for name in runs}
     rows = []
-    for rl, own in runs.items():
+    for name, own in runs.items():
         ratios = [
-            run.seconds / base.seconds
+            base.seconds / run.seconds
             for run, base in zip(own, runs["dpo"], strict=True)
         ]
         best = min(own, key=lambda run: run.seconds)
         cells = (
+            data,
+            best.pairs,
             name,
-            pairs,
-            rl,
-            f"{statistics.median(ratios):.2f}",
-            f"{peaks[rl] / peaks['dpo']:.2f}",
-            f"{peaks[rl] / GIB:.2f}",
-            f"{best.seconds_per_step()}; " * ON_GPU + best.evidence(),
+            f"{statistics.median(ratios):.1f} ×",
+            f"{peaks[name] / peaks['dpo']:.2f} ×",
+            f"{peaks[name] / GIB:.2f}",
+            f"{best.speed()}; " * ON_GPU + best.evidence(),
         )
         rows.append(row(*cells))
     return rows
+
+
+def table(headings: Sequence[str], rows: list[str]) -> str:
+    """A markdown table."""
+    return "\n".join([row(*headings), row(*["---"] * len(headings)), *rows])
 
 
 def row(*cells: object) -> str:
@@ -365,18 +480,50 @@ def row(*cells: object) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
+def model_text(args: argparse.Namespace) -> str:
+    """Which model is trained."""
+    if not args.model:
+        return (
+            f"Random Llama, hidden {args.hidden}, {args.layers} layers, "
+            f"vocabulary {args.vocab}"
+        )
+    config = AutoConfig.from_pretrained(args.model).get_text_config()
+    return (
+        f"{args.model.resolve().name} ({config.model_type}), hidden "
+        f"{config.hidden_size}, {config.num_hidden_layers} layers, vocabulary "
+        f"{config.vocab_size}"
+    )
+
+
+def data_text(args: argparse.Namespace) -> str:
+    """How the pairs are read, and how many are in a batch."""
+    parts = [f"dataset type {args.type}"] if args.type else []
+    parts += [f"{key}: {value}" for key, value in args.field]
+    parts += [
+        f"sequence_len {args.sequence_len}",
+        f"{args.micro_batch} pairs per micro-batch",
+        f"{args.accumulation} micro-batches per step",
+    ]
+    return "; ".join(parts)
+
+
 def description(args: argparse.Namespace) -> str:
     """The header line and what was trained."""
     header = environment("torch", "transformers", "trl", "axolotl", "axolotl-edpo")
-    kind = "LoRA, rank 16" if args.adapter else "full fine-tuning"
-    dtype = "bfloat16" if ON_GPU else "float32"
+    settings = [
+        model_text(args),
+        "bfloat16" if ON_GPU else "float32",
+        "LoRA, rank 16" if args.adapter else "full fine-tuning",
+        f"attention {args.attention}",
+        f"gradient checkpointing {'on' if args.gradient_checkpointing else 'off'}",
+        data_text(args),
+        "one epoch",
+    ]
     memory = "allocated on the GPU" if ON_GPU else "resident set of the process"
     return (
-        f"{header}\n\n"
-        f"Random Llama, hidden {args.hidden}, {args.layers} layers, vocabulary "
-        f"{args.vocab}; {dtype}; {kind}; 4 pairs per micro-batch, 2 micro-batches per "
-        f"step, one epoch. Time: training without loading and tokenizing, median over "
-        f"repeats ({args.repeats}). Memory: {memory}."
+        f"{header}\n\n{'; '.join(settings)}. Pairs per second: of training without "
+        f"loading and tokenizing, median over repeats ({args.repeats}). Memory: "
+        f"{memory}.\n\n{LEGEND}"
     )
 
 
@@ -385,42 +532,93 @@ def workspace(parent: Path | None) -> Iterator[Path]:
     """A new folder: in `parent`, where it stays, or a temporary one."""
     if parent is not None:
         parent.mkdir(parents=True, exist_ok=True)
-        yield Path(tempfile.mkdtemp(prefix="train_step_", dir=parent.resolve()))
+        yield Path(tempfile.mkdtemp(prefix="benchmark_", dir=parent.resolve()))
         return
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 
 
+def sources(args: argparse.Namespace) -> list[tuple[str, list[dict]]]:
+    """Name and pairs of all data files, or of the synthetic pairs."""
+    if args.data:
+        return [(path.stem, read_pairs(path, args.pairs)) for path in args.data]
+    return [("synthetic", synthetic_pairs(args.pairs or SYNTHETIC_PAIRS, args.vocab))]
+
+
 def benchmark(args: argparse.Namespace) -> list[str]:
-    """The rows of all data files, or of the synthetic pairs."""
-    sources = [(path.stem, read_pairs(path, args.pairs)) for path in args.data]
-    if not sources:
-        sources = [("synthetic", synthetic_pairs(args.pairs, args.vocab))]
+    """The rows of all data."""
+    found = sources(args)
     rows = []
     with workspace(args.work) as folder:
-        model = folder / "model"
-        save_model(model, [pair for _, pairs in sources for pair in pairs], args)
-        for number, (name, pairs) in enumerate(sources):
+        everything = [pair for _, pairs in found for pair in pairs]
+        model = base_model(folder / "model", everything, args)
+        for number, (name, pairs) in enumerate(found):
             own = folder / f"{number}_{name}"
-            recipes = write_recipes(own, model, pairs, args.adapter)
-            rows += table_rows(name, len(pairs), take_turns(name, recipes, args))
+            recipes = write_recipes(own, model, pairs, args)
+            rows += table_rows(name, take_turns(name, recipes, args))
     return rows
+
+
+# --- options ---------------------------------------------------------------------
+
+
+def field(text: str) -> tuple[str, Any]:
+    """A `key=value` of the command line; the value is YAML."""
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not key=value")
+    return key, yaml.safe_load(value)
+
+
+def contenders(text: str) -> list[str]:
+    """Contenders of the command line in the order of the table, the baseline first."""
+    names = {"dpo", *text.split(",")}
+    if unknown := sorted(names - CONTENDERS.keys()):
+        known = ", ".join(CONTENDERS)
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: none of {known}")
+    return [name for name in CONTENDERS if name in names]
+
+
+def data_parser(story: str | None) -> argparse.ArgumentParser:
+    """The options that say which pairs are read and how."""
+    parser = argparse.ArgumentParser(description=(story or "").splitlines()[0])
+    add = parser.add_argument
+    add("--data", type=Path, action="append", default=[], help="JSON lines; repeatable")
+    add("--pairs", type=int, help="first pairs of each file (default: %(default)s)")
+    add("--type", help="axolotl dataset type of the files; default: by their fields")
+    add(
+        "--field",
+        type=field,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a further key of `datasets:`, as field_messages=prompt; repeatable",
+    )
+    add("--model", type=Path, help="folder of a model and its tokenizer")
+    add("--vocab", type=int, default=32000, help="vocabulary without --model")
+    add("--sequence-len", type=int, default=2048, help="longest sequence in tokens")
+    add("--micro-batch", type=int, default=4, help="pairs per micro-batch")
+    add("--accumulation", type=int, default=2, help="micro-batches per step")
+    add("--work", type=Path, help="keeps models, recipes and logs in a folder here")
+    add("--write", action="store_true", help="also into benchmarks/RESULTS.md")
+    return parser
 
 
 def parse_args() -> argparse.Namespace:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = data_parser(__doc__)
+    parser.set_defaults(pairs=48)
     add = parser.add_argument
-    add("--data", type=Path, action="append", default=[], help="JSON lines; repeatable")
-    add("--pairs", type=int, default=48, help="pairs taken of each file")
+    every = list(CONTENDERS)
+    names = ", ".join(CONTENDERS)
+    add("--contenders", type=contenders, default=every, help=f"default: {names}")
     add("--adapter", choices=["lora"], help="default: full fine-tuning")
+    add("--attention", default="sdpa", help="attn_implementation")
+    add("--gradient-checkpointing", action="store_true", help="for all contenders")
     add("--repeats", type=int, default=1, help="runs of each contender")
     add("--threads", type=int, default=2, help="OMP_NUM_THREADS of a run")
-    add("--hidden", type=int, default=256, help="hidden size")
-    add("--layers", type=int, default=6, help="number of layers")
-    add("--vocab", type=int, default=32000, help="vocabulary size")
-    add("--work", type=Path, help="keeps models, recipes and logs in a folder here")
-    add("--write", action="store_true", help="also into benchmarks/RESULTS.md")
+    add("--hidden", type=int, default=256, help="hidden size without --model")
+    add("--layers", type=int, default=6, help="number of layers without --model")
     return parser.parse_args()
 
 
@@ -428,13 +626,14 @@ def main() -> None:
     """Measures, prints the table and, if asked, writes it."""
     args = parse_args()
     torch.set_num_threads(args.threads)
-    table = [row(*HEADINGS), row(*["---"] * len(HEADINGS)), *benchmark(args)]
-    text = "\n".join([description(args), "", *table])
+    rows = benchmark(args)
+    text = f"{description(args)}\n\n{table(HEADINGS, rows)}"
     print(f"\n{text}")
     if args.write:
         place = "on a GPU" if ON_GPU else "on a CPU"
+        model = f", {args.model.resolve().name}" if args.model else ""
         adapter = ", LoRA" if args.adapter else ""
-        append_results(f"Training run {place}{adapter}", text)
+        append_results(f"Training run {place}{model}{adapter}", text)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from axolotl_edpo import backbone
+from axolotl_edpo.attention import evaluating
 from axolotl_edpo.batch import Completions
 from axolotl_edpo.logprobs import token_stats
 
@@ -42,8 +43,8 @@ EVERY = Completions(torch.arange(16), IDS.flatten(), torch.tensor([8, 8]))
 
 def both_logits(model):
     """What the head that was read makes, and what the model makes itself."""
-    lm = backbone.causal_lm(model.eval())
-    with torch.no_grad():
+    lm = backbone.causal_lm(model)
+    with evaluating(model):
         hidden = backbone.completion_hidden(lm, INPUTS, EVERY)
         return backbone.head_of(lm).logits(hidden), model(IDS).logits.flatten(0, 1)
 
@@ -86,6 +87,7 @@ def test_a_quantized_head_is_read_as_the_weights_it_stands_for(keys, rtol, tmp_p
         config.bnb_4bit_compute_dtype = torch.float32
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
     assert "bit" in type(model.lm_head).__name__
+    model.train()
     assert_same_logits(model, rtol)
     backbone.check_head(model)
 
