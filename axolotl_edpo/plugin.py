@@ -55,7 +55,8 @@ class EDPOPlugin(BasePlugin):
         beta = check_recipe(cfg)
         cfg.update(rl="dpo", trainer_cls=TRAINER, **lowered_packing(cfg))
         for key in LOWERED:
-            cfg.pop(key, None)
+            if cfg.get(key) is not None:
+                del cfg[key]
         if beta is not None:
             cfg.update(beta=beta, rl_beta=beta)
 

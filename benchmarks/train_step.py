@@ -584,7 +584,7 @@ def data_parser(story: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(story or "").splitlines()[0])
     add = parser.add_argument
     add("--data", type=Path, action="append", default=[], help="JSON lines; repeatable")
-    add("--pairs", type=int, help="first pairs of each file (default: %(default)s)")
+    add("--pairs", type=int, help="of a file; None: all (default: %(default)s)")
     add("--type", help="axolotl dataset type of the files; default: by their fields")
     add(
         "--field",

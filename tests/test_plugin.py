@@ -36,14 +36,25 @@ def test_defaults_are_filled_in(recipe, tmp_path):
     assert trainer.controller.settings.epsilon == 0.01
 
 
-def test_lowering_a_lowered_recipe_changes_nothing(recipe, tmp_path):
-    once = DictDefault(recipe())
+def test_packing_is_lowered_to_keys_that_axolotl_lets_be(recipe, tmp_path):
+    cfg = load(tmp_path, recipe(sample_packing=True, eval_sample_packing=False))
+    assert (cfg.sample_packing, cfg.eval_sample_packing) == (None, None)
+    assert (cfg.edpo_sample_packing, cfg.edpo_eval_sample_packing) == (True, False)
+    assert cfg.edpo_prefix_sharing == "auto"
+    cfg = load(tmp_path, recipe(sample_packing="auto", edpo_prefix_sharing=False))
+    assert (cfg.edpo_sample_packing, cfg.edpo_prefix_sharing) == ("auto", False)
+    assert not load(tmp_path, recipe()).edpo_sample_packing
+
+
+@pytest.mark.parametrize("keys", [{}, {"sample_packing": True}], ids=str)
+def test_lowering_a_lowered_recipe_changes_nothing(recipe, tmp_path, keys):
+    once = DictDefault(recipe(**keys))
     EDPOPlugin().register(once)
     twice = DictDefault(once.to_dict())
     EDPOPlugin().register(twice)
     assert once.to_dict() == twice.to_dict()
     # and what a Ray worker does with the validated config
-    cfg = load(tmp_path, recipe())
+    cfg = load(tmp_path, recipe(**keys))
     again = DictDefault(cfg.to_dict())
     EDPOPlugin().register(again)
     assert again.to_dict() == cfg.to_dict()
@@ -64,7 +75,7 @@ def test_a_command_line_beta_that_disagrees_names_both(recipe, tmp_path):
         ({"rl": "dpo"}, "`edpo_epsilon: 0.05` has no effect with `rl: dpo`"),
         ({"rl": None}, "`edpo_epsilon: 0.05` has no effect"),
         ({"trainer_cls": "my.Trainer"}, "`trainer_cls: my.Trainer`.*remove it"),
-        ({"sample_packing": True}, "`sample_packing: True`"),
+        ({"edpo_prefix_sharing": True}, "`edpo_prefix_sharing: True`"),
     ],
 )
 def test_a_wrong_recipe_stops_before_a_model_is_loaded(recipe, tmp_path, keys, message):
