@@ -34,6 +34,14 @@ def imports_are_never_garbage():
     gc.unfreeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def what_a_module_left_is_never_garbage():
+    """Modules are imported as they are first used, also by tests."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Tiny matrices: a second thread would only wait for the first."""

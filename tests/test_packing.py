@@ -135,12 +135,6 @@ OPTIONS = {
         **CHECKPOINTING,
         "gradient_checkpointing_kwargs": {"use_reentrant": True},
     },
-    "lora-compiled": {**LORA, "torch_compile": True, "torch_compile_backend": "eager"},
-    "compiled-checkpointing": {
-        **CHECKPOINTING,
-        "torch_compile": True,
-        "torch_compile_backend": "aot_eager",
-    },
     "pad_to_multiple_of": {"pad_to_multiple_of": 64},
     "label-smoothing": {"dpo_label_smoothing": 0.1},
 }
@@ -148,7 +142,6 @@ OPTIONS = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_work_in_every_mode(recipe, watch, option):
-    torch._dynamo.reset()
     keys = dict(max_steps=3, adam_epsilon=1e-2, **OPTIONS[option])
     padded = watch(recipe(**keys))
     for mode in MODES.values():
@@ -338,3 +331,26 @@ def test_plain_dpo_is_the_same_to_the_bit_after_a_packed_run(recipe, tmp_path):
     after = tiny.logs(tiny.train(tmp_path, recipe(**dpo)), "loss")
     assert [e["loss"] for e in before] == [e["loss"] for e in after]
     assert [e["grad_norm"] for e in before] == [e["grad_norm"] for e in after]
+
+
+# last, as what the compiler leaves makes garbage collection slow
+COMPILED = {
+    "lora": {**LORA, "torch_compile": True, "torch_compile_backend": "eager"},
+    "checkpointing": {
+        **CHECKPOINTING,
+        "torch_compile": True,
+        "torch_compile_backend": "aot_eager",
+    },
+}
+
+
+@pytest.mark.parametrize("option", COMPILED)
+def test_compiled_layers_work_in_every_mode(recipe, watch, option):
+    torch._dynamo.reset()
+    keys = dict(max_steps=3, adam_epsilon=1e-2, **COMPILED[option])
+    padded = watch(recipe(**keys))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    plain = {**keys, "torch_compile": None, "torch_compile_backend": None}
+    assert_same_run(padded, watch(recipe(**plain)))
+    for mode in MODES.values():
+        assert_same_run(watch(recipe(**keys, **mode)), padded)
