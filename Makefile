@@ -1,7 +1,7 @@
 # Commands, each of which sets itself up in .venv and nowhere else:
 #   make demo   a first run: builds a tiny world, trains on it, shows what happened
 #   make test   the tests
-#   make bench  the head and a training run, measured; writes benchmarks/RESULTS.md
+#   make bench  head, training runs and balance, measured; writes benchmarks/RESULTS.md
 #   make lint   what pre-commit checks
 
 PYTHON ?= python3
@@ -37,6 +37,7 @@ DATA ?=
 bench: $(VENV)/installed-test
 	python benchmarks/head.py --write
 	python benchmarks/train_step.py $(addprefix --data ,$(DATA)) --write
+	python benchmarks/balance.py $(addprefix --data ,$(DATA)) --write
 
 lint: $(VENV)/installed-dev
 	ruff check .

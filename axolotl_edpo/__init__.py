@@ -7,10 +7,13 @@ Files, in reading order:
     tiles.py       sums over one tile of the vocabulary, in PyTorch
     kernels.py     the same in Triton
     logprobs.py    the op: log-probabilities and perturbations, tile by tile
-    batch.py       which positions of a batch are scored
+    batch.py       rows of pairs, padded or packed, and which positions are scored
+    attention.py   attention over a packed row
+    collator.py    TRL's collator, and the rows made of what it returns
     backbone.py    hidden states and heads of policy and reference
     metrics.py     weighted means, reduced over ranks once per log
     checkpoint.py  which checkpoint directories are complete
+    rows.py        how a recipe wants its rows, and whether its model can
     trainer.py     the walk from a batch to the loss
     versions.py    the releases this was tested with
     args.py        the options of the recipe

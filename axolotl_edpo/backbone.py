@@ -82,6 +82,24 @@ def copy_to_reference_adapter(model: PeftModel, source: str = "default") -> None
             parameters[".".join(copy)].data = parameter.detach().clone()
 
 
+def copy_embeddings(policy: PreTrainedModel, reference: PreTrainedModel) -> bool:
+    """Gives a reference of its own the policy's embedding and head.
+
+    axolotl adds rows for new tokens to each model it loads, at random.
+
+    Returns:
+        Whether they differed.
+    """
+    differed = False
+    for model_part in ("get_input_embeddings", "get_output_embeddings"):
+        own, other = (getattr(lm, model_part)() for lm in (policy, reference))
+        for theirs, ours in zip(other.parameters(), own.parameters(), strict=True):
+            if not torch.equal(theirs, ours.to(theirs.device)):
+                theirs.data.copy_(ours.detach())
+                differed = True
+    return differed
+
+
 def completion_hidden(
     model: PreTrainedModel, inputs: Mapping[str, Any], completions: Completions
 ) -> torch.Tensor:
@@ -137,7 +155,7 @@ def compile_layers(model: PreTrainedModel, keywords: Mapping[str, Any]) -> None:
         return
     for module in model.base_model.children():
         if is_repeated_blocks(module):
-            for layer in module:
+            for layer in module.children():
                 layer.compile(**keywords)
 
 

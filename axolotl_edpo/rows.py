@@ -63,6 +63,13 @@ class RowSettings:
         """Whether training or evaluation packs."""
         return self.packs or self.eval_packs
 
+    def story(self) -> str:
+        """One line for the log, once it is settled what is done."""
+        train = "packed" if self.deals else "padding-free" if self.packs else "padded"
+        evaluation = "padding-free" if self.eval_packs else "padded"
+        shared = "once" if self.shares else "twice"
+        return f"Rows: {train} ({evaluation} in evaluation), common starts {shared}."
+
     def refusal(self, error: PackingError) -> ValueError:
         """The error of a recipe that asks for what its model cannot do."""
         free = "dpo_padding_free" if self.packs else "eval_sample_packing"
@@ -122,7 +129,9 @@ def settle(
             raise settings.refusal(error) from None
         LOG.warning(f"`sample_packing: auto`: batches are padded, as {error}.")
         return RowSettings(shares=False)
-    return replace(settings, shares=shares)
+    settled = replace(settings, shares=shares)
+    LOG.info(settled.story())
+    return settled
 
 
 def _shares(settings: RowSettings, model: PreTrainedModel, probe: bool) -> bool:

@@ -144,6 +144,12 @@ class EDPOTrainer(AxolotlDPOTrainer):
                 "the model below it, add `--lora-model-dir`."
             )
             ref_model = copy.deepcopy(model)
+        if ref_model is not None and not is_deepspeed_zero3_enabled():
+            if backbone.copy_embeddings(model, ref_model):
+                LOG.warning(
+                    "Policy and reference were loaded with different embeddings, as "
+                    "tokens were added to both: the reference takes the policy's."
+                )
         super().__init__(
             model,
             ref_model,

@@ -47,6 +47,17 @@ def test_equal_policy_and_reference_give_steps_of_exactly_zero(recipe, tmp_path,
     assert second["kl/p_epsilon_steps"] + second["kl/n_epsilon_steps"] > 0
 
 
+def test_tokens_that_are_added_are_the_same_in_policy_and_reference(
+    recipe, tmp_path, caplog
+):
+    """axolotl resizes each of the two models at random."""
+    keys = recipe(special_tokens={"pad_token": "<new>"}, max_steps=1)
+    (first,) = tiny.logs(tiny.train(tmp_path, keys))
+    assert "loaded with different embeddings" in caplog.text
+    assert first["kl/p_epsilon_steps"] == first["kl/n_epsilon_steps"] == 0.0
+    assert first["kl/policy_ref"] == first["rewards/margins"] == 0.0
+
+
 def test_every_metric_is_logged_in_training_and_evaluation(recipe, parts, tmp_path):
     keys = recipe(test_datasets=tiny.dataset(parts["eval"]), eval_steps=2, max_steps=2)
     keys |= {"save_steps": 2, "save_strategy": "steps", "use_tensorboard": True}

@@ -3,15 +3,22 @@
 A failure here after an upgrade says what moved; mend the place it names.
 """
 
+import importlib
 import inspect
 
+import pytest
 from axolotl.core.builders.rl import HFRLTrainerBuilder
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations.base import BasePlugin
 from axolotl.train import save_trained_model, setup_model_and_trainer, train
-from transformers import Trainer
+from axolotl.utils.schemas.validation import RLValidationMixin
+from transformers import Trainer, masking_utils
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.modeling_flash_attention_utils import _flash_attention_forward
+from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import DPOTrainer
 from trl.models.utils import _ForwardRedirection
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 
 def source(thing) -> str:
@@ -104,3 +111,57 @@ def test_adapters_are_saved_through_the_trainers_model():
     assert "trainer.model.save_pretrained(cfg.output_dir)" in source(
         save_trained_model
     ), "trainer.py: _settle_reference_adapter"
+
+
+def test_axolotl_refuses_packing_beside_rl_before_a_plugin_is_asked():
+    text = source(RLValidationMixin.check_sample_packing_w_rl)
+    assert 'data.get("sample_packing") and data.get("rl")' in text, "args.py: LOWERED"
+
+
+def test_trl_switches_padding_free_off_and_makes_the_collator_of_pairs():
+    text = source(DPOTrainer.__init__)
+    assert "self.padding_free = False" in text, "trainer.py: args.padding_free"
+    assert "DataCollatorForPreference(" in text, "trainer.py: _settle_rows"
+    names = inspect.signature(DataCollatorForPreference).parameters
+    assert {"pad_token_id", "max_length", "pad_to_multiple_of"} <= names.keys()
+    text = source(DataCollatorForPreference.torch_call)
+    assert text.count('padding_side="right"') == 3, "batch.py: pack"
+
+
+def test_trl_drops_pairs_in_prepare_dataset():
+    names = list(inspect.signature(DPOTrainer._prepare_dataset).parameters)
+    own = ["self", "dataset", "processing_class", "args", "dataset_name"]
+    assert names == own, "trainer.py: _prepare_dataset"
+
+
+def test_the_training_loop_runs_over_what_get_batch_samples_returns():
+    text = source(Trainer._run_epoch)
+    assert "self.get_batch_samples(" in text, "trainer.py: get_batch_samples"
+    assert "for i, inputs in enumerate(batch_samples)" in text
+
+
+def test_a_mask_of_four_dimensions_is_handed_on_as_it_is():
+    text = source(masking_utils._preprocess_mask_arguments)
+    early = text.index("len(attention_mask.shape) == 4")
+    assert early < text.index("find_packed_sequence_indices"), "batch.py: pack"
+
+
+def test_flash_attention_takes_boundaries_and_passes_keywords_on():
+    names = inspect.signature(_flash_attention_forward).parameters
+    for side in "qk":
+        assert f"cu_seq_lens_{side}" in names, "attention.py: _boundaries"
+        assert f"max_length_{side}" in names, "attention.py: _boundaries"
+    assert "**kwargs" in source(flash_attention_forward), "attention.py: _varlen"
+
+
+def test_gradient_checkpointing_keeps_the_keywords_of_a_layer():
+    text = source(GradientCheckpointingLayer.__call__)
+    assert "partial(super().__call__, **kwargs)" in text, "attention.py: segments"
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gemma2"])
+def test_models_bring_their_own_eager_attention_and_name_the_window(kind):
+    module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    assert callable(module.eager_attention_forward), "attention.py: _eager"
+    windowed = kind == "llama" or "sliding_window=" in source(module)
+    assert windowed, "attention.py: sliding_window"
