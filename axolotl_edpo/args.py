@@ -129,11 +129,19 @@ def lowered_packing(recipe: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         recipe: The YAML; None is as good as absent.
     """
-    return {
+    lowered = {
         name: recipe[key]
         for key, name in LOWERED.items()
         if recipe.get(key) is not None
     }
+    for key, name in LOWERED.items():
+        given = recipe.get(name)
+        if name in lowered and given not in (None, lowered[name]):
+            raise ValueError(
+                f"`{key}: {lowered[name]}` and `{name}: {given}` mean the same and "
+                f"disagree: remove `{name}`"
+            )
+    return lowered
 
 
 def check_foreign_recipe(recipe: Mapping[str, Any]) -> None:

@@ -91,8 +91,10 @@ def copy_embeddings(policy: PreTrainedModel, reference: PreTrainedModel) -> bool
         Whether they differed.
     """
     differed = False
-    for model_part in ("get_input_embeddings", "get_output_embeddings"):
-        own, other = (getattr(lm, model_part)() for lm in (policy, reference))
+    for part in ("get_input_embeddings", "get_output_embeddings"):
+        own, other = (getattr(lm, part)() for lm in (policy, reference))
+        if own is None:
+            continue
         for theirs, ours in zip(other.parameters(), own.parameters(), strict=True):
             if not torch.equal(theirs, ours.to(theirs.device)):
                 theirs.data.copy_(ours.detach())
@@ -141,22 +143,22 @@ def completion_logits(
     return out.logits[row, column]
 
 
-def compile_layers(model: PreTrainedModel, keywords: Mapping[str, Any]) -> None:
+def compile_layers(module: nn.Module, keywords: Mapping[str, Any]) -> None:
     """Compiles a model layer by layer, in place.
 
     The walk from batch to loss runs inside the model's forward; compiled as a whole, it
     would be compiled too, anew for every batch.
 
     Args:
-        model: A causal language model.
-        keywords: Of `torch.compile`; none means no compilation.
+        module: A causal language model without its head, or a part of it.
+        keywords: Of `torch.compile`.
     """
-    if not keywords:
-        return
-    for module in model.base_model.children():
-        if is_repeated_blocks(module):
-            for layer in module.children():
-                layer.compile(**keywords)
+    for child in module.children():
+        if not is_repeated_blocks(child):
+            compile_layers(child, keywords)
+            continue
+        for layer in child.children():
+            layer.compile(**keywords)
 
 
 class HeadError(ValueError):

@@ -178,7 +178,8 @@ def pack(
     Returns:
         `input_ids` and `position_ids`, each of shape (1, length), `segments`, and the
         fields of `Completions`. A causal mask would be of shape (1, 1, length, length):
-        `attention_mask` is a place holder that keeps transformers from making one.
+        `attention_mask` is a place holder that keeps transformers from making one, and
+        not a number for whoever would read it.
     """
     ids, completion = padded["input_ids"], padded["completion_mask"].bool()
     lengths = padded["attention_mask"].sum(dim=1).tolist()
@@ -202,7 +203,7 @@ def pack(
     return {
         "input_ids": torch.cat(row.tokens)[None],
         "position_ids": torch.cat(row.positions)[None],
-        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
+        "attention_mask": torch.full((1, 1, 1, 1), torch.nan),
         "segments": Segments(tuple(row.pieces), tuple(row.queries), tuple(row.keys)),
         "positions": torch.cat([p[:-1][s] for p, s in zip(paths, scored, strict=True)]),
         "targets": torch.cat([ids[i, 1:][: len(s)][s] for i, s in enumerate(scored)]),
@@ -242,7 +243,8 @@ def sum_per_sequence(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tenso
         Shape (sequences,). Segments are summed in order, so the result is the same
         in every run, which scatter-adds on a GPU do not promise.
     """
-    return torch.segment_reduce(values, "sum", lengths=lengths, initial=0)
+    # unsafe: does not wait for the GPU to compare the lengths with the tokens
+    return torch.segment_reduce(values, "sum", lengths=lengths, initial=0, unsafe=True)
 
 
 def chosen_minus_rejected(per_sequence: torch.Tensor) -> torch.Tensor:

@@ -55,8 +55,9 @@ class PairCollator(DataCollatorForPreference):
             examples: `prompt_ids`, `chosen_ids` and `rejected_ids` of each pair.
 
         Returns:
-            The model's inputs, the fields of `Completions`, and `num_tokens`: tokens of
-            all sequences, whether padded, packed or shared.
+            The model's inputs, the fields of `Completions`, `chosen_tokens`: how many
+            of the scored tokens are chosen, and `num_tokens`: tokens of all sequences,
+            whether padded, packed or shared.
         """
         return self._finish(super().torch_call(examples))
 
@@ -85,13 +86,17 @@ class PairCollator(DataCollatorForPreference):
         return tokens
 
     def _finish(self, padded: dict[str, torch.Tensor]) -> dict[str, Any]:
+        batch = self._lay(padded)
+        chosen = int(batch["lengths"].chunk(2)[0].sum())
         num_tokens = int(padded["attention_mask"].sum())
+        return {**batch, "chosen_tokens": chosen, "num_tokens": num_tokens}
+
+    def _lay(self, padded: dict[str, torch.Tensor]) -> dict[str, Any]:
         if self.packs:
-            row = pack(padded, self.shares, self.pad_token_id, self.pad_to_multiple_of)
-            return {**row, "num_tokens": num_tokens}
-        mask = padded.pop("completion_mask")
-        completions = select_completions(padded["input_ids"], mask)
-        return {**padded, **completions._asdict(), "num_tokens": num_tokens}
+            return pack(padded, self.shares, self.pad_token_id, self.pad_to_multiple_of)
+        ids, mask = padded["input_ids"], padded["attention_mask"]
+        completions = select_completions(ids, padded["completion_mask"])
+        return {"input_ids": ids, "attention_mask": mask, **completions._asdict()}
 
 
 def _rows(padded: dict[str, torch.Tensor], pairs: list[int]) -> dict[str, torch.Tensor]:

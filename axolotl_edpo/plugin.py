@@ -22,7 +22,13 @@ except ImportError:
     check_versions()  # says more, and axolotl does not swallow it
     raise
 
-from .args import LOWERED, check_foreign_recipe, check_recipe, lowered_packing
+from .args import (
+    LOWERED,
+    PREFIX,
+    check_foreign_recipe,
+    check_recipe,
+    lowered_packing,
+)
 
 PLUGIN = "axolotl_edpo.EDPOPlugin"
 TRAINER = "axolotl_edpo.trainer.EDPOTrainer"
@@ -54,9 +60,9 @@ class EDPOPlugin(BasePlugin):
         _check_registration(cfg)
         beta = check_recipe(cfg)
         cfg.update(rl="dpo", trainer_cls=TRAINER, **lowered_packing(cfg))
-        for key in LOWERED:
-            if cfg.get(key) is not None:
-                del cfg[key]
+        absent = [key for key in cfg if key.startswith(PREFIX) and cfg[key] is None]
+        for key in [*(key for key in LOWERED if cfg.get(key) is not None), *absent]:
+            del cfg[key]
         if beta is not None:
             cfg.update(beta=beta, rl_beta=beta)
 

@@ -48,12 +48,12 @@ class RowSettings:
     @classmethod
     def of(cls, cfg: Any) -> "RowSettings":
         """The settings of a recipe, after it was lowered."""
-        packing, free = cfg.edpo_sample_packing, bool(cfg.dpo_padding_free)
-        evaluation = cfg.edpo_eval_sample_packing
+        packing, evaluation = cfg.edpo_sample_packing, cfg.edpo_eval_sample_packing
+        packs = bool(packing or cfg.dpo_padding_free)
         return cls(
-            packs=free or bool(packing),
+            packs=packs,
             deals=bool(packing),
-            eval_packs=free or bool(packing if evaluation is None else evaluation),
+            eval_packs=packs if evaluation is None else evaluation,
             shares=cfg.edpo_prefix_sharing,
             may_pad=packing == "auto",
         )
@@ -142,9 +142,12 @@ def _shares(settings: RowSettings, model: PreTrainedModel, probe: bool) -> bool:
     try:
         check_packing(model, share=wanted)
     except PackingError as error:
-        if settings.shares != "auto":
-            raise
         check_packing(model, share=False)
+        if settings.shares != "auto":
+            raise ValueError(
+                "`edpo_prefix_sharing: true` does not work with this `base_model`: "
+                f"{error}. Set `edpo_prefix_sharing: auto`, or false"
+            ) from None
         LOG.warning(f"`edpo_prefix_sharing: auto`: prompts are not shared, as {error}.")
         return False
     return wanted

@@ -137,19 +137,8 @@ class EDPOTrainer(AxolotlDPOTrainer):
             model = PeftModel.from_pretrained(
                 model, cfg.lora_model_dir, is_trainable=True
             )
-        elif cfg is not None and ref_model is None and peft_config is None:
-            LOG.warning(
-                "`axolotl evaluate` hands over no reference: `base_model` is compared "
-                "with itself, so rewards and steps are 0. To compare an adapter with "
-                "the model below it, add `--lora-model-dir`."
-            )
-            ref_model = copy.deepcopy(model)
-        if ref_model is not None and not is_deepspeed_zero3_enabled():
-            if backbone.copy_embeddings(model, ref_model):
-                LOG.warning(
-                    "Policy and reference were loaded with different embeddings, as "
-                    "tokens were added to both: the reference takes the policy's."
-                )
+        elif cfg is not None and peft_config is None:
+            ref_model = self._base_reference(model, ref_model)
         super().__init__(
             model,
             ref_model,
@@ -161,10 +150,13 @@ class EDPOTrainer(AxolotlDPOTrainer):
         if continued:
             self._settle_reference_adapter(evaluating=peft_config is None)
         self._refuse_unsupported_model()
+        if self.is_deepspeed_enabled and not is_deepspeed_zero3_enabled():
+            # DeepSpeed does so later; the checks below run the model
+            self.model.to(self.accelerator.device)
         self._reads_head = self._head_is_readable()
         self._settle_rows(rows)
-        for lm in self._models():
-            backbone.compile_layers(lm, self._compile_keywords)
+        for lm in self._models() if self._compile_keywords else ():
+            backbone.compile_layers(lm.base_model, self._compile_keywords)
         self.controller = BetaController(
             settings
             or ControllerSettings(self.args.beta, cfg.edpo_epsilon, cfg.edpo_beta_mean)
@@ -175,6 +167,27 @@ class EDPOTrainer(AxolotlDPOTrainer):
         self._redirect = _ForwardRedirection()
         self._new_tokens = 0
         self._means = {"train": WeightedMeans(), "eval": WeightedMeans()}
+
+    @staticmethod
+    def _base_reference(
+        model: PreTrainedModel, ref_model: PreTrainedModel | None
+    ) -> PreTrainedModel:
+        """The reference of a recipe without adapter: the policy as it starts."""
+        if ref_model is None:
+            LOG.warning(
+                "`axolotl evaluate` hands over no reference: `base_model` is compared "
+                "with itself, so rewards and steps are 0. To compare an adapter with "
+                "the model below it, add `--lora-model-dir`."
+            )
+            return copy.deepcopy(model)
+        if not is_deepspeed_zero3_enabled() and backbone.copy_embeddings(
+            model, ref_model
+        ):
+            LOG.warning(
+                "Policy and reference were loaded with different embeddings, as "
+                "tokens were added to both: the reference takes the policy's."
+            )
+        return ref_model
 
     def _refuse_unsupported_model(self) -> None:
         """Before the first step, rather than training it wrongly."""
@@ -345,9 +358,13 @@ class EDPOTrainer(AxolotlDPOTrainer):
 
     # --- loss --------------------------------------------------------------------
 
-    def training_step(self, *args, **kwargs):
+    def training_step(self, model, inputs, *args, **kwargs):
         """As TRL's, without axolotl's cache flush after every micro-batch."""
-        return super(AxolotlDPOTrainer, self).training_step(*args, **kwargs)
+        step = super(AxolotlDPOTrainer, self).training_step
+        loss_ = step(model, inputs, *args, **kwargs)
+        if "segments" in inputs:  # else its masks live to the end of the window
+            inputs["segments"].cache.clear()
+        return loss_
 
     def _get_num_items_in_batch(
         self, batch_samples: Iterable[dict], device: torch.device
@@ -505,7 +522,7 @@ class EDPOTrainer(AxolotlDPOTrainer):
         logps = sum_per_sequence(stats.policy_logp.detach(), completions.lengths)
         for name, values in zip(("chosen", "rejected"), logps.chunk(2), strict=True):
             add(f"logps/{name}", values)
-        chosen = completions.lengths.chunk(2)[0].sum()
+        chosen = inputs["chosen_tokens"]
         add("kl/policy_ref", stats.kl)
         add("entropy", stats.entropy)
         add("mean_token_accuracy", stats.hit[:chosen])

@@ -22,6 +22,10 @@ WRONG = [
     ({"rl_beta": 0.1, "trl": {"beta": 0.2}}, r"`rl_beta: 0.1` and `trl.beta: 0.2`"),
     ({"sample_packing": "yes"}, r"`sample_packing: yes`.*true, false or auto"),
     ({"eval_sample_packing": "auto"}, r"`eval_sample_packing: auto`"),
+    (
+        {"sample_packing": True, "edpo_sample_packing": "auto"},
+        r"`sample_packing: True` and `edpo_sample_packing: auto`.*disagree",
+    ),
     ({"edpo_prefix_sharing": "on"}, r"`edpo_prefix_sharing: on`.*true, false or auto"),
     ({"edpo_prefix_sharing": True}, r"`edpo_prefix_sharing: True`.*dpo_padding_free"),
     ({"precompute_ref_log_probs": True}, r"`precompute_ref_log_probs: True`"),

@@ -151,15 +151,16 @@ def test_options_work_in_every_mode(recipe, watch, option):
 @pytest.mark.parametrize("mode", MODES)
 def test_nf4_in_bfloat16_starts_at_exactly_zero_and_trains(recipe, tmp_path, mode):
     keys = {**NF4, "gradient_checkpointing": True, "max_steps": 3}
+    keys["learning_rate"] = 2e-2  # so that three steps are more than rounding
     first, second, third = tiny.logs(
         tiny.train(tmp_path, recipe(**keys, **MODES[mode]))
     )
     assert first["kl/p_epsilon_steps"] == first["kl/n_epsilon_steps"] == 0.0
     assert first["kl/policy_ref"] == first["rewards/margins"] == 0.0
-    padded = tiny.logs(tiny.train(tmp_path, recipe(**keys)))
-    assert third["kl/policy_ref"] > 0
-    assert third["loss"] == pytest.approx(padded[2]["loss"], rel=0.02)
-    assert third["logps/chosen"] == pytest.approx(padded[2]["logps/chosen"], rel=0.01)
+    padded = tiny.logs(tiny.train(tmp_path, recipe(**keys)))[2]
+    assert third["logps/chosen"] == pytest.approx(padded["logps/chosen"], rel=1e-3)
+    for name in ("kl/policy_ref", "grad_norm"):
+        assert third[name] == pytest.approx(padded[name], rel=0.1) != 0, name
 
 
 def test_over_long_pairs_are_the_same_in_every_mode_and_counted_once(
@@ -346,11 +347,13 @@ COMPILED = {
 
 @pytest.mark.parametrize("option", COMPILED)
 def test_compiled_layers_work_in_every_mode(recipe, watch, option):
-    torch._dynamo.reset()
     keys = dict(max_steps=3, adam_epsilon=1e-2, **COMPILED[option])
-    padded = watch(recipe(**keys))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    plain = {**keys, "torch_compile": None, "torch_compile_backend": None}
-    assert_same_run(padded, watch(recipe(**plain)))
-    for mode in MODES.values():
-        assert_same_run(watch(recipe(**keys, **mode)), padded)
+    plain = watch(
+        recipe(**{**keys, "torch_compile": None, "torch_compile_backend": None})
+    )
+    for mode in ({}, *MODES.values()):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        assert_same_run(watch(recipe(**keys, **mode)), plain)
+        frames = torch._dynamo.utils.counters["frames"]
+        assert 0 < frames["ok"] == frames["total"] < 30, mode  # no batch is a new graph

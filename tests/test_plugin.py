@@ -44,6 +44,8 @@ def test_packing_is_lowered_to_keys_that_axolotl_lets_be(recipe, tmp_path):
     cfg = load(tmp_path, recipe(sample_packing="auto", edpo_prefix_sharing=False))
     assert (cfg.edpo_sample_packing, cfg.edpo_prefix_sharing) == ("auto", False)
     assert not load(tmp_path, recipe()).edpo_sample_packing
+    empty = recipe(sample_packing=True) | {"edpo_prefix_sharing": None}  # `key:` alone
+    assert load(tmp_path, empty).edpo_prefix_sharing == "auto"
 
 
 @pytest.mark.parametrize("keys", [{}, {"sample_packing": True}], ids=str)

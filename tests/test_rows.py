@@ -40,7 +40,7 @@ def recipe(**keys) -> SimpleNamespace:
             {"dpo_padding_free": True, "edpo_eval_sample_packing": False},
             True,
             False,
-            True,
+            False,
         ),
     ],
     ids=str,
@@ -82,7 +82,7 @@ def test_an_attention_that_packs_but_cannot_share_packs_under_auto(caplog):
     settled = settle(RowSettings(packs=True), [lm], probe=True)
     assert settled.packs and settled.shares is False
     assert "`edpo_prefix_sharing: auto`: prompts are not shared, as" in caplog.text
-    with pytest.raises(ValueError, match="change each other"):
+    with pytest.raises(ValueError, match="`edpo_prefix_sharing: true`.*change each"):
         settle(RowSettings(packs=True, shares=True), [lm], probe=True)
 
 
