@@ -71,10 +71,15 @@ class EDPOPlugin(BasePlugin):
         return "axolotl_edpo.args.EDPOArgs" if self._active else None
 
     def get_training_args(self, cfg) -> dict:
-        """Lets a recipe with `bf16: true` run where there is no accelerator."""
-        if cfg.trainer_cls != TRAINER or _has_accelerator():
+        """What TRL and transformers are told otherwise than the recipe says.
+
+        TRL 1.9 switches its own `padding_free` off with a warning; rows are laid by
+        `PairCollator`. And a recipe with `bf16: true` may run without an accelerator.
+        """
+        if cfg.trainer_cls != TRAINER:
             return {}
-        return {"use_cpu": True}
+        told: dict = {"padding_free": False}
+        return told if _has_accelerator() else told | {"use_cpu": True}
 
     def pre_model_load(self, cfg) -> None:
         """Refuses a model that cannot be packed, where the recipe asks for it."""

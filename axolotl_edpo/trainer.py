@@ -130,8 +130,6 @@ class EDPOTrainer(AxolotlDPOTrainer):
             args.pad_to_multiple_of = data_collator.pad_to_multiple_of
             data_collator = None
         rows = rows or (RowSettings() if cfg is None else RowSettings.of(cfg))
-        # what TRL 1.9 would only switch off, with a warning
-        args.padding_free = False
         continued = cfg is not None and cfg.adapter and cfg.lora_model_dir
         if continued:
             model = PeftModel.from_pretrained(

@@ -259,6 +259,12 @@ def test_evaluation_packs_as_asked_and_says_the_same(
             assert own[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
 
 
+def test_trl_does_not_say_that_padding_free_is_off(recipe, tmp_path, caplog):
+    trainer = tiny.train(tmp_path, recipe(dpo_padding_free=True, max_steps=1))
+    assert "padding_free=True" not in caplog.text
+    assert trainer.data_collator.packs and not trainer._deals
+
+
 def test_dealing_evens_out_the_tokens_of_micro_batches(recipe, tmp_path):
     keys = dict(micro_batch_size=2, gradient_accumulation_steps=4)
     trainer = tiny.train(tmp_path, recipe(**keys, sample_packing=True, max_steps=1))

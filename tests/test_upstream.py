@@ -120,7 +120,7 @@ def test_axolotl_refuses_packing_beside_rl_before_a_plugin_is_asked():
 
 def test_trl_switches_padding_free_off_and_makes_the_collator_of_pairs():
     text = source(DPOTrainer.__init__)
-    assert "self.padding_free = False" in text, "trainer.py: args.padding_free"
+    assert "self.padding_free = False" in text, "plugin.py: padding_free"
     assert "DataCollatorForPreference(" in text, "trainer.py: _settle_rows"
     names = inspect.signature(DataCollatorForPreference).parameters
     assert {"pad_token_id", "max_length", "pad_to_multiple_of"} <= names.keys()
