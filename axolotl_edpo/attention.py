@@ -181,8 +181,7 @@ def _wrap(base: Attention, attend: Attention) -> Attention:
     def attend_row(module, query, key, value, segments, **keywords):
         # those of the row, from which boundaries would be guessed once more
         keywords.pop("position_ids", None)
-        window = keywords.get("sliding_window")
-        segments.cache.setdefault(WINDOWS, set()).add(window)
+        segments.once(WINDOWS, set).add(keywords.get("sliding_window"))
         return attend(module, query, key, value, segments, **keywords)
 
     def attention(
@@ -242,20 +241,20 @@ def _mask(
     query: torch.Tensor,
 ) -> Any:
     """The causal mask of a segment, None where a kernel's own will do."""
-    lengths = segments.queries[index], segments.key_lengths[index]
-    key = (lengths, window, query.dtype, query.device, make_mask)
-    if key not in segments.cache:
-        segments.cache[key] = make_mask(
+    queries, keys = segments.queries[index], segments.key_lengths[index]
+    return segments.once(
+        (queries, keys, window, query.dtype, query.device, make_mask),
+        lambda: make_mask(
             batch_size=1,
-            q_length=lengths[0],
-            kv_length=lengths[1],
-            q_offset=lengths[1] - lengths[0],
+            q_length=queries,
+            kv_length=keys,
+            q_offset=keys - queries,
             mask_function=_visible(window),
             local_size=window,
             dtype=query.dtype,
             device=query.device,
-        )
-    return segments.cache[key]
+        ),
+    )
 
 
 def _visible(window: int | None) -> Callable[..., Any]:
@@ -287,7 +286,8 @@ def _varlen(base: Attention) -> Attention:
     """FlashAttention: with fewer queries than keys, its causal mask ends with both."""
 
     def attend(module, query, key, value, segments: Segments, **keywords):
-        boundaries = _boundaries(segments, query.device)
+        device = query.device
+        boundaries = segments.once(device, lambda: _boundaries(segments, device))
         key, value = _gather(key, segments), _gather(value, segments)
         return base(module, query, key, value, None, **{**keywords, **boundaries})
 
@@ -295,27 +295,25 @@ def _varlen(base: Attention) -> Attention:
 
 
 def _boundaries(segments: Segments, device: torch.device) -> dict[str, Any]:
-    """The keywords of transformers' varlen path, once per batch."""
-    if device not in segments.cache:
-        made: dict[str, Any] = {}
-        for side, lengths in (("q", segments.queries), ("k", segments.key_lengths)):
-            ends = torch.tensor([0, *lengths]).cumsum(0)
-            made[f"cu_seq_lens_{side}"] = ends.to(device, torch.int32)
-            made[f"max_length_{side}"] = max(lengths)
-        segments.cache[device] = made
-    return segments.cache[device]
+    """The keywords of transformers' varlen path."""
+    made: dict[str, Any] = {}
+    for side, lengths in (("q", segments.queries), ("k", segments.key_lengths)):
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        made[f"cu_seq_lens_{side}"] = ends.to(device, torch.int32)
+        made[f"max_length_{side}"] = max(lengths)
+    return made
 
 
 def _block_masked(base: Attention) -> Attention:
     """FlexAttention: which segment a token is of, and where in it, as tensors."""
 
     def attend(module, query, key, value, segments: Segments, **keywords):
-        window = keywords.get("sliding_window")
-        cached = ("block mask", window, query.device)
-        if cached not in segments.cache:
-            segments.cache[cached] = _block_mask(segments, window, query.device)
+        window, device = keywords.get("sliding_window"), query.device
+        mask = segments.once(
+            (window, device), lambda: _block_mask(segments, window, device)
+        )
         key, value = _gather(key, segments), _gather(value, segments)
-        return base(module, query, key, value, segments.cache[cached], **keywords)
+        return base(module, query, key, value, mask, **keywords)
 
     return _wrap(base, attend)
 

@@ -18,7 +18,7 @@ Both say with `Completions` which positions are scored: everything after it is t
 """
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -67,6 +67,12 @@ class Segments:
     def key_lengths(self) -> tuple[int, ...]:
         """Keys of each segment, at least as many as its queries."""
         return tuple(sum(self.pieces[i] for i in keys) for keys in self.keys)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` returns, called at most once per batch and key."""
+        if key not in self.cache:
+            self.cache[key] = make()
+        return self.cache[key]
 
 
 def completions_of(batch: Mapping[str, Any]) -> Completions:

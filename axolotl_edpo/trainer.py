@@ -153,8 +153,7 @@ class EDPOTrainer(AxolotlDPOTrainer):
             self.model.to(self.accelerator.device)
         self._reads_head = self._head_is_readable()
         self._settle_rows(rows)
-        for lm in self._models() if self._compile_keywords else ():
-            backbone.compile_layers(lm.base_model, self._compile_keywords)
+        self._compile_layers()
         self.controller = BetaController(
             settings
             or ControllerSettings(self.args.beta, cfg.edpo_epsilon, cfg.edpo_beta_mean)
@@ -230,6 +229,12 @@ class EDPOTrainer(AxolotlDPOTrainer):
         if dynamo.backend != DynamoBackend.NO:
             self._compile_keywords = dynamo.to_kwargs()
             dynamo.backend = DynamoBackend.NO
+
+    def _compile_layers(self) -> None:
+        """What `torch_compile` asks for."""
+        if self._compile_keywords:
+            for lm in self._models():
+                backbone.compile_layers(lm.base_model, self._compile_keywords)
 
     def _settle_reference_adapter(self, evaluating: bool) -> None:
         """The reference of an adapter that is trained further is its own start.

@@ -158,7 +158,7 @@ def test_no_token_moves_a_sequence_that_it_is_not_in(attention, share):
 
 def test_filling_up_to_a_multiple_moves_nothing():
     lm = model()
-    plain, filled = logps(lm, padded(PAIRS), True), []
+    plain = logps(lm, padded(PAIRS), True)
     filled = logps(lm, padded(PAIRS), True, multiple=64)
     for a, b in zip(plain, filled, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)

@@ -320,15 +320,11 @@ def test_an_attention_without_boundaries_is_refused(recipe, tmp_path, monkeypatc
         return sdpa_attention_forward(*args, **keywords)
 
     deaf.packs = True
-    own = AttentionInterface._global_mapping["sdpa"]
-    AttentionInterface.register("sdpa", deaf)
-    try:
-        with pytest.raises(ValueError, match="sample_packing: true.*change each other"):
-            tiny.train(tmp_path, recipe(sample_packing=True))
-        caught = tiny.train(tmp_path, recipe(sample_packing="auto", max_steps=1))
-        assert not caught.data_collator.packs
-    finally:
-        AttentionInterface.register("sdpa", own)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", deaf)
+    with pytest.raises(ValueError, match="sample_packing: true.*change each other"):
+        tiny.train(tmp_path, recipe(sample_packing=True))
+    caught = tiny.train(tmp_path, recipe(sample_packing="auto", max_steps=1))
+    assert not caught.data_collator.packs
 
 
 def test_plain_dpo_is_the_same_to_the_bit_after_a_packed_run(recipe, tmp_path):
