@@ -1,0 +1,132 @@
+"""Axolotl's own training on several CPU ranks, with the real engines over gloo.
+
+accelerate and axolotl choose DeepSpeed and FSDP only where they see a GPU. `CpuRanks`
+changes which device and backend they pick, and nothing of the engines. It is a plugin
+of axolotl: a recipe that names it beside ours goes through any launcher.
+
+`run` forks the ranks from a server that has imported everything once, so that a run of
+a tiny model takes seconds. Set `multiprocessing.set_forkserver_preload(PRELOAD)` first.
+"""
+
+import gc
+import importlib
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it when it is imported
+
+import tiny
+import torch
+import torch.multiprocessing as mp
+from accelerate import parallelism_config, state
+from accelerate.utils import DistributedType
+from axolotl.cli import config
+from axolotl.integrations.base import BasePlugin
+
+# trackio: TRL asks it for a URL, and it takes seconds to import
+PRELOAD = ["deepspeed", "axolotl.train", "axolotl.core.builders", "trackio", "ranks"]
+
+
+class CpuRanks(BasePlugin):
+    """Beside `axolotl_edpo.EDPOPlugin`, a recipe runs on CPU ranks."""
+
+    def register(self, cfg: dict) -> None:
+        """Chooses by the engine that the recipe names."""
+        _leave_placement_to_accelerate()
+        if cfg.get("deepspeed"):
+            _gather_detached()
+            _choose_cpu(DistributedType.MULTI_CPU)
+        elif cfg.get("fsdp_config"):
+            _choose_cpu(DistributedType.MULTI_GPU)
+        else:
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+
+
+def _leave_placement_to_accelerate() -> None:
+    """axolotl would put the model on GPU number LOCAL_RANK."""
+    torch.cuda.set_device = lambda *args, **kwargs: None
+    normalize = config.normalize_config
+    config.normalize_config = lambda cfg: (normalize(cfg), cfg.pop("device_map"))[0]
+
+
+def _choose_cpu(kind: DistributedType) -> None:
+    state.PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", kind)
+    state.PartialState.set_device = lambda own: setattr(own, "device", _CPU)
+    parallel = parallelism_config.ParallelismConfig
+    build = parallel.build_device_mesh
+    parallel.build_device_mesh = lambda own, device: build(own, "cpu")
+
+
+_CPU = torch.device("cpu")
+
+
+def _gather_detached() -> None:
+    """In float32, ZeRO-1 and -2 gather from a shard that requires a gradient.
+
+    gloo refuses that. Without this operation DeepSpeed takes another, and detaches.
+    """
+    import deepspeed.comm
+
+    deepspeed.comm.has_all_gather_into_tensor = lambda: False
+
+
+def run(folder: Path, keys: dict, ranks: int = 2, probe: str | None = None) -> list:
+    """Trains a recipe on CPU ranks.
+
+    Args:
+        folder: Where the recipe and the ranks' results are put.
+        keys: The recipe.
+        ranks: Processes; one is a run without any engine but the recipe's.
+        probe: `module:function`, called on every rank. It is given a function that
+            trains and returns the trainer, and returns what is added to the result.
+
+    Returns:
+        A result per rank: `log`, the entries the trainer logged, `beta` at the end,
+        and what the probe returned.
+
+    Raises:
+        ProcessRaisedException: If a rank failed; it holds the traceback.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = (ranks, _free_port(), folder, keys, probe)
+    mp.start_processes(_rank, arguments, nprocs=ranks, start_method="forkserver")
+    files = [folder / f"rank{rank}.json" for rank in range(ranks)]
+    return [json.loads(file.read_text()) for file in files]
+
+
+def _rank(rank: int, ranks: int, port: int, folder: Path, keys: dict, probe) -> None:
+    gc.collect()  # axolotl and DeepSpeed collect often; imports are never garbage
+    gc.freeze()
+    torch.set_num_threads(1)
+    mp.set_start_method("fork", force=True)  # of data loaders; it was the server's
+    if ranks > 1:
+        os.environ |= _torchrun(rank, ranks, port)
+    keys = {**keys, "plugins": [*keys["plugins"], "ranks.CpuRanks"]}
+
+    def train():
+        return tiny.train(folder / f"rank{rank}", keys)
+
+    (folder / f"rank{rank}").mkdir(exist_ok=True)
+    if probe is None:
+        trainer, more = train(), {}
+    else:
+        module, _, function = probe.partition(":")
+        trainer, more = getattr(importlib.import_module(module), function)(train)
+    result = {"log": trainer.state.log_history, "beta": trainer.controller.beta, **more}
+    (folder / f"rank{rank}.json").write_text(json.dumps(result))
+
+
+def _torchrun(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """The variables that torchrun sets."""
+    values: dict[str, Any] = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks)
+    values |= dict(LOCAL_WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return {name: str(value) for name, value in values.items()}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
