@@ -25,8 +25,7 @@ UNSUPPORTED = {
     "the whole vocabulary, not two log-probabilities",
     "reference_free": "remove it: ε-DPO compares policy and reference",
     "dpo_norm_loss": "remove it",
-    "fsdp": "shard with `deepspeed:` (ZeRO-3) instead",
-    "fsdp_config": "shard with `deepspeed:` (ZeRO-3) instead",
+    "fsdp": "set `fsdp_version: 2` and `fsdp_config:`",
     "is_multimodal": "use a text model, or `rl: dpo`",
     "processor_type": "use a text model, or `rl: dpo`",
     "orpo_alpha": "remove it: axolotl would take it for `beta`",
@@ -120,6 +119,7 @@ def check_recipe(recipe: Mapping[str, Any]) -> float | None:
     _check_unsupported(recipe)
     _check_adapter(recipe)
     _check_sharing(recipe)
+    _check_fsdp(recipe)
     return None if beta is None else float(beta)
 
 
@@ -239,6 +239,21 @@ def _check_sharing(recipe: Mapping[str, Any]) -> None:
         remedy = "set `sample_packing: true` or `dpo_padding_free: true`: padded, each "
         remedy += "sequence has a row of its own"
         _refuse("edpo_prefix_sharing", True, remedy)
+
+
+def _check_fsdp(recipe: Mapping[str, Any]) -> None:
+    options = recipe.get("fsdp_config")
+    if not options:
+        return
+    own = options.get("fsdp_version") or options.get("version")
+    version = recipe.get("fsdp_version") or own or 1
+    if int(version) != 2:
+        remedy = "set `fsdp_version: 2`: FSDP 1 flattens the head that is read"
+        _refuse("fsdp_version", version, remedy)
+    saved = recipe.get("lora_modules_to_save")
+    if saved and recipe.get("adapter"):
+        remedy = "remove it or use `deepspeed:`: axolotl cannot save it under FSDP2"
+        _refuse("lora_modules_to_save", saved, remedy)
 
 
 def _refuse(key: str, value: Any, remedy: str) -> None:

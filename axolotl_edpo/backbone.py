@@ -25,12 +25,12 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from trl.trainer.utils import maybe_gather_lm_head_ctx, use_adapter
+from trl.trainer.utils import use_adapter
 
 from .attention import evaluating
 from .batch import Completions
+from .engine import gathered, inside
 from .head import Head, LowRank, Quantized4bit, Quantized8bit, Rows, full_precision
 
 REFERENCE_ADAPTER = "ref"
@@ -87,6 +87,11 @@ def copy_embeddings(policy: PreTrainedModel, reference: PreTrainedModel) -> bool
 
     axolotl adds rows for new tokens to each model it loads, at random.
 
+    Args:
+        policy: As it was loaded; ZeRO-3 may have sharded it, and with FSDP2 a rank may
+            hold no weights yet, and get those of the first.
+        reference: The same.
+
     Returns:
         Whether they differed.
     """
@@ -96,9 +101,12 @@ def copy_embeddings(policy: PreTrainedModel, reference: PreTrainedModel) -> bool
         if own is None:
             continue
         for theirs, ours in zip(other.parameters(), own.parameters(), strict=True):
-            if not torch.equal(theirs, ours.to(theirs.device)):
-                theirs.data.copy_(ours.detach())
-                differed = True
+            if ours.is_meta:
+                continue
+            with gathered([theirs, ours], writes=True):
+                if not torch.equal(theirs, ours.to(theirs.device)):
+                    theirs.data.copy_(ours.detach())
+                    differed = True
     return differed
 
 
@@ -125,7 +133,7 @@ def completion_logits(
     """Logits as the model makes them, where its head cannot be read.
 
     Args:
-        model: A causal language model.
+        model: A causal language model, inside its engine's forward.
         inputs: `input_ids` of shape (rows, length), and what else its forward takes.
         completions: The positions, over the flattened batch.
 
@@ -139,7 +147,8 @@ def completion_logits(
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         only["logits_to_keep"] = columns = column.unique()
         column = torch.searchsorted(columns, column)
-    out = model(**inputs, use_cache=False, **only)
+    # not `model(...)`: an engine may let go of the weights at the end of that call
+    out = model.forward(**inputs, use_cache=False, **only)
     return out.logits[row, column]
 
 
@@ -213,39 +222,45 @@ def whole_head(model: PreTrainedModel) -> Iterator[Head]:
     ZeRO-3 keeps an empty weight there, FSDP2 a shard; the whole one is let go on exit.
     """
     head = head_of(model)
-    with maybe_gather_lm_head_ctx(*head.tensors):  # type: ignore[arg-type]
-        yield replace(head, weight=_whole(head.weight), bias=_whole(head.bias))
-
-
-def _whole(weight: Any) -> Any:
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+    if not isinstance(head.weight, torch.Tensor):
+        yield head
+        return
+    bias = [] if head.bias is None else [head.bias]
+    with gathered([head.weight, *bias]) as whole:
+        yield replace(head, weight=whole[0], bias=whole[1] if bias else None)
 
 
 def check_head(model: PreTrainedModel) -> None:
     """Compares the head that was read with the logits of the model itself.
 
     Args:
-        model: A causal language model with all its weights at hand.
+        model: A causal language model, inside its engine's forward.
 
     Raises:
-        HeadError: If they differ by more than rounding.
+        HeadError: If the head is not known, or if they differ by more than rounding.
     """
-    head = head_of(model)
-    if any(tensor.device != model.device for tensor in head.tensors):
-        raise HeadError("its weight is not on the model's device")
-    ids = torch.arange(16, device=model.device).view(2, 8) % head.vocab
+    vocab = model.config.get_text_config().vocab_size
+    ids = torch.arange(16, device=model.device).view(2, 8) % vocab
     some = torch.tensor([3, 4, 6, 13, 14], device=model.device)
     completions = Completions(some, ids.flatten()[some], some[:2])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with evaluating(model):
         own = completion_logits(model, inputs, completions).float()
-        ours = head_of(model).logits(completion_hidden(model, inputs, completions))
+        hidden = completion_hidden(model, inputs, completions)
+        ours = inside(head_modules(model), lambda own: _logits(model, own), hidden)
     difference = ((ours - own).abs().max() / own.abs().max()).item()
     if not difference < _TOLERANCE:
         raise HeadError(
             f"its logits differ from head × hidden states by {difference:.0%}: the "
             "model does something to them that its config does not name"
         )
+
+
+def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    head = head_of(model)
+    if any(tensor.device != hidden.device for tensor in head.tensors):
+        raise HeadError("its weight is not on the model's device")
+    return head.logits(hidden)
 
 
 def _active_head(model: PreTrainedModel) -> nn.Module:

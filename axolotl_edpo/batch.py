@@ -223,8 +223,8 @@ def deal(sizes: Sequence[int], bins: int) -> list[list[int]]:
     The longest first, each to the emptiest bin.
 
     Args:
-        sizes: Size of each item; at least as many as bins.
-        bins: Number of bins; none stays empty.
+        sizes: Size of each item, above 0.
+        bins: Number of bins; one is empty only if there are fewer items than bins.
 
     Returns:
         The items of each bin, in their own order.

@@ -9,10 +9,14 @@ import json
 from pathlib import Path
 
 from axolotl.utils.logging import get_logger
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 LOG = get_logger(__name__)
+
+_PEFT_PREFIX = "base_model.model."
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -84,3 +88,27 @@ def choose_auto_resume(cfg) -> None:
     if complete != found[-1]:
         instead = f"resuming from {complete}" if complete else "starting anew"
         LOG.warning(f"{found[-1]} was not saved to its end; {instead}")
+
+
+def name_as_peft(output_dir: Path) -> None:
+    """Gives the weights of a saved adapter the names under which PEFT looks for them.
+
+    With FSDP2, axolotl 0.19 saves those of the model inside the PEFT model: loaded
+    again, it would be an adapter without training.
+
+    Args:
+        output_dir: Of a run that is over; without an adapter nothing happens.
+    """
+    file = output_dir / SAFETENSORS_WEIGHTS_NAME
+    if not file.exists():
+        return
+    weights = load_file(file)
+    if all(name.startswith(_PEFT_PREFIX) for name in weights):
+        return
+    named = {
+        _PEFT_PREFIX + name.removeprefix(_PEFT_PREFIX): weight
+        for name, weight in weights.items()
+    }
+    partial = file.with_suffix(".partial")
+    save_file(named, partial)
+    partial.replace(file)

@@ -13,26 +13,27 @@ import torch
 from datasets import Dataset
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from .batch import deal, pack, select_completions, shared_starts
+from .batch import Completions, deal, pack, select_completions, shared_starts
 
 
 @dataclass
-class Undealt:
-    """Examples of a micro-batch that are dealt anew with those of their step."""
+class Examples:
+    """Pairs of a micro-batch, before they are laid in rows.
 
-    examples: list[dict[str, Any]]
+    A class of its own: accelerate would walk through a list.
+    """
+
+    pairs: list[dict[str, Any]]
+
+
+def keep_examples(pairs: list[dict[str, Any]]) -> dict[str, Examples]:
+    """Collates nothing yet."""
+    return {"examples": Examples(pairs)}
 
 
 def pairs_in(batch: Mapping[str, Any]) -> int:
-    """Pairs of a micro-batch, dealt or not."""
-    if "undealt" in batch:
-        return len(batch["undealt"].examples)
+    """Pairs that a laid batch scores."""
     return len(batch["lengths"]) // 2
-
-
-def keep_examples(examples: list[dict[str, Any]]) -> dict[str, Undealt]:
-    """Collates nothing yet."""
-    return {"undealt": Undealt(examples)}
 
 
 @dataclass
@@ -52,30 +53,44 @@ class PairCollator(DataCollatorForPreference):
         """One micro-batch.
 
         Args:
-            examples: `prompt_ids`, `chosen_ids` and `rejected_ids` of each pair.
+            examples: `prompt_ids`, `chosen_ids` and `rejected_ids` of each pair. A rank
+                may have none left: its batch is a short row that scores nothing, as all
+                ranks of an engine have to run.
 
         Returns:
             The model's inputs, the fields of `Completions`, `chosen_tokens`: how many
             of the scored tokens are chosen, and `num_tokens`: tokens of all sequences,
             whether padded, packed or shared.
         """
+        if not examples:
+            return self._blank()
         return self._finish(super().torch_call(examples))
 
-    def deal(self, batches: list[dict[str, Undealt]]) -> list[dict[str, Any]]:
+    def deal(self, step: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         """The pairs of an optimizer step over its micro-batches, evenly by tokens.
 
         Args:
-            batches: What `keep_examples` returned for each micro-batch of the step.
+            step: The pairs of each micro-batch.
 
         Returns:
-            As many batches, ready for the model, none of them empty.
+            As many batches, ready for the model.
         """
-        step = [example for batch in batches for example in batch["undealt"].examples]
-        padded = super().torch_call(step)
-        sizes = self._tokens(padded).tolist()
+        pairs = [pair for micro_batch in step for pair in micro_batch]
+        if not pairs:
+            return [self._blank() for _ in step]
+        padded = super().torch_call(pairs)
+        dealt = deal(self._tokens(padded).tolist(), len(step))
         return [
-            self._finish(_rows(padded, pairs)) for pairs in deal(sizes, len(batches))
+            self._finish(_rows(padded, own)) if own else self._blank() for own in dealt
         ]
+
+    def _blank(self) -> dict[str, Any]:
+        token = [self.pad_token_id]
+        batch = self.torch_call(
+            [{"prompt_ids": token, "chosen_ids": token, "rejected_ids": token}]
+        )
+        nothing = {name: batch[name][:0] for name in Completions._fields}
+        return {**batch, **nothing, "chosen_tokens": 0, "num_tokens": 0}
 
     def _tokens(self, padded: dict[str, torch.Tensor]) -> torch.Tensor:
         """Tokens of a pair in a packed row; shape (pairs,)."""

@@ -12,7 +12,9 @@ before validation:
 Lowering a lowered recipe changes nothing: Ray workers load a config twice.
 """
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from .versions import check_versions
 
@@ -82,11 +84,18 @@ class EDPOPlugin(BasePlugin):
         return told if _has_accelerator() else told | {"use_cpu": True}
 
     def pre_model_load(self, cfg) -> None:
-        """Refuses a model that cannot be packed, where the recipe asks for it."""
+        """Refuses a model that cannot be packed, where the recipe asks for it.
+
+        Then sets the seed: what is drawn while a model is loaded (an adapter, rows for
+        new tokens) is the same for policy and reference, on every rank, in every run.
+        """
         if cfg.trainer_cls == TRAINER:
+            from transformers import set_seed
+
             from .rows import check_recipe_model
 
             check_recipe_model(cfg)
+            set_seed(42 if cfg.seed is None else cfg.seed)  # 42: transformers'
 
     def post_trainer_create(self, cfg, trainer) -> None:
         """Points auto-resume at the newest checkpoint whose save came to its end."""
@@ -94,6 +103,14 @@ class EDPOPlugin(BasePlugin):
             from .checkpoint import choose_auto_resume
 
             choose_auto_resume(cfg)
+
+    def post_train(self, cfg, model) -> None:
+        """Names the weights of an adapter as PEFT reads them; see `name_as_peft`."""
+        sharded = cfg.trainer_cls == TRAINER and cfg.adapter and cfg.fsdp_config
+        if sharded and os.environ.get("RANK", "0") == "0":
+            from .checkpoint import name_as_peft
+
+            name_as_peft(Path(cfg.output_dir))
 
 
 def _check_registration(cfg: Mapping) -> None:

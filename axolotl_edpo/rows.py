@@ -79,6 +79,13 @@ class RowSettings:
             "or set `sample_packing: auto`, which pads where packing is not possible"
         )
 
+    def without_packing(self, error: PackingError) -> "RowSettings":
+        """Padded rows, with a warning, if the recipe allows them; else its refusal."""
+        if not self.may_pad:
+            raise self.refusal(error) from None
+        LOG.warning(f"`sample_packing: auto`: batches are padded, as {error}.")
+        return RowSettings(shares=False)
+
 
 def check_recipe_model(cfg: Any) -> None:
     """Refuses a model that is known to mix packed sequences, before it is loaded.
@@ -101,15 +108,36 @@ def check_recipe_model(cfg: Any) -> None:
         raise settings.refusal(error) from None
 
 
-def settle(
-    settings: RowSettings, models: Sequence[PreTrainedModel], probe: bool
-) -> RowSettings:
-    """What the models can do of what the recipe wants; makes them able to.
+def prepare(wanted: RowSettings, models: Sequence[PreTrainedModel]) -> RowSettings:
+    """Makes models able to take packed rows, as far as their layers are known to.
 
     Args:
-        settings: What the recipe wants.
+        wanted: What the recipe wants.
         models: The policy and, where it is a model of its own, the reference.
-        probe: Whether the policy's weights are at hand to be tried.
+
+    Returns:
+        The same, or, after a warning, padded.
+
+    Raises:
+        ValueError: Names key, reason and remedy.
+    """
+    if not wanted.any:
+        return replace(wanted, shares=False)
+    try:
+        for model in models:
+            check_layers(type(model), model.config)
+            enable_packing(model)
+    except PackingError as error:
+        return wanted.without_packing(error)
+    return wanted
+
+
+def tried(wanted: RowSettings, model: PreTrainedModel) -> RowSettings:
+    """What a model does of what is wanted of it, found by two pairs.
+
+    Args:
+        wanted: What `prepare` returned.
+        model: The policy, where its engine lets it read its weights.
 
     Returns:
         The settings, with `shares` true or false; after a warning, padded.
@@ -117,37 +145,28 @@ def settle(
     Raises:
         ValueError: Names key, reason and remedy.
     """
-    if not settings.any:
-        return replace(settings, shares=False)
+    if not wanted.any:
+        return wanted
     try:
-        for model in models:
-            check_layers(type(model), model.config)
-            enable_packing(model)
-        shares = _shares(settings, models[0], probe)
+        settled = replace(wanted, shares=_shares(wanted, model))
     except PackingError as error:
-        if not settings.may_pad:
-            raise settings.refusal(error) from None
-        LOG.warning(f"`sample_packing: auto`: batches are padded, as {error}.")
-        return RowSettings(shares=False)
-    settled = replace(settings, shares=shares)
+        return wanted.without_packing(error)
     LOG.info(settled.story())
     return settled
 
 
-def _shares(settings: RowSettings, model: PreTrainedModel, probe: bool) -> bool:
-    """Whether prefixes are shared, after trying it."""
-    wanted = bool(settings.shares)
-    if not probe:
-        return wanted
+def _shares(wanted: RowSettings, model: PreTrainedModel) -> bool:
+    """Whether prefixes are shared."""
+    share = bool(wanted.shares)
     try:
-        check_packing(model, share=wanted)
+        check_packing(model, share)
     except PackingError as error:
         check_packing(model, share=False)
-        if settings.shares != "auto":
+        if wanted.shares != "auto":
             raise ValueError(
                 "`edpo_prefix_sharing: true` does not work with this `base_model`: "
                 f"{error}. Set `edpo_prefix_sharing: auto`, or false"
             ) from None
         LOG.warning(f"`edpo_prefix_sharing: auto`: prompts are not shared, as {error}.")
         return False
-    return wanted
+    return share

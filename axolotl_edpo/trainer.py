@@ -11,26 +11,23 @@ overridden here calls super().
 import copy
 import functools
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import DynamoBackend
-from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.collators.dpo import AxolotlDPODataCollatorWithPadding
 from axolotl.utils.logging import get_logger
-from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing
+from trl.models.utils import disable_gradient_checkpointing
 
-from . import backbone, checkpoint, loss
+from . import backbone, checkpoint, engine, loss
 from .batch import (
     Completions,
     chosen_minus_rejected,
@@ -38,12 +35,12 @@ from .batch import (
     model_inputs,
     sum_per_sequence,
 )
-from .collator import PairCollator, keep_examples, long_pairs, pairs_in
 from .controller import BetaController, ControllerSettings
+from .feed import PairFeed
 from .head import Head
 from .logprobs import TokenStats, logits_stats, token_stats
 from .metrics import WeightedMeans
-from .rows import RowSettings, settle
+from .rows import RowSettings
 
 LOG = get_logger(__name__)
 
@@ -83,7 +80,7 @@ class BetaCallback(TrainerCallback):
         self._trainer.advance_beta()
 
 
-class EDPOTrainer(AxolotlDPOTrainer):
+class EDPOTrainer(PairFeed):
     """DPO in which every pair has a KL penalty of its own (arXiv 2502.13177).
 
     Args:
@@ -137,6 +134,7 @@ class EDPOTrainer(AxolotlDPOTrainer):
             )
         elif cfg is not None and peft_config is None:
             ref_model = self._base_reference(model, ref_model)
+        self.ref_model = ref_model
         super().__init__(
             model,
             ref_model,
@@ -148,12 +146,8 @@ class EDPOTrainer(AxolotlDPOTrainer):
         if continued:
             self._settle_reference_adapter(evaluating=peft_config is None)
         self._refuse_unsupported_model()
-        if self.is_deepspeed_enabled and not is_deepspeed_zero3_enabled():
-            # DeepSpeed does so later; the checks below run the model
-            self.model.to(self.accelerator.device)
-        self._reads_head = self._head_is_readable()
-        self._settle_rows(rows)
-        self._compile_layers()
+        self._reads_head = True
+        self._start_feed(rows, self._models())
         self.controller = BetaController(
             settings
             or ControllerSettings(self.args.beta, cfg.edpo_epsilon, cfg.edpo_beta_mean)
@@ -161,7 +155,6 @@ class EDPOTrainer(AxolotlDPOTrainer):
         self.add_callback(BetaCallback(self))
         # losses are divided by the pairs of the optimizer step, see compute_loss
         self.model_accepts_loss_kwargs = True
-        self._redirect = _ForwardRedirection()
         self._new_tokens = 0
         self._means = {"train": WeightedMeans(), "eval": WeightedMeans()}
 
@@ -177,9 +170,7 @@ class EDPOTrainer(AxolotlDPOTrainer):
                 "the model below it, add `--lora-model-dir`."
             )
             return copy.deepcopy(model)
-        if not is_deepspeed_zero3_enabled() and backbone.copy_embeddings(
-            model, ref_model
-        ):
+        if backbone.copy_embeddings(model, ref_model):
             LOG.warning(
                 "Policy and reference were loaded with different embeddings, as "
                 "tokens were added to both: the reference takes the policy's."
@@ -195,14 +186,22 @@ class EDPOTrainer(AxolotlDPOTrainer):
                 "model, or `rl: dpo`"
             )
 
-    def _head_is_readable(self) -> bool:
+    def try_out(self, model: nn.Module) -> None:
+        """As PairFeed's; also finds out whether the head op can take the head."""
+
+        def read(unwrapped: nn.Module) -> None:
+            self._reads_head = self._head_is_readable(unwrapped)
+
+        with torch.no_grad():
+            self._inside_forward(model, read)
+        super().try_out(model)
+        self._compile_layers()
+
+    def _head_is_readable(self, unwrapped: nn.Module) -> bool:
         """Whether the head op can take the head; if not, says what that costs."""
-        lm = backbone.causal_lm(self.model)
+        lm = backbone.causal_lm(unwrapped)
         try:
-            backbone.head_of(lm)
-            if not is_deepspeed_zero3_enabled():  # there the weights are elsewhere
-                with self.accelerator.autocast():
-                    backbone.check_head(lm)
+            backbone.check_head(lm)
         except backbone.HeadError as error:
             vocab = lm.config.get_text_config().vocab_size
             size = vocab * (2 * lm.dtype.itemsize + 8) * 1000 / 2**30
@@ -222,8 +221,13 @@ class EDPOTrainer(AxolotlDPOTrainer):
         return [policy, self.accelerator.unwrap_model(self.ref_model)]
 
     def create_accelerator_and_postprocess(self):
-        """As TRL's; keeps `torch_compile` for the layers, see `compile_layers`."""
+        """As TRL's; shards the reference.
+
+        Keeps `torch_compile` for the layers, see `compile_layers`.
+        """
         super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled and self.ref_model is not None:
+            self.ref_model = engine.shard(self.accelerator, self.ref_model)
         dynamo = self.accelerator.state.dynamo_plugin
         self._compile_keywords = {}
         if dynamo.backend != DynamoBackend.NO:
@@ -250,64 +254,6 @@ class EDPOTrainer(AxolotlDPOTrainer):
         self.model.save_pretrained = functools.partial(
             self.model.save_pretrained, selected_adapters=["default"]
         )
-
-    # --- rows --------------------------------------------------------------------
-
-    def _settle_rows(self, wanted: RowSettings) -> None:
-        """Sets the collators of training and evaluation.
-
-        Raises:
-            ValueError: If the model cannot do what the recipe asks for.
-        """
-        probe = not is_deepspeed_zero3_enabled()  # there the weights are elsewhere
-        with self.accelerator.autocast():
-            rows = settle(wanted, self._models(), probe)
-        base, shares = vars(self.data_collator), bool(rows.shares)  # TRL's
-        self._deals = rows.deals
-        self.data_collator: Any = PairCollator(**base, packs=rows.packs, shares=shares)
-        self._eval_collator = PairCollator(**base, packs=rows.eval_packs, shares=shares)
-
-    @contextmanager
-    def _collating(self, collator: Any) -> Iterator[None]:
-        """Within it, data loaders are made with this collator."""
-        own, self.data_collator = self.data_collator, collator
-        try:
-            yield
-        finally:
-            self.data_collator = own
-
-    def get_train_dataloader(self):
-        """As transformers', with examples that are still to be dealt if packing."""
-        with self._collating(keep_examples if self._deals else self.data_collator):
-            return super().get_train_dataloader()
-
-    def get_eval_dataloader(self, *args, **kwargs):
-        """As transformers', with the collator of evaluation."""
-        with self._collating(self._eval_collator):
-            return super().get_eval_dataloader(*args, **kwargs)
-
-    def get_batch_samples(self, *args, **kwargs):
-        """The micro-batches of an optimizer step, dealt anew if packing."""
-        batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
-        if self._deals and batches:
-            batches = self.data_collator.deal(batches)
-        return batches, num_items_in_batch
-
-    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        """As TRL's; says once which pairs `sequence_len` cost."""
-        prepared = super()._prepare_dataset(
-            dataset, processing_class, args, dataset_name
-        )
-        if isinstance(prepared, Dataset) and args.max_length is not None:
-            dropped = len(dataset) - len(prepared)
-            truncated = long_pairs(prepared, args.max_length)
-            if dropped or truncated:
-                LOG.warning(
-                    f"{dataset_name} set, `sequence_len: {args.max_length}`: "
-                    f"{dropped} of {len(dataset)} pairs dropped (the prompt alone "
-                    f"fills it), {truncated} truncated (an answer ends after it)."
-                )
-        return prepared
 
     # --- β -----------------------------------------------------------------------
 
@@ -341,17 +287,18 @@ class EDPOTrainer(AxolotlDPOTrainer):
         else:
             self.controller.advance(self._sum_over_ranks)
 
-    def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.reduce(
-            values.to(self.accelerator.device), reduction="sum"
-        )
-
     def _save_checkpoint(self, model, trial):
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             checkpoint.mark_incomplete(Path(self._get_output_dir(trial)) / name)
+        self.accelerator.wait_for_everyone()  # none writes before it is marked
         self.state.stateful_callbacks[STATE_KEY] = self.controller.state_dict()
         super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        """As transformers'; returns when every rank has written its last file."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """As transformers', but refuses a checkpoint whose save was interrupted."""
@@ -360,21 +307,6 @@ class EDPOTrainer(AxolotlDPOTrainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     # --- loss --------------------------------------------------------------------
-
-    def training_step(self, model, inputs, *args, **kwargs):
-        """As TRL's, without axolotl's cache flush after every micro-batch."""
-        step = super(AxolotlDPOTrainer, self).training_step
-        loss_ = step(model, inputs, *args, **kwargs)
-        if "segments" in inputs:  # else its masks live to the end of the window
-            inputs["segments"].cache.clear()
-        return loss_
-
-    def _get_num_items_in_batch(
-        self, batch_samples: Iterable[dict], device: torch.device
-    ) -> torch.Tensor:
-        """Pairs of an optimizer step, over its micro-batches and all ranks."""
-        pairs = sum(pairs_in(batch) for batch in batch_samples)
-        return self._sum_over_ranks(torch.tensor(pairs))
 
     def compute_loss(
         self, model, inputs, return_outputs=False, num_items_in_batch=None
@@ -401,7 +333,7 @@ class EDPOTrainer(AxolotlDPOTrainer):
             self.controller.observe(pairs.steps)
         self._record("train" if training else "eval", inputs, completions, stats, pairs)
         if num_items_in_batch is None:
-            return pairs.losses.mean()
+            return pairs.losses.sum() / max(len(pairs.losses), 1)
         # engines average gradients over ranks; the divisor counts all ranks' pairs
         scale = self.accelerator.num_processes / num_items_in_batch
         return pairs.losses.sum() * scale
@@ -417,13 +349,13 @@ class EDPOTrainer(AxolotlDPOTrainer):
 
         def read(unwrapped: nn.Module) -> TokenStats:
             modules, head = others or backbone.shared_reference_head(unwrapped)
-            own = self._positions(unwrapped, inputs, completions)
             lm = backbone.causal_lm(unwrapped)
-            return self._inside(
+            return engine.inside(
                 [*dict.fromkeys([*backbone.head_modules(lm), *modules])],
-                lambda: token_stats(
+                lambda own: token_stats(
                     own, reference, backbone.head_of(lm), head, y, epsilon
                 ),
+                self._positions(unwrapped, inputs, completions),
             )
 
         if not self._reads_head:
@@ -439,13 +371,6 @@ class EDPOTrainer(AxolotlDPOTrainer):
             return
         with backbone.whole_head(self.accelerator.unwrap_model(self.ref_model)) as head:
             yield [], head
-
-    def _inside(self, modules: list[nn.Module], method: Callable[[], Any]) -> Any:
-        """Runs `method` in the forward of all these modules."""
-        if not modules:
-            return method()
-        first, *others = modules
-        return self._redirect(first, first, lambda: self._inside(others, method))
 
     def _reference(self, model, inputs, completions: Completions) -> torch.Tensor:
         """Hidden states or logits of the reference, without gradient."""
@@ -472,15 +397,6 @@ class EDPOTrainer(AxolotlDPOTrainer):
         else:
             read = backbone.completion_logits
         return read(lm, model_inputs(inputs), completions)
-
-    def _inside_forward(self, model, method: Callable[[nn.Module], Any]) -> Any:
-        """Runs `method` in the forward of the engine that wraps the model.
-
-        DDP, DeepSpeed and FSDP prepare gradients and gather weights there.
-        """
-        unwrapped = self.accelerator.unwrap_model(model)
-        with self.accelerator.autocast():
-            return self._redirect(model, unwrapped, method, unwrapped)
 
     def _judge(self, stats: TokenStats, completions: Completions) -> Pairs:
         """Steps, betas and losses of a batch's pairs."""

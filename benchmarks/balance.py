@@ -38,7 +38,7 @@ from axolotl.train import setup_model_and_trainer
 from measure import append_results, environment
 from transformers import AutoTokenizer
 
-from axolotl_edpo.collator import PairCollator, keep_examples
+from axolotl_edpo.collator import PairCollator
 
 HEADINGS = ("data", "pairs", "steps", "order", "largest / mean, median", "worst step")
 
@@ -115,17 +115,14 @@ def tokens(
 ) -> Sequence[int]:
     """Tokens in the row of each micro-batch of a step."""
     collator = replace(collator, packs=True, shares=order.shares)
-    if order.deals:
-        rows = collator.deal([keep_examples(batch) for batch in step])
-    else:
-        rows = [collator.torch_call(batch) for batch in step]
+    rows = collator.deal(step) if order.deals else map(collator, step)
     return [row["input_ids"].numel() for row in rows]
 
 
 def imbalances(trainer: Any, order: Order, args: argparse.Namespace) -> list[float]:
     """Largest micro-batch divided by the mean of its step, for every step."""
     steps = steps_of_epoch(trainer.train_dataset, args.micro_batch, args.accumulation)
-    sizes = [tokens(step, trainer.data_collator, order) for step in steps]
+    sizes = [tokens(step, trainer.collators["train"], order) for step in steps]
     return [max(own) / statistics.mean(own) for own in sizes]
 
 

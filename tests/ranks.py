@@ -36,6 +36,8 @@ class CpuRanks(BasePlugin):
     def register(self, cfg: dict) -> None:
         """Chooses by the engine that the recipe names."""
         _leave_placement_to_accelerate()
+        # without a number: PyTorch does not load what was saved for "cpu:0"
+        state.PartialState.set_device = lambda own: setattr(own, "device", _CPU)
         if cfg.get("deepspeed"):
             _gather_detached()
             _choose_cpu(DistributedType.MULTI_CPU)
@@ -54,7 +56,6 @@ def _leave_placement_to_accelerate() -> None:
 
 def _choose_cpu(kind: DistributedType) -> None:
     state.PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", kind)
-    state.PartialState.set_device = lambda own: setattr(own, "device", _CPU)
     parallel = parallelism_config.ParallelismConfig
     build = parallel.build_device_mesh
     parallel.build_device_mesh = lambda own, device: build(own, "cpu")
@@ -102,7 +103,7 @@ def _rank(rank: int, ranks: int, port: int, folder: Path, keys: dict, probe) -> 
     gc.freeze()
     torch.set_num_threads(1)
     mp.set_start_method("fork", force=True)  # of data loaders; it was the server's
-    if ranks > 1:
+    if ranks > 1 or "fsdp_config" in keys or "deepspeed" in keys:
         os.environ |= _torchrun(rank, ranks, port)
     keys = {**keys, "plugins": [*keys["plugins"], "ranks.CpuRanks"]}
 

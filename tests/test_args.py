@@ -34,7 +34,21 @@ WRONG = [
     ({"dpo_use_liger_kernel": True}, r"`dpo_use_liger_kernel: True`"),
     ({"dpo_loss_type": ["ipo"]}, r"`dpo_loss_type: \['ipo'\]`.*sigmoid"),
     ({"dpo_label_smoothing": 0.5}, r"`dpo_label_smoothing: 0.5`.*below 0.5"),
-    ({"fsdp_config": {"reshard_after_forward": True}}, r"`fsdp_config: .*deepspeed"),
+    ({"fsdp": ["full_shard"]}, "`fsdp: .*`fsdp_version: 2`"),
+    ({"fsdp_config": {"offload_params": True}}, "`fsdp_version: 1`.*version: 2`"),
+    (
+        {"fsdp_version": 1, "fsdp_config": {"offload_params": True}},
+        "`fsdp_version: 1`.*version: 2`",
+    ),
+    (
+        {
+            "fsdp_version": 2,
+            "fsdp_config": {"reshard_after_forward": True},
+            "adapter": "lora",
+            "lora_modules_to_save": ["lm_head"],
+        },
+        r"`lora_modules_to_save: \['lm_head'\]`.*deepspeed.*FSDP2",
+    ),
     ({"orpo_alpha": 0.1}, r"`orpo_alpha: 0.1`.*take it for `beta`"),
     ({"peft_init_lora_weights": "pissa"}, r"`peft_init_lora_weights: pissa`"),
     ({"peft": {"loftq_config": {"loftq_bits": 4}}}, r"`peft.loftq_config: set`"),
@@ -68,6 +82,8 @@ def test_a_wrong_recipe_is_one_line_with_key_value_and_remedy(keys, message):
         ({"sample_packing": "auto", "edpo_prefix_sharing": True}, None),
         ({"dpo_padding_free": True, "edpo_prefix_sharing": True}, None),
         ({"eval_sample_packing": True, "edpo_prefix_sharing": "auto"}, None),
+        ({"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}, None),
+        ({"fsdp_config": {"version": 2}}, None),
         ({"dpo_loss_type": "sigmoid", "dpo_label_smoothing": 0.1}, None),
     ],
 )

@@ -60,6 +60,16 @@ def build(kind):
     return AutoModelForCausalLM.from_config(MODELS[kind])
 
 
+def test_a_reference_takes_the_policys_embeddings_where_they_differ():
+    policy, reference = build("llama"), build("llama")
+    assert not backbone.copy_embeddings(policy, reference)
+    with torch.no_grad():
+        policy.lm_head.weight[3] += 1
+    assert backbone.copy_embeddings(policy, reference)
+    assert torch.equal(policy.lm_head.weight, reference.lm_head.weight)
+    assert not backbone.copy_embeddings(policy, reference)
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_head_and_hidden_states_give_the_models_own_logits(kind):
     model = build(kind)

@@ -1,10 +1,11 @@
 """collator.py on three pairs."""
 
+import pytest
 import torch
 from datasets import Dataset
 
-from axolotl_edpo.batch import Segments
-from axolotl_edpo.collator import PairCollator, keep_examples, long_pairs, pairs_in
+from axolotl_edpo.batch import Segments, completions_of
+from axolotl_edpo.collator import PairCollator, long_pairs, pairs_in
 
 PAIRS = [
     {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9], "rejected_ids": [10]},
@@ -59,14 +60,24 @@ def test_a_start_cut_off_differently_is_not_shared():
 
 def test_dealing_keeps_every_pair_and_spreads_the_tokens():
     collator = PairCollator(pad_token_id=0, packs=True, shares=True)
-    undealt = [keep_examples(PAIRS[:2]), keep_examples(PAIRS[2:])]
-    assert [pairs_in(batch) for batch in undealt] == [2, 1]
-    batches = collator.deal(undealt)
+    batches = collator.deal([PAIRS[:2], PAIRS[2:]])
     # rows of 6, 3 and 7 tokens: 7 against 6 + 3
     assert [batch["input_ids"].numel() for batch in batches] == [7, 9]
     assert [pairs_in(batch) for batch in batches] == [1, 2]
     assert sum(batch["num_tokens"] for batch in batches) == 23
     assert batches[0]["input_ids"].tolist() == [[4, 4, 4, 4, 6, 7, 8]]
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_without_pairs_there_is_a_row_that_scores_nothing(packs):
+    collator = PairCollator(pad_token_id=0, packs=packs, shares=packs)
+    blank = collator([])
+    assert blank["input_ids"].numel() > 0
+    assert completions_of(blank).positions.shape == (0,)
+    assert pairs_in(blank) == blank["num_tokens"] == blank["chosen_tokens"] == 0
+    dealt = collator.deal([PAIRS[:1], [], []])
+    assert [pairs_in(batch) for batch in dealt] == [1, 0, 0]
+    assert [pairs_in(batch) for batch in collator.deal([[], []])] == [0, 0]
 
 
 def test_long_pairs_are_those_of_which_a_sequence_is_cut():

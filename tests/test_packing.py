@@ -8,6 +8,7 @@ import torch
 from test_trainer import LORA, NF4, assert_same_weights
 
 from axolotl_edpo.batch import chosen_minus_rejected, sum_per_sequence
+from axolotl_edpo.rows import RowSettings
 from axolotl_edpo.trainer import EDPOTrainer
 
 MODES = {
@@ -253,7 +254,8 @@ def test_evaluation_packs_as_asked_and_says_the_same(
     common = dict(max_steps=2, eval_steps=1, test_datasets=tiny.dataset(parts["eval"]))
     padded = tiny.train(tmp_path, recipe(**common))
     trainer = tiny.train(tmp_path, recipe(**common, **keys))
-    assert len(next(iter(trainer.get_eval_dataloader()))["input_ids"]) == rows
+    laid = trainer.collators["eval"](list(trainer.eval_dataset)[:4])
+    assert len(laid["input_ids"]) == rows
     for own, other in zip(evaluations(trainer), evaluations(padded), strict=True):
         for name in other:
             assert own[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
@@ -262,7 +264,7 @@ def test_evaluation_packs_as_asked_and_says_the_same(
 def test_trl_does_not_say_that_padding_free_is_off(recipe, tmp_path, caplog):
     trainer = tiny.train(tmp_path, recipe(dpo_padding_free=True, max_steps=1))
     assert "padding_free=True" not in caplog.text
-    assert trainer.data_collator.packs and not trainer._deals
+    assert trainer.rows.packs and not trainer.rows.deals
 
 
 def test_dealing_evens_out_the_tokens_of_micro_batches(recipe, tmp_path):
@@ -307,7 +309,7 @@ def test_under_auto_it_runs_padded_with_one_line_saying_so(
     trainer = tiny.train(tmp_path, recipe(**keys, attn_implementation=None))
     (line,) = messages(caplog, "batches are padded")
     assert line.startswith("`sample_packing: auto`: batches are padded, as it has")
-    assert not trainer.data_collator.packs and not trainer._deals
+    assert trainer.rows == RowSettings(shares=False)
     assert tiny.logs(trainer)[-1]["kl/policy_ref"] > 0
 
 
@@ -324,7 +326,7 @@ def test_an_attention_without_boundaries_is_refused(recipe, tmp_path, monkeypatc
     with pytest.raises(ValueError, match="sample_packing: true.*change each other"):
         tiny.train(tmp_path, recipe(sample_packing=True))
     caught = tiny.train(tmp_path, recipe(sample_packing="auto", max_steps=1))
-    assert not caught.data_collator.packs
+    assert caught.rows == RowSettings(shares=False)
 
 
 def test_plain_dpo_is_the_same_to_the_bit_after_a_packed_run(recipe, tmp_path):

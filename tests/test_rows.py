@@ -9,7 +9,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from axolotl_edpo.attention import PackingError
-from axolotl_edpo.rows import RowSettings, settle
+from axolotl_edpo.rows import RowSettings, prepare, tried
 
 
 def recipe(**keys) -> SimpleNamespace:
@@ -54,13 +54,17 @@ def test_a_recipe_says_how_training_and_evaluation_lay_rows(
     assert settings.may_pad == ("auto" in keys.values())
 
 
+def settled(wanted: RowSettings, lm) -> RowSettings:
+    return tried(prepare(wanted, [lm]), lm)
+
+
 def test_sharing_is_on_wherever_pairs_are_packed_and_off_elsewhere():
     lm = model()
-    assert settle(RowSettings(), [lm], probe=True).shares is False
-    assert settle(RowSettings(packs=True), [lm], probe=True).shares is True
-    assert settle(RowSettings(eval_packs=True), [lm], probe=False).shares is True
+    assert settled(RowSettings(), lm).shares is False
+    assert settled(RowSettings(packs=True), lm).shares is True
+    assert settled(RowSettings(eval_packs=True), lm).shares is True
     off = RowSettings(packs=True, shares=False)
-    assert settle(off, [lm], probe=True).shares is False
+    assert settled(off, lm).shares is False
 
 
 def top_left(module, query, key, value, attention_mask, **keywords):
@@ -79,11 +83,11 @@ def top_left(module, query, key, value, attention_mask, **keywords):
 def test_an_attention_that_packs_but_cannot_share_packs_under_auto(caplog):
     AttentionInterface.register("flash_top_left", top_left)
     lm = model(attention="flash_top_left")
-    settled = settle(RowSettings(packs=True), [lm], probe=True)
-    assert settled.packs and settled.shares is False
+    found = settled(RowSettings(packs=True), lm)
+    assert found.packs and found.shares is False
     assert "`edpo_prefix_sharing: auto`: prompts are not shared, as" in caplog.text
     with pytest.raises(ValueError, match="`edpo_prefix_sharing: true`.*change each"):
-        settle(RowSettings(packs=True, shares=True), [lm], probe=True)
+        settled(RowSettings(packs=True, shares=True), lm)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_trainer_state_is_the_last_file_of_a_checkpoint():
 
 def test_the_whole_optimizer_step_is_counted_before_its_first_micro_batch():
     text = source(Trainer.get_batch_samples)
-    assert "self._get_num_items_in_batch(batch_samples, device)" in text
+    assert "self._get_num_items_in_batch(batch_samples, device)" in text, "feed.py"
     step = source(Trainer.training_step)
     assert "not self.model_accepts_loss_kwargs" in step, "trainer.py: loss scale"
 
@@ -91,7 +91,7 @@ def test_axolotls_training_step_adds_only_the_cache_flush():
         "gc.collect()",
         "torch.cuda.empty_cache()",
         "return loss",
-    ], "trainer.py: training_step"
+    ], "feed.py: training_step"
 
 
 def test_a_pretrained_adapter_gets_a_reference_copy_named_ref():
@@ -104,7 +104,7 @@ def test_the_forward_redirection_restores_before_it_calls():
     text = source(_ForwardRedirection.__call__)
     assert text.index("original_module.forward = original_forward") < text.index(
         "out = method("
-    ), "trainer.py: _inside_forward"
+    ), "engine.py"
 
 
 def test_adapters_are_saved_through_the_trainers_model():
@@ -121,7 +121,7 @@ def test_axolotl_refuses_packing_beside_rl_before_a_plugin_is_asked():
 def test_trl_switches_padding_free_off_and_makes_the_collator_of_pairs():
     text = source(DPOTrainer.__init__)
     assert "self.padding_free = False" in text, "plugin.py: padding_free"
-    assert "DataCollatorForPreference(" in text, "trainer.py: _settle_rows"
+    assert "DataCollatorForPreference(" in text, "feed.py: _start_feed"
     names = inspect.signature(DataCollatorForPreference).parameters
     assert {"pad_token_id", "max_length", "pad_to_multiple_of"} <= names.keys()
     text = source(DataCollatorForPreference.torch_call)
@@ -131,12 +131,12 @@ def test_trl_switches_padding_free_off_and_makes_the_collator_of_pairs():
 def test_trl_drops_pairs_in_prepare_dataset():
     names = list(inspect.signature(DPOTrainer._prepare_dataset).parameters)
     own = ["self", "dataset", "processing_class", "args", "dataset_name"]
-    assert names == own, "trainer.py: _prepare_dataset"
+    assert names == own, "feed.py: _prepare_dataset"
 
 
 def test_the_training_loop_runs_over_what_get_batch_samples_returns():
     text = source(Trainer._run_epoch)
-    assert "self.get_batch_samples(" in text, "trainer.py: get_batch_samples"
+    assert "self.get_batch_samples(" in text, "feed.py: get_batch_samples"
     assert "for i, inputs in enumerate(batch_samples)" in text
 
 

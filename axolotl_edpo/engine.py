@@ -1,0 +1,110 @@
+"""What DDP, DeepSpeed and FSDP2 ask of the walk from batch to loss.
+
+They gather weights, and prepare gradients, in the forward of the module that they
+wrap. So everything that reads a weight runs inside such a forward:
+
+    `inside_forward`   of the whole model; the layers' own forwards do the rest
+    `inside`           of single modules, for whoever reads their weights itself
+
+Before the first step a reference of its own is sharded as the policy is: `shard`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import accelerate.accelerator
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.tensor import DTensor
+from trl.models.utils import _ForwardRedirection
+
+_redirect = _ForwardRedirection()
+
+
+def inside_forward(
+    accelerator: Accelerator, model: nn.Module, method: Callable[[nn.Module], Any]
+) -> Any:
+    """Runs a function in the forward of the engine that wraps a model.
+
+    Args:
+        accelerator: That prepared the model.
+        model: As its engine wraps it.
+        method: Is given the model without its engine.
+
+    Returns:
+        What the function returns.
+    """
+    unwrapped = accelerator.unwrap_model(model)
+    with accelerator.autocast():
+        return _redirect(model, unwrapped, method, unwrapped)
+
+
+def inside(
+    modules: Sequence[nn.Module],
+    method: Callable[[torch.Tensor], Any],
+    hidden: torch.Tensor,
+) -> Any:
+    """Runs a function in the forward of all these modules.
+
+    Args:
+        modules: Whose weights it reads.
+        method: Is given the hidden states.
+        hidden: With gradient, if the weights are needed in the backward: ZeRO-3 lets go
+            of them where the gradient of a module's input is known.
+
+    Returns:
+        What the function returns.
+    """
+    if not modules:
+        return method(hidden)
+    first, *others = modules
+    return _redirect(first, first, lambda own: inside(others, method, own), hidden)
+
+
+def shard(accelerator: Accelerator, reference: nn.Module) -> nn.Module:
+    """Shards a frozen model layer by layer, as FSDP2 does with the policy.
+
+    TRL would shard it as one piece, of which every rank holds the whole in its forward.
+    """
+    # axolotl replaces it there: ranks that loaded no weights get those of rank 0
+    return accelerate.accelerator.fsdp2_prepare_model(accelerator, reference)
+
+
+@contextmanager
+def gathered(
+    tensors: Sequence[torch.Tensor], writes: bool = False
+) -> Iterator[list[torch.Tensor]]:
+    """Within it, the whole of tensors that ZeRO-3 or FSDP2 have sharded.
+
+    Args:
+        tensors: Weights outside their module's forward, sharded or not.
+        writes: Whether what the first rank writes into them is kept; ZeRO-3 only.
+    """
+    empty = [tensor for tensor in tensors if _is_released(tensor)]
+    if not empty:
+        yield [_whole(tensor) for tensor in tensors]
+        return
+    import deepspeed
+
+    with ExitStack() as gathering:
+        writer = 0 if writes else None
+        # one by one: of several, DeepSpeed waits for the last, and gloo may not be done
+        for tensor in empty:
+            gathering.enter_context(
+                deepspeed.zero.GatheredParameters([tensor], modifier_rank=writer)
+            )
+        yield list(tensors)
+
+
+def _is_released(tensor: Any) -> bool:
+    """Whether ZeRO-3 has taken a weight away until its module's forward."""
+    return hasattr(tensor, "ds_id") and tensor.ds_status.name != "AVAILABLE"
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor
+    here: Any = tensor.to(tensor.device_mesh.device_type)
+    return here.full_tensor()

@@ -1,0 +1,149 @@
+"""`PairFeed`: from a data set to batches of rows, every pair once.
+
+    data loader → examples → those of an optimizer step, on this rank → rows
+
+A data loader hands pairs over as they are. They are laid in rows when the pairs of
+their optimizer step are at hand: only then can they be dealt evenly, and what
+accelerate repeats so that all ranks have full batches be left out.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
+from axolotl.utils.logging import get_logger
+from datasets import Dataset
+from torch import nn
+
+from . import engine
+from .backbone import causal_lm
+from .collator import PairCollator, keep_examples, long_pairs, pairs_in
+from .rows import RowSettings, prepare, tried
+
+LOG = get_logger(__name__)
+
+
+class PairFeed(AxolotlDPOTrainer):
+    """The data side of the trainer.
+
+    Attributes:
+        rows: How pairs are laid in rows.
+        collators: `train` and `eval`, which lay them.
+    """
+
+    rows: RowSettings
+    collators: dict[str, PairCollator]
+    _tried = False
+
+    def _start_feed(self, wanted: RowSettings, models: list) -> None:
+        """Once TRL's own collator and the models are there.
+
+        Raises:
+            ValueError: If the models are known not to do what the recipe asks for.
+        """
+        self._collating = vars(self.data_collator)
+        self.data_collator: Any = keep_examples
+        self._lay_as(prepare(wanted, models))
+
+    def _lay_as(self, settings: RowSettings) -> None:
+        """From now on, rows are laid so."""
+        self.rows, shares = settings, bool(settings.shares)
+        packs = {"train": settings.packs, "eval": settings.eval_packs}
+        self.collators = {
+            mode: PairCollator(**self._collating, packs=packs[mode], shares=shares)
+            for mode in packs
+        }
+
+    def try_out(self, model: nn.Module) -> None:
+        """Compares packed rows with padded ones, before the first are laid.
+
+        Args:
+            model: The policy as its engine wraps it: only there are its weights.
+
+        Raises:
+            ValueError: If the model does not do what the recipe asks for.
+        """
+
+        def settle(unwrapped: nn.Module) -> None:
+            self._lay_as(tried(self.rows, causal_lm(unwrapped)))
+
+        with torch.no_grad():
+            self._inside_forward(model, settle)
+
+    def _inside_forward(self, model, method: Callable[[nn.Module], Any]) -> Any:
+        return engine.inside_forward(self.accelerator, model, method)
+
+    def get_batch_samples(self, *args, **kwargs):
+        """The micro-batches of an optimizer step, laid in rows.
+
+        Returns:
+            The batches, and how many pairs they hold on all ranks.
+        """
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        if not batches:
+            return batches, None
+        self._try_out_once(self.model_wrapped)
+        step = [batch["examples"].pairs for batch in batches]
+        step[-1] = self._once(step[-1])
+        collator = self.collators["train"]
+        laid = collator.deal(step) if self.rows.deals else [*map(collator, step)]
+        pairs = torch.tensor(sum(map(pairs_in, laid)))
+        return laid, self._sum_over_ranks(pairs)
+
+    def _get_num_items_in_batch(self, batch_samples, device) -> None:
+        """Nothing: pairs are counted when it is known which are counted."""
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """As TRL's, over the batch laid in rows."""
+        self._try_out_once(model)
+        batch = self.collators["eval"](self._once(inputs["examples"].pairs))
+        return super().prediction_step(model, batch, *args, **kwargs)
+
+    def _try_out_once(self, model: nn.Module) -> None:
+        if not self._tried:
+            self._tried = True
+            self.try_out(model)
+
+    def _once(self, pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The last micro-batch that was read, without pairs that come a second time.
+
+        Where the pairs at the end of the data are too few for all ranks, accelerate
+        begins again.
+        """
+        loader: Any = self.accelerator.gradient_state.active_dataloader
+        ranks, drops = self.accelerator.num_processes, self.args.dataloader_drop_last
+        if ranks == 1 or drops or not loader.end_of_dataloader:
+            return pairs
+        rest = len(loader.dataset) % (ranks * len(pairs))
+        before = self.accelerator.process_index * len(pairs)
+        return pairs[: max(rest - before, 0)] if rest else pairs
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        """As TRL's, without axolotl's cache flush after every micro-batch."""
+        step = super(AxolotlDPOTrainer, self).training_step
+        loss = step(model, inputs, *args, **kwargs)
+        if "segments" in inputs:  # else its masks live to the end of the window
+            inputs["segments"].cache.clear()
+        return loss
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        """As TRL's; says once which pairs `sequence_len` cost."""
+        prepared = super()._prepare_dataset(
+            dataset, processing_class, args, dataset_name
+        )
+        if isinstance(prepared, Dataset) and args.max_length is not None:
+            dropped = len(dataset) - len(prepared)
+            truncated = long_pairs(prepared, args.max_length)
+            if dropped or truncated:
+                LOG.warning(
+                    f"{dataset_name} set, `sequence_len: {args.max_length}`: "
+                    f"{dropped} of {len(dataset)} pairs dropped (the prompt alone "
+                    f"fills it), {truncated} truncated (an answer ends after it)."
+                )
+        return prepared
+
+    def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(
+            values.to(self.accelerator.device), reduction="sum"
+        )

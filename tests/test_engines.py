@@ -1,0 +1,240 @@
+"""Two ranks under every engine give the run that one process gives."""
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import ranks
+import tiny
+import torch
+from test_trainer import LORA, NF4, weights
+
+from axolotl_edpo.loss import next_beta
+
+ZERO = {
+    "bf16": {"enabled": "auto"},
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "zero_force_ds_cpu_optimizer": False,  # its kernel would be compiled first
+}
+CPU = {"device": "cpu"}
+STAGES = {
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2},
+    "zero2-offload": {"stage": 2, "offload_optimizer": CPU},
+    "zero3": {"stage": 3},
+    "zero3-offload": {"stage": 3, "offload_optimizer": CPU, "offload_param": CPU},
+}
+WRAP = {
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+    "state_dict_type": "FULL_STATE_DICT",
+    "reshard_after_forward": True,
+}
+SHARDS = {
+    "fsdp2": {},
+    "fsdp2-offload": {"offload_params": True, "cpu_offload_pin_memory": False},
+    "fsdp2-rank0-loads": {"cpu_ram_efficient_loading": True},
+}
+ENGINES = ["ddp", *STAGES, *SHARDS]
+SHARDING = ["ddp", "zero3", "fsdp2"]
+
+# ten steps of 8 pairs; Adam's default epsilon would make updates of rounding errors
+COMMON = dict(num_epochs=2, micro_batch_size=2, adam_epsilon=1e-4, ddp_timeout=120)
+PACKED = {"sample_packing": True}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imported_once():
+    multiprocessing.set_forkserver_preload(ranks.PRELOAD)
+
+
+@pytest.fixture(scope="session")
+def parts(parts):
+    """Those of the other tests, more models, and data of odd sizes."""
+    folder = parts["model"].parent
+    more = {
+        f"{count} pairs": tiny.save_pairs(folder / f"{count}.jsonl", count)
+        for count in (5, 33, 37)
+    }
+    more["tied"] = tiny.save_model(folder / "tied", tie_word_embeddings=True)
+    more["wide"] = tiny.save_model(folder / "wide", hidden_size=64)
+    return {**parts, **more}
+
+
+def engine(folder, name: str) -> dict:
+    """The keys of a recipe that choose an engine."""
+    if name == "ddp":
+        return {}
+    if name in SHARDS:
+        return dict(fsdp_version=2, fsdp_config={**WRAP, **SHARDS[name]})
+    stage = {**STAGES[name], "stage3_gather_16bit_weights_on_model_save": True}
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({**ZERO, "zero_optimization": stage}))
+    return dict(deepspeed=str(path))
+
+
+class Runs:
+    """Recipes over the parts, in one process and on two ranks."""
+
+    def __init__(self, parts, folder):
+        self.parts, self.folder, self._done = parts, folder, {}
+
+    def single(self, **keys) -> list[dict]:
+        """On one process, with as many pairs in a step; the same recipe only once."""
+        key = json.dumps(keys, sort_keys=True, default=str)
+        if key not in self._done:
+            folder = self.folder / f"single{len(self._done)}"
+            keys = {"gradient_accumulation_steps": 4, **keys}
+            self._done[key] = self._run(folder, 1, keys)
+        return self._done[key]
+
+    def double(self, name: str, **keys) -> list[dict]:
+        """On two ranks under an engine."""
+        folder = self.folder / f"double{len(list(self.folder.iterdir()))}"
+        folder.mkdir()
+        return self._run(folder, 2, {**engine(folder, name), **keys})
+
+    def _run(self, folder, count, keys):
+        recipe = tiny.recipe(
+            folder,
+            self.parts[keys.pop("model", "model")],
+            self.parts[keys.pop("data", "pairs")],
+            **{**COMMON, "dataset_prepared_path": self.parts["prepared"], **keys},
+        )
+        recipe["dataset_prepared_path"] = str(recipe["dataset_prepared_path"])
+        results = ranks.run(folder, recipe, count)
+        return [{**result, "out": recipe["output_dir"]} for result in results]
+
+
+@pytest.fixture(scope="module")
+def runs(parts, tmp_path_factory):
+    return Runs(parts, tmp_path_factory.mktemp("engines"))
+
+
+def series(result: dict, name: str, beside: str = "loss") -> list[float]:
+    return [entry[name] for entry in result["log"] if beside in entry]
+
+
+def assert_same_beta(pair: list[dict]) -> None:
+    """On both ranks, to the last bit."""
+    first, second = pair
+    assert series(first, "kl/beta") == series(second, "kl/beta")
+    assert first["beta"] == second["beta"]
+
+
+def assert_same_run(pair: list[dict], single: list[dict]) -> None:
+    """The same β on both ranks, and the same run as one process."""
+    assert_same_beta(pair)
+    (alone,) = single
+    first, betas = pair[0], series(pair[0], "kl/beta")
+    assert betas == pytest.approx(series(alone, "kl/beta"), abs=1e-6)
+    assert first["beta"] == pytest.approx(alone["beta"], abs=1e-6)
+    for name in ("kl/p_epsilon_steps", "kl/n_epsilon_steps", "num_tokens"):
+        assert series(first, name) == pytest.approx(series(alone, name), abs=1e-6)
+    for name in ("loss", "rewards/margins", "kl/policy_ref", "grad_norm"):
+        expected = series(alone, name)
+        assert series(first, name) == pytest.approx(expected, rel=1e-3, abs=1e-5), name
+
+
+def assert_same_weights(pair: list[dict], single: list[dict], atol: float) -> None:
+    own, other = (weights(Path(results[0]["out"])) for results in (pair, single))
+    # a frozen or tied head is saved beside the rest by some and not by others
+    assert all("lm_head" in name for name in own.keys() ^ other.keys())
+    for name in own.keys() & other.keys():
+        torch.testing.assert_close(own[name], other[name], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("adapter", [{}, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("name", ENGINES)
+def test_two_ranks_train_as_one_process(runs, name, adapter):
+    """Packed, prompts shared, pairs dealt."""
+    single = runs.single(**PACKED, **adapter)
+    pair = runs.double(name, **PACKED, **adapter)
+    assert len(series(single[0], "loss")) == 10 and single[0]["beta"] != 0.1
+    assert_same_run(pair, single)
+    assert_same_weights(pair, single, atol=1e-6)
+
+
+HEAD_LORA = dict(adapter="lora", lora_r=4, lora_alpha=8)
+HEAD_LORA |= dict(lora_target_modules=["q_proj", "lm_head"])
+HEADS = {
+    "tied": dict(model="tied"),
+    "saved": dict(**LORA, lora_modules_to_save=["lm_head", "embed_tokens"]),
+    "adapter": dict(
+        adapter="lora",
+        lora_r=4,
+        lora_alpha=8,
+        lora_target_modules=["q_proj", "lm_head"],
+    ),
+    "unreadable": dict(
+        adapter="lora",
+        lora_r=4,
+        lora_alpha=8,
+        lora_target_modules=["q_proj", "lm_head"],
+        peft_use_dora=True,
+    ),
+    "added tokens": dict(special_tokens={"pad_token": "<new>"}),
+    "checkpointing": dict(gradient_checkpointing=True),
+    "checkpointing-lora": dict(**LORA, gradient_checkpointing=True),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    # test_args.py: FSDP2 refuses modules that are saved beside an adapter
+    [(n, o) for n in SHARDING for o in HEADS if (n, o) != ("fsdp2", "saved")],
+)
+def test_every_head_is_gathered_and_trained(runs, name, option):
+    """An unreadable one makes its own logits."""
+    keys = dict(**PACKED, **HEADS[option], max_steps=4)
+    single, pair = runs.single(**keys), runs.double(name, **keys)
+    assert_same_run(pair, single)
+    assert_same_weights(pair, single, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero2", "zero3"])
+def test_qlora_trains_as_one_process(runs, name):
+    """As far as bf16 tells; DeepSpeed keeps the adapter in it, and a copy in float32."""
+    keys = dict(model="wide", **NF4, max_steps=4)
+    single, pair = runs.single(**keys), runs.double(name, **keys)
+    assert_same_beta(pair)
+    for metric, close in (("loss", 5e-3), ("kl/beta", 3e-3), ("kl/policy_ref", 5e-3)):
+        alone = series(single[0], metric)
+        assert series(pair[0], metric) == pytest.approx(alone, abs=close), metric
+
+
+@pytest.mark.parametrize(("pairs", "mode"), [(33, PACKED), (37, {})])
+@pytest.mark.parametrize("name", SHARDING)
+def test_every_pair_counts_once_where_the_last_ones_are_too_few(
+    runs, name, pairs, mode
+):
+    """33 pairs leave one for the last step, which a rank has to sit out."""
+    keys = dict(**mode, data=f"{pairs} pairs", num_epochs=1)
+    single, pair = runs.single(**keys), runs.double(name, **keys)
+    assert_same_run(pair, single)
+    up, down = (
+        series(pair[0], name)[-1] * (pairs - 32)
+        for name in ("kl/p_epsilon_steps", "kl/n_epsilon_steps")
+    )
+    last = series(pair[0], "kl/beta")[-1]
+    counts = [round(down), pairs - 32 - round(up) - round(down), round(up)]
+    assert counts == pytest.approx([down, pairs - 32 - up - down, up], abs=1e-5)
+    assert pair[0]["beta"] == next_beta(last, 0.05, counts, "arithmetic")
+
+
+@pytest.mark.parametrize("name", SHARDING)
+def test_evaluation_counts_every_pair_once(runs, name):
+    """Five pairs in batches of two: accelerate fills up with three."""
+    keys = dict(max_steps=2, eval_steps=1, eval_batch_size=2, **PACKED)
+    keys |= dict(test_datasets=tiny.dataset(runs.parts["5 pairs"]))
+    single, pair = runs.single(**keys), runs.double(name, **keys)
+    for metric in ("loss", "kl/policy_ref", "rewards/accuracies", "logps/chosen"):
+        own, alone = (
+            series(results[0], f"eval_{metric}", beside="eval_loss")
+            for results in (pair, single)
+        )
+        assert len(own) > 1 and own == pytest.approx(alone, rel=1e-4, abs=1e-5)
