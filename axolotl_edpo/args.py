@@ -26,7 +26,6 @@ UNSUPPORTED = {
     "reference_free": "remove it: ε-DPO compares policy and reference",
     "dpo_norm_loss": "remove it",
     "fsdp": "shard with `deepspeed:` (ZeRO-3) instead",
-    "fsdp_config": "shard with `deepspeed:` (ZeRO-3) instead",
     "is_multimodal": "use a text model, or `rl: dpo`",
     "processor_type": "use a text model, or `rl: dpo`",
     "orpo_alpha": "remove it: axolotl would take it for `beta`",
