@@ -26,11 +26,11 @@ from axolotl_edpo.trainer import EDPOTrainer
 
 multiprocessing.set_forkserver_preload(ranks.PRELOAD)
 
-# 11.3 million weights, in float32 45 MB; outside of the layers are 1.6 million
+# 8.1 million weights, in float32 32 MB; outside of the layers are 1.6 million
 SIZES = dict(
     hidden_size=384,
     intermediate_size=1024,
-    num_hidden_layers=6,
+    num_hidden_layers=4,
     num_attention_heads=8,
     num_key_value_heads=4,
     head_dim=48,
@@ -271,16 +271,15 @@ def test_every_part_is_as_calculated(used, engine, lora, bf16):
     slack = 0.01 * need.resident  # a batch, a bucket of DeepSpeed
     for name in PARTS:
         assert parts[name] == pytest.approx(getattr(need, name), rel=0.05, abs=slack)
-    assert 0.7 * need.total < parts["peak"] < 1.03 * need.total
+    assert 0.65 * need.total < parts["peak"] < 1.03 * need.total
 
 
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
 def test_no_rank_ever_holds_all_weights(used, engine):
     sizes = sizes_of(LlamaConfig(**SIZES))
-    layers = {"zero3": 1, "fsdp2": 2}[engine]  # FSDP2 fetches one ahead
     for most in used(engine)["whole"]:  # of the policy, of the reference
         print(f"\n{engine}: at most {most / sizes.all:.0%} of the weights are whole")
-        assert 0 < most <= sizes.root + layers * sizes.layer < sizes.all / 2
+        assert 0 < most <= sizes.root + sizes.layer < sizes.all / 2
     assert used("ddp")["whole"] == [sizes.all, sizes.all]
 
 
