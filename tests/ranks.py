@@ -23,6 +23,7 @@ import torch
 import torch.multiprocessing as mp
 from accelerate import parallelism_config, state
 from accelerate.utils import DistributedType
+from axolotl import utils
 from axolotl.cli import config
 from axolotl.integrations.base import BasePlugin
 
@@ -35,6 +36,7 @@ class CpuRanks(BasePlugin):
 
     def register(self, cfg: dict) -> None:
         """Chooses by the engine that the recipe names."""
+        gc.freeze()  # axolotl and DeepSpeed collect often; imports are never garbage
         _leave_placement_to_accelerate()
         if cfg.get("deepspeed"):
             _gather_detached()
@@ -46,15 +48,19 @@ class CpuRanks(BasePlugin):
 
 
 def _leave_placement_to_accelerate() -> None:
-    """axolotl would put the model on GPU number LOCAL_RANK."""
+    """axolotl would put the model on GPU number LOCAL_RANK.
+
+    accelerate's CPU would have a number too, and checkpoints cannot be read to that.
+    """
     torch.cuda.set_device = lambda *args, **kwargs: None
+    state.PartialState.set_device = lambda own: setattr(own, "device", _CPU)
     normalize = config.normalize_config
-    config.normalize_config = lambda cfg: (normalize(cfg), cfg.pop("device_map"))[0]
+    for module in (config, utils.config):  # one is for workers of Ray
+        module.normalize_config = lambda cfg: (normalize(cfg), cfg.pop("device_map"))[0]
 
 
 def _choose_cpu(kind: DistributedType) -> None:
     state.PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", kind)
-    state.PartialState.set_device = lambda own: setattr(own, "device", _CPU)
     parallel = parallelism_config.ParallelismConfig
     build = parallel.build_device_mesh
     parallel.build_device_mesh = lambda own, device: build(own, "cpu")
@@ -91,19 +97,14 @@ def run(folder: Path, keys: dict, ranks: int = 2, probe: str | None = None) -> l
         ProcessRaisedException: If a rank failed; it holds the traceback.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = (ranks, _free_port(), folder, keys, probe)
+    arguments = (ranks, free_port(), folder, keys, probe)
     mp.start_processes(_rank, arguments, nprocs=ranks, start_method="forkserver")
     files = [folder / f"rank{rank}.json" for rank in range(ranks)]
     return [json.loads(file.read_text()) for file in files]
 
 
 def _rank(rank: int, ranks: int, port: int, folder: Path, keys: dict, probe) -> None:
-    gc.collect()  # axolotl and DeepSpeed collect often; imports are never garbage
-    gc.freeze()
-    torch.set_num_threads(1)
-    mp.set_start_method("fork", force=True)  # of data loaders; it was the server's
-    if ranks > 1:
-        os.environ |= _torchrun(rank, ranks, port)
+    become(rank, ranks, port)
     keys = {**keys, "plugins": [*keys["plugins"], "ranks.CpuRanks"]}
 
     def train():
@@ -119,6 +120,14 @@ def _rank(rank: int, ranks: int, port: int, folder: Path, keys: dict, probe) -> 
     (folder / f"rank{rank}.json").write_text(json.dumps(result))
 
 
+def become(rank: int, ranks: int, port: int) -> None:
+    """Makes a process of the server one of several ranks."""
+    torch.set_num_threads(1)
+    mp.set_start_method("fork", force=True)  # of data loaders; it was the server's
+    if ranks > 1:
+        os.environ |= _torchrun(rank, ranks, port)
+
+
 def _torchrun(rank: int, ranks: int, port: int) -> dict[str, str]:
     """The variables that torchrun sets."""
     values: dict[str, Any] = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks)
@@ -126,7 +135,8 @@ def _torchrun(rank: int, ranks: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()}
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
