@@ -120,6 +120,7 @@ def check_recipe(recipe: Mapping[str, Any]) -> float | None:
     _check_adapter(recipe)
     _check_sharing(recipe)
     _check_fsdp(recipe)
+    _check_ray(recipe)
     return None if beta is None else float(beta)
 
 
@@ -254,6 +255,15 @@ def _check_fsdp(recipe: Mapping[str, Any]) -> None:
     if saved and recipe.get("adapter"):
         remedy = "remove it or use `deepspeed:`: axolotl cannot save it under FSDP2"
         _refuse("lora_modules_to_save", saved, remedy)
+
+
+def _check_ray(recipe: Mapping[str, Any]) -> None:
+    """axolotl's driver counts the steps of one worker, unless it knows of more."""
+    workers = recipe.get("ray_num_workers") or 1
+    counted = any(map(recipe.get, ("ddp", "fsdp_config", "max_steps")))
+    if recipe.get("use_ray") and workers > 1 and not counted:
+        remedy = f"set `ddp: true`, or axolotl trains {workers} times `num_epochs`"
+        _refuse("ray_num_workers", workers, remedy)
 
 
 def _refuse(key: str, value: Any, remedy: str) -> None:

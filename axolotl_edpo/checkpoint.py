@@ -8,6 +8,7 @@ missing, or left there by an earlier run.
 import json
 from pathlib import Path
 
+from accelerate.utils import gather_object
 from axolotl.utils.logging import get_logger
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
@@ -68,6 +69,17 @@ def require_complete(checkpoint: Path) -> None:
     )
 
 
+def _require_the_same(output_dir: str, complete: Path | None) -> None:
+    """Ranks that start from different steps would wait for each other for ever."""
+    everywhere = set(gather_object([str(complete)]))
+    if len(everywhere) > 1:
+        raise ValueError(
+            f"`output_dir: {output_dir}`: ranks find different checkpoints to resume "
+            f"({', '.join(sorted(everywhere))}): it must be on a file system that all "
+            "machines share"
+        )
+
+
 def choose_auto_resume(cfg) -> None:
     """For `auto_resume_from_checkpoints`: the newest complete checkpoint.
 
@@ -77,10 +89,13 @@ def choose_auto_resume(cfg) -> None:
         cfg: axolotl's config; `resume_from_checkpoint` is set where it was absent.
             Without a complete checkpoint there is nothing to resume.
     """
-    found = checkpoints(Path(cfg.output_dir))
-    if cfg.resume_from_checkpoint or not found:
+    if cfg.resume_from_checkpoint:
         return
+    found = checkpoints(Path(cfg.output_dir))
     complete = _last_complete_of(found)
+    _require_the_same(cfg.output_dir, complete)
+    if not found:
+        return
     if complete is None:
         cfg.auto_resume_from_checkpoints = False
     else:

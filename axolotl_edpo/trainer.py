@@ -24,6 +24,7 @@ from axolotl.utils.logging import get_logger
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models.utils import disable_gradient_checkpointing
 
@@ -299,6 +300,21 @@ class EDPOTrainer(PairFeed):
         """As transformers'; returns when every rank has written its last file."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """As transformers'; where DeepSpeed kept the optimizer, starts a new one."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.is_deepspeed_enabled:
+            return
+        folder = Path(checkpoint)
+        if any(folder.glob("global_step*")):
+            LOG.warning(
+                f"{folder} was saved by another engine: weights, β and learning rate "
+                "are those of the checkpoint, the optimizer starts anew. To continue "
+                "with it, use the same `deepspeed:` and as many ranks."
+            )
+            schedule = torch.load(folder / SCHEDULER_NAME, weights_only=True)
+            self.lr_scheduler.load_state_dict(schedule)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """As transformers', but refuses a checkpoint whose save was interrupted."""

@@ -23,6 +23,7 @@ import torch
 import torch.multiprocessing as mp
 from accelerate import parallelism_config, state
 from accelerate.utils import DistributedType
+from axolotl import utils
 from axolotl.cli import config
 from axolotl.integrations.base import BasePlugin
 
@@ -35,9 +36,8 @@ class CpuRanks(BasePlugin):
 
     def register(self, cfg: dict) -> None:
         """Chooses by the engine that the recipe names."""
+        gc.freeze()  # axolotl and DeepSpeed collect often; imports are never garbage
         _leave_placement_to_accelerate()
-        # without a number: PyTorch does not load what was saved for "cpu:0"
-        state.PartialState.set_device = lambda own: setattr(own, "device", _CPU)
         if cfg.get("deepspeed"):
             _gather_detached()
             _choose_cpu(DistributedType.MULTI_CPU)
@@ -48,10 +48,15 @@ class CpuRanks(BasePlugin):
 
 
 def _leave_placement_to_accelerate() -> None:
-    """axolotl would put the model on GPU number LOCAL_RANK."""
+    """axolotl would put the model on GPU number LOCAL_RANK.
+
+    accelerate's CPU would have a number too, and checkpoints cannot be read to that.
+    """
     torch.cuda.set_device = lambda *args, **kwargs: None
+    state.PartialState.set_device = lambda own: setattr(own, "device", _CPU)
     normalize = config.normalize_config
-    config.normalize_config = lambda cfg: (normalize(cfg), cfg.pop("device_map"))[0]
+    for module in (config, utils.config):  # one is for workers of Ray
+        module.normalize_config = lambda cfg: (normalize(cfg), cfg.pop("device_map"))[0]
 
 
 def _choose_cpu(kind: DistributedType) -> None:
@@ -80,7 +85,7 @@ def run(folder: Path, keys: dict, ranks: int = 2, probe: str | None = None) -> l
     Args:
         folder: Where the recipe and the ranks' results are put.
         keys: The recipe.
-        ranks: Processes; one is a run without any engine but the recipe's.
+        ranks: Processes.
         probe: `module:function`, called on every rank. It is given a function that
             trains and returns the trainer, and returns what is added to the result.
 
@@ -92,19 +97,17 @@ def run(folder: Path, keys: dict, ranks: int = 2, probe: str | None = None) -> l
         ProcessRaisedException: If a rank failed; it holds the traceback.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = (ranks, _free_port(), folder, keys, probe)
+    arguments = (ranks, free_port(), folder, keys, probe)
     mp.start_processes(_rank, arguments, nprocs=ranks, start_method="forkserver")
     files = [folder / f"rank{rank}.json" for rank in range(ranks)]
     return [json.loads(file.read_text()) for file in files]
 
 
 def _rank(rank: int, ranks: int, port: int, folder: Path, keys: dict, probe) -> None:
-    gc.collect()  # axolotl and DeepSpeed collect often; imports are never garbage
-    gc.freeze()
-    torch.set_num_threads(1)
-    mp.set_start_method("fork", force=True)  # of data loaders; it was the server's
-    if ranks > 1 or "fsdp_config" in keys or "deepspeed" in keys:
-        os.environ |= _torchrun(rank, ranks, port)
+    if ranks > 1 or {"deepspeed", "fsdp_config"} & keys.keys():
+        become(rank, ranks, port)
+    else:
+        _settle_in()
     keys = {**keys, "plugins": [*keys["plugins"], "ranks.CpuRanks"]}
 
     def train():
@@ -120,6 +123,17 @@ def _rank(rank: int, ranks: int, port: int, folder: Path, keys: dict, probe) -> 
     (folder / f"rank{rank}.json").write_text(json.dumps(result))
 
 
+def become(rank: int, ranks: int, port: int) -> None:
+    """Makes a process of the server one of the ranks that torchrun starts."""
+    _settle_in()
+    os.environ |= _torchrun(rank, ranks, port)
+
+
+def _settle_in() -> None:
+    torch.set_num_threads(1)
+    mp.set_start_method("fork", force=True)  # of data loaders; it was the server's
+
+
 def _torchrun(rank: int, ranks: int, port: int) -> dict[str, str]:
     """The variables that torchrun sets."""
     values: dict[str, Any] = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks)
@@ -127,7 +141,8 @@ def _torchrun(rank: int, ranks: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()}
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

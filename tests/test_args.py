@@ -49,6 +49,10 @@ WRONG = [
         },
         r"`lora_modules_to_save: \['lm_head'\]`.*deepspeed.*FSDP2",
     ),
+    (
+        {"use_ray": True, "ray_num_workers": 4},
+        "`ray_num_workers: 4`.*`ddp: true`.*4 times",
+    ),
     ({"orpo_alpha": 0.1}, r"`orpo_alpha: 0.1`.*take it for `beta`"),
     ({"peft_init_lora_weights": "pissa"}, r"`peft_init_lora_weights: pissa`"),
     ({"peft": {"loftq_config": {"loftq_bits": 4}}}, r"`peft.loftq_config: set`"),
@@ -84,6 +88,7 @@ def test_a_wrong_recipe_is_one_line_with_key_value_and_remedy(keys, message):
         ({"eval_sample_packing": True, "edpo_prefix_sharing": "auto"}, None),
         ({"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}, None),
         ({"fsdp_config": {"version": 2}}, None),
+        ({"use_ray": True, "ray_num_workers": 4, "ddp": True}, None),
         ({"dpo_loss_type": "sigmoid", "dpo_label_smoothing": 0.1}, None),
     ],
 )

@@ -1,5 +1,6 @@
 """Two ranks under every engine give the run that one process gives."""
 
+import functools
 import json
 import multiprocessing
 from pathlib import Path
@@ -238,3 +239,46 @@ def test_evaluation_counts_every_pair_once(runs, name):
             for results in (pair, single)
         )
         assert len(own) > 1 and own == pytest.approx(alone, rel=1e-4, abs=1e-5)
+
+
+def half(runs, count: int, name: str = "ddp", **keys) -> str:
+    """The checkpoint of a run that ended after 5 of 10 steps."""
+    keys |= dict(max_steps=5, save_strategy="steps", save_steps=5, **PACKED)
+    run = runs.single if count == 1 else functools.partial(runs.double, name)
+    return str(Path(run(**keys)[0]["out"]) / "checkpoint-5")
+
+
+@pytest.mark.parametrize("adapter", [{}, LORA], ids=["full", "lora"])
+def test_a_run_goes_on_with_more_ranks_and_with_fewer(runs, adapter):
+    whole = runs.single(**PACKED, **adapter)
+    fewer = dict(resume_from_checkpoint=half(runs, 2, **adapter))
+    (alone,) = runs.single(**PACKED, **adapter, **fewer)
+    assert_same_run([alone, alone], whole)
+    more = dict(resume_from_checkpoint=half(runs, 1, **adapter))
+    assert_same_run(runs.double("ddp", **PACKED, **adapter, **more), whole)
+
+
+def test_fsdp2_goes_on_with_more_ranks_and_with_fewer(runs):
+    whole = runs.single(**PACKED)
+    shards = engine(runs.folder, "fsdp2")
+    fewer = dict(resume_from_checkpoint=half(runs, 2, "fsdp2"))
+    (alone,) = runs.single(**PACKED, **shards, **fewer)
+    assert_same_run([alone, alone], whole)
+    more = dict(resume_from_checkpoint=half(runs, 1, **shards))
+    assert_same_run(runs.double("fsdp2", **PACKED, **more), whole)
+
+
+def test_zero3_goes_on_in_a_process_without_it(runs):
+    """With its weights and β, and a new optimizer: of that, a line is logged."""
+    whole = runs.single(**PACKED)
+    start = half(runs, 2, "zero3")
+    (alone,) = runs.single(**PACKED, resume_from_checkpoint=start)
+    betas = series(alone, "kl/beta")
+    assert betas[:6] == pytest.approx(series(whole[0], "kl/beta")[:6], abs=1e-6)
+    assert series(alone, "loss")[5] == pytest.approx(
+        series(whole[0], "loss")[5], abs=1e-5
+    )
+    (log,) = Path(alone["out"]).glob("debug.log")
+    assert "was saved by another engine" in log.read_text()
+    same = runs.double("zero3", **PACKED, resume_from_checkpoint=start)
+    assert_same_run(same, whole)
