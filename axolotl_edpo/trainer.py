@@ -274,6 +274,7 @@ class EDPOTrainer(PairFeed):
                 f"continuing with `beta: {self.controller.beta}` of the recipe."
             )
             return
+        self._total_train_tokens = state.get("num_tokens", 0)
         for difference in self.controller.load_state_dict(state):
             LOG.warning(
                 f"Resuming ε-DPO: {difference}. Continuing from the checkpoint's "
@@ -293,7 +294,10 @@ class EDPOTrainer(PairFeed):
         if self.args.should_save:
             checkpoint.mark_incomplete(Path(self._get_output_dir(trial)) / name)
         self.accelerator.wait_for_everyone()  # none writes before it is marked
-        self.state.stateful_callbacks[STATE_KEY] = self.controller.state_dict()
+        self._count_tokens()
+        tokens = {"num_tokens": self._total_train_tokens}
+        state = self.controller.state_dict() | tokens
+        self.state.stateful_callbacks[STATE_KEY] = state
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir):
@@ -466,12 +470,15 @@ class EDPOTrainer(PairFeed):
         if mode == "train":
             self._new_tokens += inputs["num_tokens"]
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Hands TRL the means over everything since the last log."""
-        mode = "train" if self.model.training else "eval"
+    def _count_tokens(self) -> None:
         new = torch.tensor(self._new_tokens)
         self._total_train_tokens += int(self._sum_over_ranks(new))
         self._new_tokens = 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Hands TRL the means over everything since the last log."""
+        mode = "train" if self.model.training else "eval"
+        self._count_tokens()
         means = self._means[mode].pop(self._sum_over_ranks)
         if means:
             means["num_tokens"] = self._total_train_tokens

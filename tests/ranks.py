@@ -85,7 +85,7 @@ def run(folder: Path, keys: dict, ranks: int = 2, probe: str | None = None) -> l
     Args:
         folder: Where the recipe and the ranks' results are put.
         keys: The recipe.
-        ranks: Processes.
+        ranks: Processes; with one, the recipe names no engine.
         probe: `module:function`, called on every rank. It is given a function that
             trains and returns the trainer, and returns what is added to the result.
 
@@ -104,7 +104,7 @@ def run(folder: Path, keys: dict, ranks: int = 2, probe: str | None = None) -> l
 
 
 def _rank(rank: int, ranks: int, port: int, folder: Path, keys: dict, probe) -> None:
-    if ranks > 1 or {"deepspeed", "fsdp_config"} & keys.keys():
+    if ranks > 1:
         become(rank, ranks, port)
     else:
         _settle_in()

@@ -1,6 +1,5 @@
 """Two ranks under every engine give the run that one process gives."""
 
-import functools
 import json
 import multiprocessing
 from pathlib import Path
@@ -95,9 +94,14 @@ class Runs:
 
     def double(self, name: str, **keys) -> list[dict]:
         """On two ranks under an engine."""
-        folder = self.folder / f"double{len(list(self.folder.iterdir()))}"
+        return self.many(name, 2, **keys)
+
+    def many(self, name: str, count: int, **keys) -> list[dict]:
+        """On several ranks under an engine, a step of 8 pairs in all."""
+        folder = self.folder / f"many{len(list(self.folder.iterdir()))}"
         folder.mkdir()
-        return self._run(folder, 2, {**engine(folder, name), **keys})
+        keys = {"gradient_accumulation_steps": 4 // count, **keys}
+        return self._run(folder, count, {**engine(folder, name), **keys})
 
     def _run(self, folder, count, keys):
         recipe = tiny.recipe(
@@ -199,7 +203,7 @@ def test_every_head_is_gathered_and_trained(runs, name, option):
 
 @pytest.mark.parametrize("name", ["ddp", "zero2", "zero3"])
 def test_qlora_trains_as_one_process(runs, name):
-    """As far as bf16 tells; DeepSpeed keeps the adapter in it, and a copy in float32."""
+    """As far as bf16 tells: DeepSpeed keeps the adapter in it."""
     keys = dict(model="wide", **NF4, max_steps=4)
     single, pair = runs.single(**keys), runs.double(name, **keys)
     assert_same_beta(pair)
@@ -244,8 +248,8 @@ def test_evaluation_counts_every_pair_once(runs, name):
 def half(runs, count: int, name: str = "ddp", **keys) -> str:
     """The checkpoint of a run that ended after 5 of 10 steps."""
     keys |= dict(max_steps=5, save_strategy="steps", save_steps=5, **PACKED)
-    run = runs.single if count == 1 else functools.partial(runs.double, name)
-    return str(Path(run(**keys)[0]["out"]) / "checkpoint-5")
+    results = runs.single(**keys) if count == 1 else runs.many(name, count, **keys)
+    return str(Path(results[0]["out"]) / "checkpoint-5")
 
 
 @pytest.mark.parametrize("adapter", [{}, LORA], ids=["full", "lora"])
@@ -260,12 +264,10 @@ def test_a_run_goes_on_with_more_ranks_and_with_fewer(runs, adapter):
 
 def test_fsdp2_goes_on_with_more_ranks_and_with_fewer(runs):
     whole = runs.single(**PACKED)
-    shards = engine(runs.folder, "fsdp2")
-    fewer = dict(resume_from_checkpoint=half(runs, 2, "fsdp2"))
-    (alone,) = runs.single(**PACKED, **shards, **fewer)
-    assert_same_run([alone, alone], whole)
-    more = dict(resume_from_checkpoint=half(runs, 1, **shards))
-    assert_same_run(runs.double("fsdp2", **PACKED, **more), whole)
+    start = dict(resume_from_checkpoint=half(runs, 2, "fsdp2"))
+    assert_same_run(runs.many("fsdp2", 4, **PACKED, **start)[:2], whole)
+    start = dict(resume_from_checkpoint=half(runs, 4, "fsdp2"))
+    assert_same_run(runs.double("fsdp2", **PACKED, **start), whole)
 
 
 def test_zero3_goes_on_in_a_process_without_it(runs):
