@@ -10,14 +10,17 @@ Files, in reading order:
     batch.py       rows of pairs, padded or packed, and which positions are scored
     attention.py   attention over a packed row
     collator.py    TRL's collator, and the rows made of what it returns
+    engine.py      what DDP, DeepSpeed and FSDP2 ask of the walk
     backbone.py    hidden states and heads of policy and reference
     metrics.py     weighted means, reduced over ranks once per log
     checkpoint.py  which checkpoint directories are complete
     rows.py        how a recipe wants its rows, and whether its model can
+    feed.py        the trainer's data side: every pair once, in rows
     trainer.py     the walk from a batch to the loss
     versions.py    the releases this was tested with
     args.py        the options of the recipe
     plugin.py      what axolotl calls
+    memory.py      memory per GPU, by calculation
 """
 
 from typing import Any

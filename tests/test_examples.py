@@ -2,19 +2,21 @@
 
 Model, data, batch sizes and folders are swapped, and no checkpoint is written. Beyond
 that a swap is made only where the recipe asks for what this machine may lack:
-FlashAttention runs as `sdpa`, and `deepspeed` is taken out, because one process has
-nothing to shard (its JSON files are read by axolotl here). bf16 stays, on CPU too,
+FlashAttention runs as `sdpa`, and engines are taken out where there is one process with
+nothing to shard; those of the cluster recipes run on two ranks. bf16 stays, on CPU too,
 except in the supervised recipe, which has no plugin of ours to allow it.
 """
 
 import gzip
 import json
 import math
+import multiprocessing
 import os
 import re
 import textwrap
 
 import pytest
+import ranks
 import tiny
 import yaml
 from conftest import ROOT
@@ -25,7 +27,8 @@ from axolotl_edpo.trainer import EDPOTrainer
 EXAMPLES = ROOT / "examples"
 SWEEPS = sorted(EXAMPLES.glob("sweep*.yml"))
 RECIPES = sorted(set(EXAMPLES.glob("*.yml")) - set(SWEEPS))
-REMOVED = ("deepspeed", "saves_per_epoch", "save_steps")
+ENGINE = ("deepspeed", "fsdp_version", "fsdp_config", "accelerator_config")
+REMOVED = (*ENGINE, "saves_per_epoch", "save_steps")
 TURN = ["<start_of_turn>", "<end_of_turn>"]
 # What sets these families apart from Llama.
 ARCHITECTURES = {
@@ -146,6 +149,31 @@ def test_recipe_trains_two_steps_of_edpo(path, shrink, tmp_path):
         assert first[f"kl/{name}"] == 0.0
 
 
+@pytest.mark.parametrize(
+    "path",
+    selected(RECIPES, rl="edpo", deepspeed=True) + selected(RECIPES, fsdp_version=2),
+)
+def test_recipe_of_a_cluster_trains_on_two_ranks(path, shrink, tmp_path):
+    multiprocessing.set_forkserver_preload(ranks.PRELOAD)
+    recipe = read(path)
+    engine = {key: recipe[key] for key in ENGINE if key in recipe}
+    if "deepspeed" in engine:
+        engine["deepspeed"] = str(ROOT / engine["deepspeed"])
+    first, second = ranks.run(tmp_path, {**shrink(recipe), **engine})
+    assert first["beta"] == second["beta"]
+    steps = [entry for entry in first["log"] if "loss" in entry]
+    assert len(steps) == 2 and all(math.isfinite(e["loss"]) for e in steps)
+    assert steps[0]["kl/policy_ref"] == steps[0]["kl/p_epsilon_steps"] == 0.0
+
+
+def test_recipes_of_llama_3_differ_in_their_engine_only():
+    names = ("llama3", "llama3_zero3", "llama3_fsdp2")
+    first, *others = (read(EXAMPLES / f"{name}_edpo.yml") for name in names)
+    for other in others:
+        different = {key for key in first | other if first.get(key) != other.get(key)}
+        assert different <= {*ENGINE, "output_dir"}
+
+
 @pytest.mark.parametrize("path", selected(RECIPES, rl=None))
 def test_supervised_recipe_trains_two_steps(path, shrink, tmp_path):
     from axolotl.cli.args import TrainerCliArgs
@@ -195,6 +223,9 @@ def test_deepspeed_file_of_a_recipe_is_read_by_axolotl(path, shrink):
 def test_recipe_for_all_weights_in_bf16_keeps_a_32_bit_copy(path):
     """AdamW at 1e-6 moves no bf16 weight; DeepSpeed moves a 32-bit copy."""
     recipe = read(path)
+    if "fsdp_version" in recipe:  # keeps none, and says so
+        assert "nearly all updates are smaller" in header(path)
+        return
     assert ("deepspeed" in recipe) != ("adapter" in recipe)
 
 
