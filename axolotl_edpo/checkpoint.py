@@ -69,6 +69,21 @@ def require_complete(checkpoint: Path) -> None:
     )
 
 
+def require_ranks(checkpoint: Path, ranks: int) -> None:
+    """Refuses a checkpoint that DeepSpeed divided among another number of ranks.
+
+    Raises:
+        ValueError: Names the directory and both numbers.
+    """
+    saved = len({*checkpoint.glob("global_step*/*zero_pp_rank_*_optim_states.pt")})
+    if saved not in (0, ranks):
+        raise ValueError(
+            f"`resume_from_checkpoint: {checkpoint}`: DeepSpeed divided its optimizer "
+            f"among {saved} ranks, and there are {ranks}: use {saved} ranks, or remove "
+            "`deepspeed:` to go on with its weights and β and a new optimizer"
+        )
+
+
 def _require_the_same(output_dir: str, complete: Path | None) -> None:
     """Ranks that start from different steps would wait for each other for ever."""
     everywhere = set(gather_object([str(complete)]))

@@ -321,9 +321,12 @@ class EDPOTrainer(PairFeed):
             self.lr_scheduler.load_state_dict(schedule)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """As transformers', but refuses a checkpoint whose save was interrupted."""
+        """As transformers', but refuses a checkpoint that it could not go on from."""
         if isinstance(resume_from_checkpoint, str | Path):
             checkpoint.require_complete(Path(resume_from_checkpoint))
+            if self.is_deepspeed_enabled:
+                ranks = self.accelerator.num_processes
+                checkpoint.require_ranks(Path(resume_from_checkpoint), ranks)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     # --- loss --------------------------------------------------------------------

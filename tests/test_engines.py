@@ -9,6 +9,7 @@ import ranks
 import tiny
 import torch
 from test_trainer import LORA, NF4, weights
+from torch.multiprocessing import ProcessRaisedException
 
 from axolotl_edpo.loss import next_beta
 
@@ -234,9 +235,11 @@ def test_every_pair_counts_once_where_the_last_ones_are_too_few(
 @pytest.mark.parametrize("name", SHARDING)
 def test_evaluation_counts_every_pair_once(runs, name):
     """Five pairs in batches of two: accelerate fills up with three."""
-    keys = dict(max_steps=2, eval_steps=1, eval_batch_size=2, **PACKED)
+    keys = dict(max_steps=2, eval_steps=1, eval_batch_size=2)
+    keys |= dict(dpo_padding_free=True, edpo_prefix_sharing=False)
     keys |= dict(test_datasets=tiny.dataset(runs.parts["5 pairs"]))
     single, pair = runs.single(**keys), runs.double(name, **keys)
+    assert_same_run(pair, single)
     for metric in ("loss", "kl/policy_ref", "rewards/accuracies", "logps/chosen"):
         own, alone = (
             series(results[0], f"eval_{metric}", beside="eval_loss")
@@ -284,3 +287,5 @@ def test_zero3_goes_on_in_a_process_without_it(runs):
     assert "was saved by another engine" in log.read_text()
     same = runs.double("zero3", **PACKED, resume_from_checkpoint=start)
     assert_same_run(same, whole)
+    with pytest.raises(ProcessRaisedException, match="among 2 ranks, and there are 4"):
+        runs.many("zero3", 4, **PACKED, resume_from_checkpoint=start)
