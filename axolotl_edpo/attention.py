@@ -112,7 +112,7 @@ def check_packing(model: PreTrainedModel, share: bool) -> None:
             f"sequences in one row change each other: hidden states differ by up to "
             f"{difference:.0%} from those of a padded batch"
         )
-    seen = together["segments"].cache.get(WINDOWS, {None})
+    seen = together["segments"].cache.made.get(WINDOWS, {None})
     if _has_windows(model.config.get_text_config()) and seen == {None}:
         raise PackingError("its attention is not told of its window")
 

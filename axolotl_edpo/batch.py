@@ -43,6 +43,16 @@ class Completions(NamedTuple):
     lengths: torch.Tensor
 
 
+class Cache:
+    """What is made once per batch.
+
+    Neither a dict nor a data class: of those, FSDP2 hands every layer a copy.
+    """
+
+    def __init__(self) -> None:
+        self.made: dict[Any, Any] = {}
+
+
 @dataclass(frozen=True)
 class Segments:
     """What the tokens of a packed row may see.
@@ -61,7 +71,7 @@ class Segments:
     pieces: tuple[int, ...]
     queries: tuple[int, ...]
     keys: tuple[tuple[int, ...], ...]
-    cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    cache: Cache = field(default_factory=Cache, compare=False, repr=False)
 
     @property
     def key_lengths(self) -> tuple[int, ...]:
@@ -70,9 +80,10 @@ class Segments:
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What `make` returns, called at most once per batch and key."""
-        if key not in self.cache:
-            self.cache[key] = make()
-        return self.cache[key]
+        made = self.cache.made
+        if key not in made:
+            made[key] = make()
+        return made[key]
 
 
 def completions_of(batch: Mapping[str, Any]) -> Completions:
@@ -249,6 +260,8 @@ def sum_per_sequence(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tenso
         Shape (sequences,). Segments are summed in order, so the result is the same
         in every run, which scatter-adds on a GPU do not promise.
     """
+    if not len(lengths):
+        return values
     # unsafe: does not wait for the GPU to compare the lengths with the tokens
     return torch.segment_reduce(values, "sum", lengths=lengths, initial=0, unsafe=True)
 

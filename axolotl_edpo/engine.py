@@ -11,6 +11,7 @@ Before the first step a reference of its own is sharded as the policy is: `shard
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import accelerate.accelerator
@@ -38,7 +39,8 @@ def inside_forward(
     """
     unwrapped = accelerator.unwrap_model(model)
     with accelerator.autocast():
-        return _redirect(model, unwrapped, method, unwrapped)
+        # engines cast, move or copy arguments: None is left alone
+        return _redirect(model, unwrapped, lambda _: method(unwrapped), None)
 
 
 def inside(
@@ -61,6 +63,17 @@ def inside(
         return method(hidden)
     first, *others = modules
     return _redirect(first, first, lambda own: inside(others, method, own), hidden)
+
+
+def keep_float32(accelerator: Accelerator) -> None:
+    """Leaves what a model's forward returns as it is, under FSDP2 in mixed precision.
+
+    It would be rounded to the dtype of the weights, and the head's statistics with it.
+    Layers return that dtype all the same, as their weights have it.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    if (policy := plugin.mixed_precision_policy) is not None:
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None)
 
 
 def shard(accelerator: Accelerator, reference: nn.Module) -> nn.Module:

@@ -113,7 +113,8 @@ class PairFeed(AxolotlDPOTrainer):
         """
         loader: Any = self.accelerator.gradient_state.active_dataloader
         ranks, drops = self.accelerator.num_processes, self.args.dataloader_drop_last
-        if ranks == 1 or drops or not loader.end_of_dataloader:
+        fills = ranks > 1 and self.accelerator.even_batches and not drops
+        if not (fills and loader.end_of_dataloader):
             return pairs
         rest = len(loader.dataset) % (ranks * len(pairs))
         before = self.accelerator.process_index * len(pairs)
@@ -124,7 +125,7 @@ class PairFeed(AxolotlDPOTrainer):
         step = super(AxolotlDPOTrainer, self).training_step
         loss = step(model, inputs, *args, **kwargs)
         if "segments" in inputs:  # else its masks live to the end of the window
-            inputs["segments"].cache.clear()
+            inputs["segments"].cache.made.clear()
         return loss
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):

@@ -227,8 +227,10 @@ class EDPOTrainer(PairFeed):
         Keeps `torch_compile` for the layers, see `compile_layers`.
         """
         super().create_accelerator_and_postprocess()
-        if self.is_fsdp_enabled and self.ref_model is not None:
-            self.ref_model = engine.shard(self.accelerator, self.ref_model)
+        if self.is_fsdp_enabled:
+            engine.keep_float32(self.accelerator)
+            if self.ref_model is not None:
+                self.ref_model = engine.shard(self.accelerator, self.ref_model)
         dynamo = self.accelerator.state.dynamo_plugin
         self._compile_keywords = {}
         if dynamo.backend != DynamoBackend.NO:
@@ -317,8 +319,9 @@ class EDPOTrainer(PairFeed):
                 "are those of the checkpoint, the optimizer starts anew. To continue "
                 "with it, use the same `deepspeed:` and as many ranks."
             )
-            schedule = torch.load(folder / SCHEDULER_NAME, weights_only=True)
-            self.lr_scheduler.load_state_dict(schedule)
+            if (schedule := folder / SCHEDULER_NAME).exists():
+                state = torch.load(schedule, weights_only=True)
+                self.lr_scheduler.load_state_dict(state)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """As transformers', but refuses a checkpoint that it could not go on from."""

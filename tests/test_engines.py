@@ -46,6 +46,8 @@ SHARDING = ["ddp", "zero3", "fsdp2"]
 # ten steps of 8 pairs; Adam's default epsilon would make updates of rounding errors
 COMMON = dict(num_epochs=2, micro_batch_size=2, adam_epsilon=1e-4, ddp_timeout=120)
 PACKED = {"sample_packing": True}
+HEAD_LORA = dict(adapter="lora", lora_r=4, lora_alpha=8)
+HEAD_LORA |= dict(lora_target_modules=["q_proj", "lm_head"])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,6 +64,7 @@ def parts(parts):
         for count in (5, 33, 37)
     }
     more["tied"] = tiny.save_model(folder / "tied", tie_word_embeddings=True)
+    more["windows"] = tiny.save_model(folder / "windows", "mistral", sliding_window=16)
     more["wide"] = tiny.save_model(folder / "wide", hidden_size=64)
     return {**parts, **more}
 
@@ -165,8 +168,19 @@ def test_two_ranks_train_as_one_process(runs, name, adapter):
     assert_same_weights(pair, single, atol=1e-6)
 
 
-HEAD_LORA = dict(adapter="lora", lora_r=4, lora_alpha=8)
-HEAD_LORA |= dict(lora_target_modules=["q_proj", "lm_head"])
+@pytest.mark.parametrize("adapter", [{}, HEAD_LORA], ids=["full", "lora"])
+def test_bf16_rounds_no_statistic_of_the_head(runs, adapter):
+    """In mixed precision FSDP2 casts what a forward returns, and copies arguments."""
+    keys = dict(model="windows", bf16=True, max_steps=2, **PACKED, **adapter)
+    single = runs.single(**keys)
+    shards = {**WRAP, "transformer_layer_cls_to_wrap": "MistralDecoderLayer"}
+    pair = runs.double("fsdp2", **keys, fsdp_config=shards)
+    assert_same_beta(pair)
+    for metric in ("logps/chosen", "logps/rejected", "entropy", "logits/chosen"):
+        own, alone = (series(run[0], metric)[0] for run in (pair, single))
+        assert own == pytest.approx(alone, rel=5e-4), metric
+
+
 HEADS = {
     "tied": dict(model="tied"),
     "saved": dict(**LORA, lora_modules_to_save=["lm_head", "embed_tokens"]),
