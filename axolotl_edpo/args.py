@@ -209,6 +209,9 @@ def _check_unsupported(recipe: Mapping[str, Any]) -> None:
     for key in SPLITTING:
         if (recipe.get(key) or 1) > 1:
             _refuse(key, recipe[key], f"set `{key}: 1`")
+    if (recipe.get("accelerator_config") or {}).get("dispatch_batches"):
+        remedy = "remove it: pairs are handed over before they are tensors"
+        _refuse("accelerator_config.dispatch_batches", True, remedy)
     losses = recipe.get("dpo_loss_type")
     if losses and losses != "sigmoid" and list(losses) != ["sigmoid"]:
         _refuse("dpo_loss_type", losses, "remove it: ε-DPO is the sigmoid loss")

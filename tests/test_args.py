@@ -53,6 +53,10 @@ WRONG = [
         {"use_ray": True, "ray_num_workers": 4},
         "`ray_num_workers: 4`.*`ddp: true`.*4 times",
     ),
+    (
+        {"accelerator_config": {"dispatch_batches": True}},
+        "`accelerator_config.dispatch_batches: True`.*remove it",
+    ),
     ({"orpo_alpha": 0.1}, r"`orpo_alpha: 0.1`.*take it for `beta`"),
     ({"peft_init_lora_weights": "pissa"}, r"`peft_init_lora_weights: pissa`"),
     ({"peft": {"loftq_config": {"loftq_bits": 4}}}, r"`peft.loftq_config: set`"),
