@@ -31,6 +31,24 @@ from axolotl.integrations.base import BasePlugin
 PRELOAD = ["deepspeed", "axolotl.train", "axolotl.core.builders", "trackio", "ranks"]
 
 
+# What recipes of tests say of their engines: a DeepSpeed file beside its stage, and
+# `fsdp_config`.
+ZERO = {
+    "bf16": {"enabled": "auto"},
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "zero_force_ds_cpu_optimizer": False,  # its kernel would be compiled first
+}
+FSDP2 = {
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+    "state_dict_type": "FULL_STATE_DICT",
+    "reshard_after_forward": True,
+}
+
+
 class CpuRanks(BasePlugin):
     """Beside `axolotl_edpo.EDPOPlugin`, a recipe runs on CPU ranks."""
 

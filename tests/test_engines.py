@@ -13,14 +13,6 @@ from torch.multiprocessing import ProcessRaisedException
 
 from axolotl_edpo.loss import next_beta
 
-ZERO = {
-    "bf16": {"enabled": "auto"},
-    "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto",
-    "train_batch_size": "auto",
-    "train_micro_batch_size_per_gpu": "auto",
-    "zero_force_ds_cpu_optimizer": False,  # its kernel would be compiled first
-}
 CPU = {"device": "cpu"}
 STAGES = {
     "zero1": {"stage": 1},
@@ -28,12 +20,6 @@ STAGES = {
     "zero2-offload": {"stage": 2, "offload_optimizer": CPU},
     "zero3": {"stage": 3},
     "zero3-offload": {"stage": 3, "offload_optimizer": CPU, "offload_param": CPU},
-}
-WRAP = {
-    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-    "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
-    "state_dict_type": "FULL_STATE_DICT",
-    "reshard_after_forward": True,
 }
 SHARDS = {
     "fsdp2": {},
@@ -74,10 +60,10 @@ def engine(folder, name: str) -> dict:
     if name == "ddp":
         return {}
     if name in SHARDS:
-        return dict(fsdp_version=2, fsdp_config={**WRAP, **SHARDS[name]})
+        return dict(fsdp_version=2, fsdp_config={**ranks.FSDP2, **SHARDS[name]})
     stage = {**STAGES[name], "stage3_gather_16bit_weights_on_model_save": True}
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({**ZERO, "zero_optimization": stage}))
+    path.write_text(json.dumps({**ranks.ZERO, "zero_optimization": stage}))
     return dict(deepspeed=str(path))
 
 
@@ -173,7 +159,7 @@ def test_bf16_rounds_no_statistic_of_the_head(runs, adapter):
     """In mixed precision FSDP2 casts what a forward returns, and copies arguments."""
     keys = dict(model="windows", bf16=True, max_steps=2, **PACKED, **adapter)
     single = runs.single(**keys)
-    shards = {**WRAP, "transformer_layer_cls_to_wrap": "MistralDecoderLayer"}
+    shards = {**ranks.FSDP2, "transformer_layer_cls_to_wrap": "MistralDecoderLayer"}
     pair = runs.double("fsdp2", **keys, fsdp_config=shards)
     assert_same_beta(pair)
     for metric in ("logps/chosen", "logps/rejected", "entropy", "logits/chosen"):

@@ -22,26 +22,18 @@ from torch.multiprocessing import ProcessExitedException, start_processes
 from axolotl_edpo.checkpoint import last_complete
 
 TWO_RANKS = ("--launcher", "torchrun", "--", "--nproc_per_node=2")
-SHARDED = dict(
-    auto_wrap_policy="TRANSFORMER_BASED_WRAP",
-    transformer_layer_cls_to_wrap="LlamaDecoderLayer",
-    state_dict_type="SHARDED_STATE_DICT",
-    reshard_after_forward=True,
-)
+SHARDED = {**ranks.FSDP2, "state_dict_type": "SHARDED_STATE_DICT"}
 ENGINES = {
     "ddp": {},
     "fsdp2": dict(fsdp_version=2, fsdp_config=SHARDED),
     "zero3": dict(deepspeed="zero3.json"),
 }
 ZERO3 = {
+    **ranks.ZERO,
     "zero_optimization": {
         "stage": 3,
         "stage3_gather_16bit_weights_on_model_save": True,
     },
-    "gradient_clipping": "auto",
-    "gradient_accumulation_steps": "auto",
-    "train_batch_size": "auto",
-    "train_micro_batch_size_per_gpu": "auto",
 }
 
 

@@ -48,12 +48,6 @@ ZERO3 = dict.fromkeys(
     ),
     0,
 )
-FSDP2 = dict(
-    auto_wrap_policy="TRANSFORMER_BASED_WRAP",
-    transformer_layer_cls_to_wrap="LlamaDecoderLayer",
-    reshard_after_forward=True,
-    state_dict_type="FULL_STATE_DICT",
-)
 # else the gradients that accumulate are whole
 SYNC = {
     "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
@@ -223,14 +217,13 @@ def engine_keys(folder, engine: str, bf16: bool) -> dict:
     if engine == "ddp":
         return {}
     if engine == "fsdp2":
-        return dict(fsdp_version=2, fsdp_config=FSDP2, **SYNC)
+        return dict(fsdp_version=2, fsdp_config=ranks.FSDP2, **SYNC)
     stage = int(engine[-1])
     zero = dict(stage=stage, contiguous_gradients=True, reduce_bucket_size="auto")
-    auto = ("gradient_accumulation_steps", "gradient_clipping", "train_batch_size")
-    keys = dict.fromkeys((*auto, "train_micro_batch_size_per_gpu"), "auto")
+    keys = {**ranks.ZERO, "bf16": {"enabled": bf16}}
     keys |= dict(zero_optimization=zero | (ZERO3 if stage == 3 else {}))
     path = folder / f"{engine}-{bf16}.json"
-    path.write_text(json.dumps(keys | dict(bf16=dict(enabled=bf16))))
+    path.write_text(json.dumps(keys))
     return dict(deepspeed=str(path))
 
 
