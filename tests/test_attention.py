@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, LlamaConfig, MambaConfig
+from transformers import AttentionInterface, AutoConfig, LlamaConfig, MambaConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from axolotl_edpo.attention import (
@@ -49,8 +49,8 @@ AttentionInterface.register("flash_varlen_oracle", varlen)
 
 def model(kind: str = "llama", attention: str = "sdpa", **config):
     torch.manual_seed(0)
-    config = tiny.CONFIGS[kind](
-        **{"vocab_size": VOCAB, "initializer_range": 0.3, **tiny.SIZES, **config}
+    config = AutoConfig.for_model(
+        kind, **{"vocab_size": VOCAB, "initializer_range": 0.3, **tiny.SIZES, **config}
     )
     built = AutoModelForCausalLM.from_config(config)
     built.config._attn_implementation = attention
@@ -244,7 +244,7 @@ def test_on_a_gpu_a_row_is_scored_like_a_padded_batch(kind, attention, share):
         pytest.importorskip("flash_attn")
     torch.manual_seed(0)
     sizes = {**tiny.SIZES, "hidden_size": 256, "head_dim": 64}
-    config = tiny.CONFIGS[kind](vocab_size=VOCAB, **sizes)
+    config = AutoConfig.for_model(kind, vocab_size=VOCAB, **sizes)
     config.sliding_window = 5 if kind == "mistral" else None
     lm = AutoModelForCausalLM.from_config(
         config, attn_implementation=attention, dtype=torch.bfloat16

@@ -5,6 +5,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     CohereConfig,
@@ -22,11 +23,11 @@ from axolotl_edpo.logprobs import token_stats
 
 SIZES = {**tiny.SIZES, "vocab_size": 100, "initializer_range": 0.5}
 MODELS = {
-    "llama": tiny.CONFIGS["llama"](**SIZES),
-    "tied": tiny.CONFIGS["llama"](**SIZES, tie_word_embeddings=True),
-    "mistral": tiny.CONFIGS["mistral"](**SIZES),
-    "gemma2": tiny.CONFIGS["gemma2"](
-        **SIZES, final_logit_softcapping=2.0, attn_logit_softcapping=5.0
+    "llama": AutoConfig.for_model("llama", **SIZES),
+    "tied": AutoConfig.for_model("llama", **SIZES, tie_word_embeddings=True),
+    "mistral": AutoConfig.for_model("mistral", **SIZES),
+    "gemma2": AutoConfig.for_model(
+        "gemma2", **SIZES, final_logit_softcapping=2.0, attn_logit_softcapping=5.0
     ),
     "gemma3": Gemma3TextConfig(**SIZES, final_logit_softcapping=2.0),
     "biased": PhiConfig(**SIZES),
@@ -106,7 +107,9 @@ def test_a_quantized_head_is_read_as_the_weights_it_stands_for(keys, rtol, tmp_p
     "keys", [{"logits_scaling": 8.0}, {"output_logit_soft_cap": 30.0}]
 )
 def test_an_unknown_transform_of_the_logits_is_named_and_not_guessed(keys):
-    model = AutoModelForCausalLM.from_config(tiny.CONFIGS["llama"](**SIZES, **keys))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", **SIZES, **keys)
+    )
     with pytest.raises(backbone.HeadError, match=f"config has `{next(iter(keys))}`"):
         backbone.head_of(model)
 

@@ -8,6 +8,7 @@ import oracle
 import pytest
 import tiny
 import torch
+from transformers import AutoConfig
 
 from axolotl_edpo import loss
 from axolotl_edpo.backbone import completion_hidden, head_of
@@ -25,7 +26,8 @@ EPSILON, PAIRS, VOCAB = 0.01, 240, 500
 def distances():
     """For each of five steps: hidden states, heads and selection of all pairs."""
     generator = torch.Generator().manual_seed(3)
-    config = tiny.CONFIGS["llama"](
+    config = AutoConfig.for_model(
+        "llama",
         **{**tiny.SIZES, "hidden_size": 64, "vocab_size": VOCAB},
         initializer_range=0.12,
     )

@@ -10,13 +10,7 @@ from pathlib import Path
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    Gemma2Config,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
+from transformers import AutoConfig, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 REFERENCE_SPECIAL = {0: "<s>", 1: "</s>", 2: "<pad>"}
@@ -37,12 +31,6 @@ SIZES = dict(
     eos_token_id=1,
     pad_token_id=2,
 )
-CONFIGS = {
-    "llama": LlamaConfig,
-    "qwen2": Qwen2Config,
-    "mistral": MistralConfig,
-    "gemma2": Gemma2Config,
-}
 
 
 def reference_tokenizer() -> PreTrainedTokenizerFast:
@@ -76,10 +64,9 @@ def save_model(directory: Path, kind: str = "llama", **config) -> Path:
     """A random model of a kind with the byte tokenizer, ready for `base_model`."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
-    config = CONFIGS[kind](
-        **{"vocab_size": len(tokenizer), "initializer_range": 0.15, **SIZES, **config}
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    sizes = {"vocab_size": len(tokenizer), "initializer_range": 0.15, **SIZES}
+    made = AutoConfig.for_model(kind, **{**sizes, **config})
+    AutoModelForCausalLM.from_config(made).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
