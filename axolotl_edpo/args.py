@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
+from .errors import refuse
 from .loss import BetaMean
+from .loss_types import LossSettings
 
 PREFIX = "edpo_"
 BETA_KEYS = ("beta", "rl_beta", "dpo_beta", "trl.beta")
@@ -19,8 +21,6 @@ BETA_KEYS = ("beta", "rl_beta", "dpo_beta", "trl.beta")
 # Recipe keys that would change the loss or the batch in a way this version does not
 # compute: key -> what to set instead.
 UNSUPPORTED = {
-    "dpo_use_weighting": "remove it, or use `rl: dpo` for WPO weights",
-    "dpo_use_liger_kernel": "remove it: the head already runs without full logits",
     "precompute_ref_log_probs": "remove it: ε-DPO needs the reference's logits over "
     "the whole vocabulary, not two log-probabilities",
     "reference_free": "remove it: ε-DPO compares policy and reference",
@@ -37,6 +37,10 @@ LOWERED = {
     "sample_packing": "edpo_sample_packing",
     "eval_sample_packing": "edpo_eval_sample_packing",
 }
+# A head of its own, which ours takes the place of.
+LIGER = "dpo_use_liger_kernel"
+# Keys of `trl:` that let the reference follow the policy (TR-DPO).
+MOVING = ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")
 # Keys that split a model or a sequence: allowed up to 1.
 SPLITTING = (
     "context_parallel_size",
@@ -117,7 +121,9 @@ def check_recipe(recipe: Mapping[str, Any]) -> float | None:
     own = {key: value for key, value in own.items() if value is not None}
     _check_values({**own, "beta": beta})
     _check_unsupported(recipe)
+    _check_loss(recipe)
     _check_adapter(recipe)
+    _check_moving(recipe)
     _check_sharing(recipe)
     _check_fsdp(recipe)
     _check_ray(recipe)
@@ -205,19 +211,25 @@ def _check_values(values: Mapping[str, Any], name: str | None = None) -> None:
 def _check_unsupported(recipe: Mapping[str, Any]) -> None:
     for key, remedy in UNSUPPORTED.items():
         if recipe.get(key):
-            _refuse(key, recipe[key], remedy)
+            refuse(key, recipe[key], remedy)
     for key in SPLITTING:
         if (recipe.get(key) or 1) > 1:
-            _refuse(key, recipe[key], f"set `{key}: 1`")
+            refuse(key, recipe[key], f"set `{key}: 1`")
     if (recipe.get("accelerator_config") or {}).get("dispatch_batches"):
         remedy = "remove it: pairs are handed over before they are tensors"
-        _refuse("accelerator_config.dispatch_batches", True, remedy)
-    losses = recipe.get("dpo_loss_type")
-    if losses and losses != "sigmoid" and list(losses) != ["sigmoid"]:
-        _refuse("dpo_loss_type", losses, "remove it: ε-DPO is the sigmoid loss")
-    smoothing = recipe.get("dpo_label_smoothing") or 0
-    if not 0 <= float(smoothing) < 0.5:
-        _refuse("dpo_label_smoothing", smoothing, "set a value from 0 to below 0.5")
+        refuse("accelerator_config.dispatch_batches", True, remedy)
+
+
+def _check_loss(recipe: Mapping[str, Any]) -> None:
+    types = recipe.get("dpo_loss_type") or ["sigmoid"]
+    types = [types] if isinstance(types, str) else types
+    weights = recipe.get("dpo_loss_weights") or [1.0] * len(types)
+    LossSettings(
+        tuple(types),
+        tuple(float(weight) for weight in weights),
+        float(recipe.get("dpo_label_smoothing") or 0),
+        bool(recipe.get("dpo_use_weighting")),
+    )
 
 
 def _check_adapter(recipe: Mapping[str, Any]) -> None:
@@ -225,16 +237,30 @@ def _check_adapter(recipe: Mapping[str, Any]) -> None:
     start = recipe.get("peft_init_lora_weights")
     if start not in (None, True, "gaussian"):
         remedy = "remove it: with the adapter off, the model must be `base_model`"
-        _refuse("peft_init_lora_weights", start, remedy)
+        refuse("peft_init_lora_weights", start, remedy)
     if ((recipe.get("peft") or {}).get("loftq_config") or {}).get("loftq_bits"):
-        _refuse("peft.loftq_config", "set", "remove it, as it changes `base_model`")
+        refuse("peft.loftq_config", "set", "remove it, as it changes `base_model`")
     directory = recipe.get("lora_model_dir")
     if directory and not recipe.get("adapter"):
         remedy = "set `adapter: lora` or `adapter: qlora`"
-        _refuse("lora_model_dir", directory, remedy)
+        refuse("lora_model_dir", directory, remedy)
     if directory and recipe.get("rl_adapter_ref_model"):
         remedy = "remove it: the reference of `lora_model_dir` is its own start"
-        _refuse("rl_adapter_ref_model", True, remedy)
+        refuse("rl_adapter_ref_model", True, remedy)
+
+
+def _check_moving(recipe: Mapping[str, Any]) -> None:
+    """A reference that follows the policy is a model of its own."""
+    sync, mixup, every = ((recipe.get("trl") or {}).get(key) for key in MOVING)
+    if not sync:
+        return
+    if recipe.get("adapter"):
+        remedy = "remove it: the reference is the policy without its adapter"
+        refuse("trl.sync_ref_model", sync, remedy)
+    if mixup is not None and not 0 < mixup <= 1:
+        refuse("trl.ref_model_mixup_alpha", mixup, "set a number above 0, up to 1")
+    if every is not None and every < 1:
+        refuse("trl.ref_model_sync_steps", every, "set a number of steps, at least 1")
 
 
 def _check_sharing(recipe: Mapping[str, Any]) -> None:
@@ -242,7 +268,7 @@ def _check_sharing(recipe: Mapping[str, Any]) -> None:
     if recipe.get("edpo_prefix_sharing") is True and not any(map(recipe.get, packing)):
         remedy = "set `sample_packing: true` or `dpo_padding_free: true`: padded, each "
         remedy += "sequence has a row of its own"
-        _refuse("edpo_prefix_sharing", True, remedy)
+        refuse("edpo_prefix_sharing", True, remedy)
 
 
 def _check_fsdp(recipe: Mapping[str, Any]) -> None:
@@ -253,11 +279,11 @@ def _check_fsdp(recipe: Mapping[str, Any]) -> None:
     version = recipe.get("fsdp_version") or own or 1
     if int(version) != 2:
         remedy = "set `fsdp_version: 2`: FSDP 1 flattens the head that is read"
-        _refuse("fsdp_version", version, remedy)
+        refuse("fsdp_version", version, remedy)
     saved = recipe.get("lora_modules_to_save")
     if saved and recipe.get("adapter"):
         remedy = "remove it or use `deepspeed:`: axolotl cannot save it under FSDP2"
-        _refuse("lora_modules_to_save", saved, remedy)
+        refuse("lora_modules_to_save", saved, remedy)
 
 
 def _check_ray(recipe: Mapping[str, Any]) -> None:
@@ -266,8 +292,4 @@ def _check_ray(recipe: Mapping[str, Any]) -> None:
     counted = any(map(recipe.get, ("ddp", "fsdp_config", "max_steps")))
     if recipe.get("use_ray") and workers > 1 and not counted:
         remedy = f"set `ddp: true`, or axolotl trains {workers} times `num_epochs`"
-        _refuse("ray_num_workers", workers, remedy)
-
-
-def _refuse(key: str, value: Any, remedy: str) -> None:
-    raise ValueError(f"`{key}: {value}` does not work with `rl: edpo`: {remedy}")
+        refuse("ray_num_workers", workers, remedy)

@@ -193,8 +193,9 @@ def pack(
         multiple: The row's length becomes a multiple of it.
 
     Returns:
-        `input_ids` and `position_ids`, each of shape (1, length), `segments`, and the
-        fields of `Completions`. A causal mask would be of shape (1, 1, length, length):
+        `input_ids`, `position_ids` and `copies` (how many sequences a token stands
+        for), each of shape (1, length), `segments`, and the fields of `Completions`. A
+        causal mask would be of shape (1, 1, length, length):
         `attention_mask` is a place holder that keeps transformers from making one, and
         not a number for whoever would read it.
     """
@@ -220,6 +221,7 @@ def pack(
     return {
         "input_ids": torch.cat(row.tokens)[None],
         "position_ids": torch.cat(row.positions)[None],
+        "copies": torch.bincount(torch.cat(paths).long(), minlength=len(row))[None],
         "attention_mask": torch.full((1, 1, 1, 1), torch.nan),
         "segments": Segments(tuple(row.pieces), tuple(row.queries), tuple(row.keys)),
         "positions": torch.cat([p[:-1][s] for p, s in zip(paths, scored, strict=True)]),

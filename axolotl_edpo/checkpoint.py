@@ -12,11 +12,15 @@ from accelerate.utils import gather_object
 from axolotl.utils.logging import get_logger
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .engine import gathered, write
+
 LOG = get_logger(__name__)
 
+REFERENCE = "reference.safetensors"
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -118,6 +122,37 @@ def choose_auto_resume(cfg) -> None:
     if complete != found[-1]:
         instead = f"resuming from {complete}" if complete else "starting anew"
         LOG.warning(f"{found[-1]} was not saved to its end; {instead}")
+
+
+def save_reference(folder: Path, reference: nn.Module, writes: bool) -> None:
+    """Adds a reference that moves to a checkpoint.
+
+    Args:
+        folder: Of the checkpoint.
+        reference: Sharded or not.
+        writes: Whether this rank does; the others help to gather.
+    """
+    weights = {}
+    for name, parameter in reference.named_parameters():
+        with gathered([parameter]) as (whole,):
+            if writes:
+                weights[name] = whole.detach().to("cpu", copy=True)
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(weights, folder / REFERENCE)
+
+
+def load_reference(folder: Path, reference: nn.Module) -> None:
+    """Gives a reference the weights it had when a checkpoint was saved."""
+    if not (folder / REFERENCE).exists():
+        LOG.warning(
+            f"{folder} holds no {REFERENCE}: it was saved without "
+            "`trl.sync_ref_model`; the reference starts as `base_model`."
+        )
+        return
+    weights = load_file(folder / REFERENCE)
+    for name, parameter in reference.named_parameters():
+        write(parameter, weights[name])
 
 
 def name_as_peft(output_dir: Path) -> None:

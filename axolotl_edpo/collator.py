@@ -110,8 +110,8 @@ class PairCollator(DataCollatorForPreference):
         if self.packs:
             return pack(padded, self.shares, self.pad_token_id, self.pad_to_multiple_of)
         ids, mask = padded["input_ids"], padded["attention_mask"]
-        completions = select_completions(ids, padded["completion_mask"])
-        return {"input_ids": ids, "attention_mask": mask, **completions._asdict()}
+        completions = select_completions(ids, padded["completion_mask"])._asdict()
+        return {"input_ids": ids, "attention_mask": mask, "copies": mask, **completions}
 
 
 def _rows(padded: dict[str, torch.Tensor], pairs: list[int]) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ import accelerate.accelerator
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from trl.models.utils import _ForwardRedirection
 
 _redirect = _ForwardRedirection()
@@ -109,6 +109,16 @@ def gathered(
                 deepspeed.zero.GatheredParameters([tensor], modifier_rank=writer)
             )
         yield list(tensors)
+
+
+def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Fills a weight, sharded or not, with a whole value that every rank has."""
+    if isinstance(tensor, DTensor):
+        mesh: Any = tensor.device_mesh
+        here = value.to(mesh.device_type)
+        value = distribute_tensor(here, mesh, tensor.placements, src_data_rank=None)
+    with torch.no_grad(), gathered([tensor], writes=True):
+        tensor.copy_(value)
 
 
 def _is_released(tensor: Any) -> bool:

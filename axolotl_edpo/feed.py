@@ -78,7 +78,8 @@ class PairFeed(AxolotlDPOTrainer):
         """The micro-batches of an optimizer step, laid in rows.
 
         Returns:
-            The batches, and how many pairs they hold on all ranks.
+            The batches, and what they hold on all ranks, shape (2,): pairs, and tokens
+            of chosen answers.
         """
         batches, _ = super().get_batch_samples(*args, **kwargs)
         if not batches:
@@ -88,8 +89,8 @@ class PairFeed(AxolotlDPOTrainer):
         step[-1] = self._once(step[-1])
         collator = self.collators["train"]
         laid = collator.deal(step) if self.rows.deals else [*map(collator, step)]
-        pairs = torch.tensor(sum(map(pairs_in, laid)))
-        return laid, self._sum_over_ranks(pairs)
+        held = [(pairs_in(batch), batch["chosen_tokens"]) for batch in laid]
+        return laid, self._sum_over_ranks(torch.tensor(held).sum(dim=0))
 
     def _get_num_items_in_batch(self, batch_samples, device) -> None:
         """Nothing: pairs are counted when it is known which are counted."""

@@ -7,6 +7,7 @@ before validation:
     rl: edpo               →   rl: dpo
     beta: 0.01             →   rl_beta: 0.01
     sample_packing: true   →   edpo_sample_packing: true
+    dpo_use_liger_kernel: …    nothing: the head takes the place of Liger's loss
                                trainer_cls: axolotl_edpo.trainer.EDPOTrainer
 
 Lowering a lowered recipe changes nothing: Ray workers load a config twice.
@@ -20,17 +21,22 @@ from .versions import check_versions
 
 try:
     from axolotl.integrations.base import BasePlugin
+    from axolotl.utils.logging import get_logger
 except ImportError:
     check_versions()  # says more, and axolotl does not swallow it
     raise
 
 from .args import (
+    LIGER,
     LOWERED,
+    MOVING,
     PREFIX,
     check_foreign_recipe,
     check_recipe,
     lowered_packing,
 )
+
+LOG = get_logger(__name__)
 
 PLUGIN = "axolotl_edpo.EDPOPlugin"
 TRAINER = "axolotl_edpo.trainer.EDPOTrainer"
@@ -63,8 +69,11 @@ class EDPOPlugin(BasePlugin):
         beta = check_recipe(cfg)
         cfg.update(rl="dpo", trainer_cls=TRAINER, **lowered_packing(cfg))
         absent = [key for key in cfg if key.startswith(PREFIX) and cfg[key] is None]
-        for key in [*(key for key in LOWERED if cfg.get(key) is not None), *absent]:
+        lowered = [key for key in LOWERED if cfg.get(key) is not None]
+        for key in [*lowered, *absent]:
             del cfg[key]
+        if cfg.pop(LIGER, None):
+            LOG.info(f"`{LIGER}`: this head takes the place of Liger's loss.")
         if beta is not None:
             cfg.update(beta=beta, rl_beta=beta)
 
@@ -76,11 +85,14 @@ class EDPOPlugin(BasePlugin):
         """What TRL and transformers are told otherwise than the recipe says.
 
         TRL 1.9 switches its own `padding_free` off with a warning; rows are laid by
-        `PairCollator`. And a recipe with `bf16: true` may run without an accelerator.
+        `PairCollator`. axolotl hands a reference that moves to GRPO only. And a recipe
+        with `bf16: true` may run without an accelerator.
         """
         if cfg.trainer_cls != TRAINER:
             return {}
         told: dict = {"padding_free": False}
+        if cfg.trl and cfg.trl.sync_ref_model:
+            told |= {key: cfg.trl[key] for key in MOVING if cfg.trl[key] is not None}
         return told if _has_accelerator() else told | {"use_cpu": True}
 
     def pre_model_load(self, cfg) -> None:

@@ -11,7 +11,7 @@ overridden here calls super().
 import copy
 import functools
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +40,9 @@ from .controller import BetaController, ControllerSettings
 from .feed import PairFeed
 from .head import Head
 from .logprobs import TokenStats, logits_stats, token_stats
+from .loss_types import Answers, LossSettings, wpo_weights
 from .metrics import WeightedMeans
+from .router import collected_router_logits, has_router_loss, router_loss
 from .rows import RowSettings
 
 LOG = get_logger(__name__)
@@ -54,7 +56,8 @@ class Pairs(NamedTuple):
     Attributes:
         steps: s of Eq. 5, in {-1, 0, +1}.
         betas: β̃ = β / (1 + ε s).
-        losses: Loss, with gradient.
+        losses: Loss, with gradient, but for `sft`.
+        sft: -log π_θ of chosen, nats, with gradient.
         chosen_rewards: β̃ · (log π_θ - log π_ref) of chosen.
         rejected_rewards: The same of rejected.
     """
@@ -62,6 +65,7 @@ class Pairs(NamedTuple):
     steps: torch.Tensor
     betas: torch.Tensor
     losses: torch.Tensor
+    sft: torch.Tensor
     chosen_rewards: torch.Tensor
     rejected_rewards: torch.Tensor
 
@@ -146,12 +150,20 @@ class EDPOTrainer(PairFeed):
         )
         if continued:
             self._settle_reference_adapter(evaluating=peft_config is None)
-        self._refuse_unsupported_model()
+        if self.aux_loss_enabled:
+            lm = backbone.causal_lm(self.model)
+            self.aux_loss_enabled: bool = has_router_loss(lm)
         self._reads_head = True
         self._start_feed(rows, self._models())
         self.controller = BetaController(
             settings
             or ControllerSettings(self.args.beta, cfg.edpo_epsilon, cfg.edpo_beta_mean)
+        )
+        self.loss = LossSettings(
+            tuple(self.loss_types),
+            tuple(self.loss_weights),
+            self.label_smoothing,
+            self.use_weighting,
         )
         self.add_callback(BetaCallback(self))
         # losses are divided by the pairs of the optimizer step, see compute_loss
@@ -177,15 +189,6 @@ class EDPOTrainer(PairFeed):
                 "tokens were added to both: the reference takes the policy's."
             )
         return ref_model
-
-    def _refuse_unsupported_model(self) -> None:
-        """Before the first step, rather than training it wrongly."""
-        if self.aux_loss_enabled:
-            raise ValueError(
-                f"`base_model` of type {self.model.config.model_type} is a mixture of "
-                "experts: `rl: edpo` does not compute its router loss yet; use a dense "
-                "model, or `rl: dpo`"
-            )
 
     def try_out(self, model: nn.Module) -> None:
         """As PairFeed's; also finds out whether the head op can take the head."""
@@ -219,7 +222,11 @@ class EDPOTrainer(PairFeed):
         policy = backbone.causal_lm(self.model)
         if self.ref_model is None:
             return [policy]
-        return [policy, self.accelerator.unwrap_model(self.ref_model)]
+        return [policy, self._own_reference()]
+
+    def _own_reference(self) -> PreTrainedModel:
+        """The reference that is a model of its own, without its engine."""
+        return self.accelerator.unwrap_model(self.ref_model)
 
     def create_accelerator_and_postprocess(self):
         """As TRL's; shards the reference.
@@ -293,9 +300,12 @@ class EDPOTrainer(PairFeed):
 
     def _save_checkpoint(self, model, trial):
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            checkpoint.mark_incomplete(Path(self._get_output_dir(trial)) / name)
+        folder, writes = Path(self._get_output_dir(trial)) / name, self.args.should_save
+        if writes:
+            checkpoint.mark_incomplete(folder)
         self.accelerator.wait_for_everyone()  # none writes before it is marked
+        if self.args.sync_ref_model:
+            checkpoint.save_reference(folder, self._own_reference(), writes)
         self._count_tokens()
         tokens = {"num_tokens": self._total_train_tokens}
         state = self.controller.state_dict() | tokens
@@ -307,12 +317,19 @@ class EDPOTrainer(PairFeed):
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        """As transformers'; where DeepSpeed kept the optimizer, starts a new one."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self.is_deepspeed_enabled:
+    def _load_optimizer_and_scheduler(self, resumed):
+        """As transformers'; also loads a reference that moves.
+
+        Where DeepSpeed kept the optimizer, starts a new one.
+        """
+        super()._load_optimizer_and_scheduler(resumed)
+        if resumed is None:
             return
-        folder = Path(checkpoint)
+        folder = Path(resumed)
+        if self.args.sync_ref_model:
+            checkpoint.load_reference(folder, self._own_reference())
+        if self.is_deepspeed_enabled:
+            return
         if any(folder.glob("global_step*")):
             LOG.warning(
                 f"{folder} was saved by another engine: weights, β and learning rate "
@@ -343,8 +360,9 @@ class EDPOTrainer(PairFeed):
             model: The policy, wrapped by its engine.
             inputs: Batch of a `PairCollator`.
             return_outputs: Refused: no logits are kept that could be returned.
-            num_items_in_batch: Pairs of the whole optimizer step; absent in
-                evaluation, where the micro-batch stands for itself.
+            num_items_in_batch: Shape (2,), pairs of the whole optimizer step and tokens
+                of their chosen answers; absent in evaluation, where the micro-batch
+                stands for itself.
 
         Returns:
             Scalar with gradient.
@@ -352,26 +370,46 @@ class EDPOTrainer(PairFeed):
         if return_outputs:
             raise ValueError("`rl: edpo` keeps no logits that it could return")
         completions = completions_of(inputs)
-        stats = self._score(model, inputs, completions)
+        stats, routing = self._score(model, inputs, completions)
         pairs = self._judge(stats, completions)
         training = self.model.training
         if training:
             self.controller.observe(pairs.steps)
-        self._record("train" if training else "eval", inputs, completions, stats, pairs)
+        mode = "train" if training else "eval"
+        self._record(mode, inputs, completions, stats, pairs)
         if num_items_in_batch is None:
-            return pairs.losses.sum() / max(len(pairs.losses), 1)
-        # engines average gradients over ranks; the divisor counts all ranks' pairs
-        scale = self.accelerator.num_processes / num_items_in_batch
-        return pairs.losses.sum() * scale
+            whole = (max(len(pairs.steps), 1), max(inputs["chosen_tokens"], 1))
+        else:
+            # engines average gradients over ranks; the divisors count all ranks' pairs
+            whole = tuple(num_items_in_batch / self.accelerator.num_processes)
+        if routing is None:
+            return self._total(pairs, *whole)
+        self._means[mode].add("aux_loss", routing.expand(len(pairs.steps)))
+        share = len(pairs.steps) / whole[0]
+        return self._total(pairs, *whole) + self.router_aux_loss_coef * share * routing
 
-    def _score(self, model, inputs, completions: Completions) -> TokenStats:
-        """Reference first, without gradient, then policy and head in one forward."""
+    def _total(self, pairs: Pairs, count, chosen_tokens) -> torch.Tensor:
+        """Loss of pairs, as part of a mean over so many pairs and chosen tokens."""
+        total = pairs.losses.sum() / count
+        if self.loss.sft_weight:
+            total = total + self.loss.sft_weight * pairs.sft.sum() / chosen_tokens
+        return total
+
+    def _score(
+        self, model, inputs, completions: Completions
+    ) -> tuple[TokenStats, torch.Tensor | None]:
+        """Reference first, without gradient, then policy and head in one forward.
+
+        Returns:
+            What the head says, and the router loss of a mixture of experts.
+        """
         epsilon, y = self.controller.settings.epsilon, completions.targets
+        weighted = self.loss.weighted
         reference = self._reference(model, inputs, completions)
 
         def made(unwrapped: nn.Module) -> TokenStats:
             own = self._positions(unwrapped, inputs, completions)
-            return logits_stats(own, reference, y, epsilon)
+            return logits_stats(own, reference, y, epsilon, collision=weighted)
 
         def read(unwrapped: nn.Module) -> TokenStats:
             modules, head = others or backbone.shared_reference_head(unwrapped)
@@ -379,15 +417,37 @@ class EDPOTrainer(PairFeed):
             return engine.inside(
                 [*dict.fromkeys([*backbone.head_modules(lm), *modules])],
                 lambda own: token_stats(
-                    own, reference, backbone.head_of(lm), head, y, epsilon
+                    own,
+                    reference,
+                    backbone.head_of(lm),
+                    head,
+                    y,
+                    epsilon,
+                    collision=weighted,
                 ),
                 self._positions(unwrapped, inputs, completions),
             )
 
         if not self._reads_head:
-            return TokenStats(*self._inside_forward(model, made))
+            return self._forward(model, made, inputs["copies"])
         with self._separate_reference_head() as others:
-            return TokenStats(*self._inside_forward(model, read))
+            return self._forward(model, read, inputs["copies"])
+
+    def _forward(
+        self, model, score: Callable[[nn.Module], TokenStats], copies: torch.Tensor
+    ) -> tuple[TokenStats, torch.Tensor | None]:
+        """Runs the policy's forward, from which a router loss comes along."""
+
+        def forward(unwrapped: nn.Module) -> tuple[torch.Tensor | None, ...]:
+            if not self.aux_loss_enabled:
+                return *score(unwrapped), None
+            lm = backbone.causal_lm(unwrapped)
+            with collected_router_logits(lm) as collected:
+                stats = score(unwrapped)
+            return *stats, router_loss(lm, collected[0], copies)
+
+        *stats, routing = self._inside_forward(model, forward)
+        return TokenStats(*stats), routing
 
     @contextmanager
     def _separate_reference_head(self) -> Iterator[tuple[list[nn.Module], Head] | None]:
@@ -395,7 +455,7 @@ class EDPOTrainer(PairFeed):
         if self.ref_model is None:
             yield None
             return
-        with backbone.whole_head(self.accelerator.unwrap_model(self.ref_model)) as head:
+        with backbone.whole_head(self._own_reference()) as head:
             yield [], head
 
     def _reference(self, model, inputs, completions: Completions) -> torch.Tensor:
@@ -438,11 +498,15 @@ class EDPOTrainer(PairFeed):
         betas = loss.pair_betas(steps, self.controller.beta, settings.epsilon)
         # differences per token first: sums near -1000 would round them away
         log_ratios = per_sequence(stats.policy_logp - stats.reference_logp)
-        losses = loss.preference_loss(
-            chosen_minus_rejected(log_ratios), betas, self.label_smoothing
-        )
+        lengths = completions.lengths
+        ratios, tokens = log_ratios.chunk(2), completions.lengths.chunk(2)
+        losses = self.loss.losses(Answers(*ratios, *tokens, betas=betas))
+        if self.loss.weighted:
+            relative = per_sequence(stats.policy_logp - stats.collision.log())
+            losses = losses * wpo_weights(relative / lengths.clamp(min=1))
+        sft = -per_sequence(stats.policy_logp).chunk(2)[0]
         chosen, rejected = log_ratios.detach().chunk(2)
-        return Pairs(steps, betas, losses, betas * chosen, betas * rejected)
+        return Pairs(steps, betas, losses, sft, betas * chosen, betas * rejected)
 
     # --- metrics -----------------------------------------------------------------
 

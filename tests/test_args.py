@@ -30,9 +30,6 @@ WRONG = [
     ({"edpo_prefix_sharing": True}, r"`edpo_prefix_sharing: True`.*dpo_padding_free"),
     ({"precompute_ref_log_probs": True}, r"`precompute_ref_log_probs: True`"),
     ({"reference_free": True}, r"`reference_free: True`"),
-    ({"dpo_use_weighting": True}, r"`dpo_use_weighting: True`"),
-    ({"dpo_use_liger_kernel": True}, r"`dpo_use_liger_kernel: True`"),
-    ({"dpo_loss_type": ["ipo"]}, r"`dpo_loss_type: \['ipo'\]`.*sigmoid"),
     ({"dpo_label_smoothing": 0.5}, r"`dpo_label_smoothing: 0.5`.*below 0.5"),
     ({"fsdp": ["full_shard"]}, "`fsdp: .*`fsdp_version: 2`"),
     ({"fsdp_config": {"offload_params": True}}, "`fsdp_version: 1`.*version: 2`"),
@@ -60,6 +57,18 @@ WRONG = [
     ({"orpo_alpha": 0.1}, r"`orpo_alpha: 0.1`.*take it for `beta`"),
     ({"peft_init_lora_weights": "pissa"}, r"`peft_init_lora_weights: pissa`"),
     ({"peft": {"loftq_config": {"loftq_bits": 4}}}, r"`peft.loftq_config: set`"),
+    (
+        {"trl": {"sync_ref_model": True}, "adapter": "lora"},
+        r"`trl.sync_ref_model: True`.*without its adapter",
+    ),
+    (
+        {"trl": {"sync_ref_model": True, "ref_model_mixup_alpha": 0}},
+        r"`trl.ref_model_mixup_alpha: 0`",
+    ),
+    (
+        {"trl": {"sync_ref_model": True, "ref_model_sync_steps": 0}},
+        r"`trl.ref_model_sync_steps: 0`",
+    ),
     ({"tensor_parallel_size": 2}, r"`tensor_parallel_size: 2`"),
     ({"context_parallel_size": 2}, r"`context_parallel_size: 2`"),
     ({"lora_model_dir": "a"}, r"`lora_model_dir: a`.*adapter: lora"),

@@ -51,6 +51,8 @@ def parts(parts):
     }
     more["tied"] = tiny.save_model(folder / "tied", tie_word_embeddings=True)
     more["windows"] = tiny.save_model(folder / "windows", "mistral", sliding_window=16)
+    experts = dict(num_local_experts=4, num_experts_per_tok=2)
+    more["experts"] = tiny.save_model(folder / "experts", "mixtral", **experts)
     more["wide"] = tiny.save_model(folder / "wide", hidden_size=64)
     return {**parts, **more}
 
@@ -184,6 +186,7 @@ HEADS = {
         peft_use_dora=True,
     ),
     "added tokens": dict(special_tokens={"pad_token": "<new>"}),
+    "sft": dict(dpo_loss_type=["sigmoid", "sft"]),
     "checkpointing": dict(gradient_checkpointing=True),
     "checkpointing-lora": dict(**LORA, gradient_checkpointing=True),
 }
@@ -200,6 +203,33 @@ def test_every_head_is_gathered_and_trained(runs, name, option):
     single, pair = runs.single(**keys), runs.double(name, **keys)
     assert_same_run(pair, single)
     assert_same_weights(pair, single, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_a_mixture_of_experts_keeps_its_router_loss(runs, name):
+    """That of each micro-batch, which is why pairs are not dealt here.
+
+    Not under ZeRO-3: with gloo, DeepSpeed does not always wait for all weights of a
+    module that has several, as experts have.
+    """
+    keys = dict(model="experts", dpo_padding_free=True, max_steps=4)
+    single, shards = runs.single(**keys), {}
+    if name == "fsdp2":
+        wrapped = {"transformer_layer_cls_to_wrap": "MixtralDecoderLayer"}
+        shards = {"fsdp_config": {**ranks.FSDP2, **wrapped}}
+    pair = runs.double(name, **keys, **shards)
+    assert_same_run(pair, single)
+    alone = series(single[0], "aux_loss")
+    assert series(pair[0], "aux_loss") == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_a_reference_that_moves_goes_on_from_a_checkpoint(runs, name):
+    keys = dict(trl={"sync_ref_model": True, "ref_model_sync_steps": 3})
+    whole = runs.single(**PACKED, **keys)
+    assert_same_run(runs.double(name, **PACKED, **keys), whole)
+    start = dict(resume_from_checkpoint=half(runs, 2, name, **keys))
+    assert_same_run(runs.double(name, **PACKED, **keys, **start), whole)
 
 
 @pytest.mark.parametrize("name", ["ddp", "zero2", "zero3"])

@@ -3,42 +3,118 @@
 from dataclasses import dataclass, field
 
 import matrix
+import pytest
 import tiny
 from matrix import Cell
 
 TITLE = "Models"
 INTRO = """
-Random models of two layers, padded and with `sample_packing: true`; both give the same.
+Random models of two layers, padded and with `sample_packing: true`, which give the
+same; where a model cannot be packed, `sample_packing: auto` pads it.
 """
+HYBRID = "`sample_packing: true` is refused, as its layers carry a state; `auto` pads"
+ROUTER = "the router loss of each micro-batch is kept, packed as padded"
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+WINDOW = {"sliding_window": 24}
+MAMBA = {
+    "mamba_d_ssm": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 16,
+    "mamba_d_conv": 2,
+}
 
 
 @dataclass(frozen=True)
 class Model(Cell):
-    """A cell with a model: its `model_type` and what its config has besides SIZES."""
+    """A cell with a model.
+
+    Attributes:
+        kind: Its `model_type`.
+        config: What its config has besides tiny.SIZES.
+        router: Whether a router loss is logged.
+        unpackable: Regular expression of what refuses `sample_packing: true`.
+    """
 
     kind: str = ""
     config: dict = field(default_factory=dict)
+    router: bool = False
+    unpackable: str = ""
 
 
 CELLS = [
     Model("Llama", kind="llama"),
-    Model("Mistral", kind="mistral", config={"sliding_window": 24}),
+    Model("Mistral", kind="mistral", config=WINDOW),
     Model("Qwen2.5", kind="qwen2"),
     Model("Qwen3", kind="qwen3"),
-    Model("Gemma 2", kind="gemma2", config={"sliding_window": 24}),
-    Model("Gemma 3, text", kind="gemma3_text", config={"sliding_window": 24}),
-    Model("Phi-3", kind="phi3", config={"pad_token_id": 2}),
+    Model("Gemma 2", kind="gemma2", config=WINDOW),
+    Model("Gemma 3, text", kind="gemma3_text", config=WINDOW),
+    Model("Phi-3", kind="phi3"),
     Model("Cohere", kind="cohere", config={"logit_scale": 0.3}),
     Model("Granite", kind="granite", config={"logits_scaling": 2.0}),
+    Model("Mixtral", kind="mixtral", config=EXPERTS, router=True, note=ROUTER),
+    Model(
+        "Qwen3 MoE",
+        kind="qwen3_moe",
+        config={**EXPERTS, "num_experts": 4, "moe_intermediate_size": 32},
+        router=True,
+        note=ROUTER,
+    ),
+    Model(
+        "gpt-oss",
+        {"attn_implementation": "eager"},
+        kind="gpt_oss",
+        config={**EXPERTS, **WINDOW},
+        router=True,
+        note=ROUTER,
+    ),
+    Model(
+        "Granite MoE",
+        kind="granitemoe",
+        config=EXPERTS,
+        note="a warning says that transformers 5.16 has no router loss for it",
+    ),
+    Model(
+        "Falcon-H1",
+        kind="falcon_h1",
+        config=MAMBA,
+        unpackable="layers that carry a state",
+        note=HYBRID,
+    ),
 ]
 
 
 @matrix.cells(CELLS)
 def test_a_model_trains_padded_and_packed_alike(cell, recipe, tmp_path):
     model = tiny.save_model(tmp_path / "model", cell.kind, **cell.config)
-    keys = recipe(base_model=str(model), **cell.keys)
+    # one micro-batch, as a router loss is one of a micro-batch
+    whole = dict(micro_batch_size=8, gradient_accumulation_steps=1, adam_epsilon=1e-4)
+    keys = recipe(base_model=str(model), **whole, **cell.keys)
     padded = matrix.assert_cell(cell, tmp_path, keys)
-    packed = matrix.assert_cell(cell, tmp_path, {**keys, "sample_packing": True})
+    packing = {"sample_packing": True}
+    if cell.unpackable:
+        with pytest.raises(ValueError, match=cell.unpackable):
+            tiny.train(tmp_path, {**keys, **packing})
+        packing = {"sample_packing": "auto"}
+    packed = matrix.assert_cell(cell, tmp_path, {**keys, **packing})
+    assert packed.rows.packs != bool(cell.unpackable)
     for a, b in zip(tiny.logs(padded), tiny.logs(packed), strict=True):
-        assert abs(a["loss"] - b["loss"]) < 1e-5
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a["kl/beta"] == b["kl/beta"]
+        assert ("aux_loss" in a) == ("aux_loss" in b) == cell.router
+        assert a.get("aux_loss", 0) == pytest.approx(b.get("aux_loss", 0), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_the_router_loss_is_that_of_plain_dpo(kind, recipe, tmp_path):
+    """Where the first step's DPO loss is log 2, the rest is the router's."""
+    model = tiny.save_model(tmp_path / "model", kind, **EXPERTS)
+    attention = "eager" if kind == "gpt_oss" else "sdpa"
+    keys = dict(base_model=str(model), attn_implementation=attention, max_steps=2)
+    plain = dict(rl="dpo", rl_beta=0.1, plugins=None, beta=None, edpo_epsilon=None)
+    ours = tiny.train(tmp_path, recipe(**keys, edpo_epsilon=1e-9))
+    trls = tiny.train(tmp_path, recipe(**{**keys, **plain}))
+    for a, b in zip(tiny.logs(ours), tiny.logs(trls, "loss"), strict=True):
+        for name in ("loss", "aux_loss", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4), name
+    assert tiny.logs(ours)[0]["loss"] > 0.6931 + 1e-4

@@ -271,9 +271,10 @@ def test_dealing_evens_out_the_tokens_of_micro_batches(recipe, tmp_path):
     keys = dict(micro_batch_size=2, gradient_accumulation_steps=4)
     trainer = tiny.train(tmp_path, recipe(**keys, sample_packing=True, max_steps=1))
     loader = iter(trainer.get_train_dataloader())
-    batches, pairs = trainer.get_batch_samples(loader, 4, torch.device("cpu"))
+    batches, held = trainer.get_batch_samples(loader, 4, torch.device("cpu"))
     tokens = [batch["input_ids"].numel() for batch in batches]
-    assert pairs == 8 and max(tokens) <= 1.25 * sum(tokens) / 4
+    chosen = sum(batch["lengths"].chunk(2)[0].sum() for batch in batches)
+    assert held.tolist() == [8, chosen] and max(tokens) <= 1.25 * sum(tokens) / 4
     assert sum(batch["num_tokens"] for batch in batches) > sum(tokens)
 
 

@@ -171,6 +171,44 @@ def test_label_smoothing_reaches_the_loss(recipe, tmp_path):
     assert smoothed.label_smoothing == 0.2
 
 
+def test_sft_is_a_mean_over_the_steps_tokens_however_it_is_cut(recipe, tmp_path):
+    keys = dict(dpo_loss_type=["sigmoid", "sft"], dpo_loss_weights=[1.0, 0.5])
+    keys |= dict(max_steps=3, adam_epsilon=1e-4)
+    cuts = [
+        dict(micro_batch_size=8, gradient_accumulation_steps=1),
+        dict(micro_batch_size=2, gradient_accumulation_steps=4),
+        dict(micro_batch_size=2, gradient_accumulation_steps=4, sample_packing=True),
+    ]
+    whole, *parts = [
+        tiny.logs(tiny.train(tmp_path, recipe(**keys, **cut))) for cut in cuts
+    ]
+    assert whole[0]["loss"] > 0.693147 + 0.5  # nats per token of a random model
+    for part in parts:
+        for a, b in zip(whole, part, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+
+
+def test_a_reference_that_follows_the_policy_is_in_the_checkpoints(recipe, tmp_path):
+    """TR-DPO: every three steps it becomes 0.6 policy + 0.4 of what it was."""
+    trl = dict(sync_ref_model=True, ref_model_mixup_alpha=0.6, ref_model_sync_steps=3)
+    keys = dict(trl=trl, max_steps=5, save_strategy="steps", save_steps=1)
+    whole = tiny.train(tmp_path, recipe(**keys))
+    step = {n: tmp_path / "out" / f"checkpoint-{n}" for n in range(2, 6)}
+    moved = {n: load_file(step[n] / "reference.safetensors") for n in step}
+    policy, start = weights(step[3]), moved[2]
+    for name in start:
+        torch.testing.assert_close(
+            moved[3][name], 0.6 * policy[name] + 0.4 * start[name]
+        )
+        assert moved[4][name].equal(moved[3][name])
+    fourth, fifth = tiny.logs(whole)[3:]
+    assert fourth["kl/policy_ref"] < tiny.logs(whole)[2]["kl/policy_ref"]
+    resumed = recipe(**keys, resume_from_checkpoint=str(step[4]))
+    (again,) = tiny.logs(tiny.train(tmp_path, resumed))[4:]
+    assert again["kl/policy_ref"] == fifth["kl/policy_ref"]
+    assert again["kl/beta"] == fifth["kl/beta"]
+
+
 def test_padding_to_a_multiple_changes_the_batch_and_nothing_else(recipe, tmp_path):
     plain = tiny.train(tmp_path, recipe(max_steps=2))
     padded = tiny.train(tmp_path, recipe(max_steps=2, pad_to_multiple_of=64))
