@@ -54,6 +54,20 @@ class Answers(NamedTuple):
     rejected_tokens: torch.Tensor
     betas: torch.Tensor
 
+    @classmethod
+    def of(
+        cls, log_ratios: torch.Tensor, lengths: torch.Tensor, betas: torch.Tensor
+    ) -> "Answers":
+        """Of a batch of sequences, all chosen, then all rejected.
+
+        Args:
+            log_ratios: Shape (2 x pairs,), nats.
+            lengths: Shape (2 x pairs,), tokens.
+            betas: Shape (pairs,).
+        """
+        (chosen, rejected), tokens = log_ratios.chunk(2), lengths.chunk(2)
+        return cls(chosen, rejected, tokens[0], tokens[1], betas)
+
     @property
     def margins(self) -> torch.Tensor:
         """chosen - rejected, nats."""

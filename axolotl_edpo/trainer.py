@@ -499,8 +499,7 @@ class EDPOTrainer(PairFeed):
         # differences per token first: sums near -1000 would round them away
         log_ratios = per_sequence(stats.policy_logp - stats.reference_logp)
         lengths = completions.lengths
-        ratios, tokens = log_ratios.chunk(2), completions.lengths.chunk(2)
-        losses = self.loss.losses(Answers(*ratios, *tokens, betas=betas))
+        losses = self.loss.losses(Answers.of(log_ratios, lengths, betas))
         if self.loss.weighted:
             relative = per_sequence(stats.policy_logp - stats.collision.log())
             losses = losses * wpo_weights(relative / lengths.clamp(min=1))

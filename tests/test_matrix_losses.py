@@ -4,6 +4,7 @@ import matrix
 import pytest
 import tiny
 from matrix import Cell
+from transformers import LlamaForCausalLM
 
 from axolotl_edpo.args import check_recipe
 from axolotl_edpo.loss_types import LOSSES, REFUSED, SFT
@@ -67,6 +68,19 @@ LIGER = Cell(
     {"dpo_use_liger_kernel": True},
     note="accepted: this head takes the place of Liger's loss, said once",
 )
+LIGER_PLUGIN = "axolotl.integrations.liger.LigerPlugin"
+LIGER_MODEL = Cell(
+    "`liger_fused_linear_cross_entropy: true` (Liger's plugin)",
+    {
+        "plugins": [LIGER_PLUGIN, "axolotl_edpo.EDPOPlugin"],
+        "liger_fused_linear_cross_entropy": True,
+    },
+    note="has no effect: the head is not run by the model's own forward",
+)
+LIGER_KERNELS = Cell(
+    "`liger_rope`, `liger_rms_norm`, `liger_glu_activation` and the like",
+    untested="Liger's Triton kernels need a GPU",
+)
 WRONG = [
     *(
         Cell(f"`dpo_loss_type: [{n}]`", {"dpo_loss_type": [n]}, n, note=REFUSED[n])
@@ -115,7 +129,16 @@ WRONG = [
         note="nothing would be learnt",
     ),
 ]
-CELLS = [*TYPES, *OTHERS, WPO_HINGE, SMOOTHED, LIGER, *WRONG]
+CELLS = [
+    *TYPES,
+    *OTHERS,
+    WPO_HINGE,
+    SMOOTHED,
+    LIGER,
+    LIGER_MODEL,
+    LIGER_KERNELS,
+    *WRONG,
+]
 
 
 @matrix.cells([*TYPES, *OTHERS])
@@ -136,6 +159,20 @@ def test_with_a_tiny_epsilon_a_loss_is_trls_own(cell, recipe, tmp_path):
 @matrix.cells([WPO_HINGE, SMOOTHED, LIGER])
 def test_it_trains(cell, recipe, tmp_path):
     matrix.assert_cell(cell, tmp_path, recipe(**cell.keys))
+
+
+@matrix.cells([LIGER_MODEL])
+def test_a_forward_of_ligers_is_left_aside(cell, recipe, tmp_path, monkeypatch):
+    own = LlamaForCausalLM.forward
+    monkeypatch.setattr(LlamaForCausalLM, "forward", own)  # Liger's stays no longer
+    matrix.assert_cell(cell, tmp_path, recipe(**cell.keys))
+    assert LlamaForCausalLM.forward is not own
+
+
+def test_that_ligers_loss_is_replaced_is_said_once(recipe, tmp_path, caplog):
+    tiny.train(tmp_path, recipe(**LIGER.keys, max_steps=1))
+    said = [r for r in caplog.records if "takes the place of Liger's" in r.message]
+    assert len(said) == 1
 
 
 @matrix.cells(WRONG)

@@ -5,9 +5,11 @@ A failure here after an upgrade says what moved; mend the place it names.
 
 import importlib
 import inspect
+import re
 
 import pytest
 from axolotl.core.builders.rl import HFRLTrainerBuilder
+from axolotl.core.trainers.dpo import DPOStrategy
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations.base import BasePlugin
 from axolotl.train import save_trained_model, setup_model_and_trainer, train
@@ -16,9 +18,13 @@ from transformers import Trainer, masking_utils
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
-from trl import DPOTrainer
+from transformers.models.mixtral import modeling_mixtral
+from trl import DPOConfig, DPOTrainer
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from axolotl_edpo.args import MOVING
+from axolotl_edpo.loss_types import LOSSES, REFUSED, SFT
 
 
 def source(thing) -> str:
@@ -126,6 +132,53 @@ def test_trl_switches_padding_free_off_and_makes_the_collator_of_pairs():
     assert {"pad_token_id", "max_length", "pad_to_multiple_of"} <= names.keys()
     text = source(DataCollatorForPreference.torch_call)
     assert text.count('padding_side="right"') == 3, "batch.py: pack"
+
+
+def test_every_loss_type_of_trl_is_known_here():
+    names = set(re.findall(r'loss_type == "(\w+)"', source(DPOTrainer._compute_loss)))
+    assert names == {*LOSSES, *REFUSED, SFT}, "loss_types.py: LOSSES"
+
+
+def test_trl_weighs_pairs_as_wpo_does():
+    text = source(DPOTrainer._compute_loss)
+    for line in (
+        "log_denom = lse2 - 2.0 * lse1",
+        "aligned_logps = (per_token_logps - log_denom) * shift_completion_mask",
+        "per_sequence_loss *= chosen_weights * rejected_weights",
+    ):
+        assert line in text, "loss_types.py: wpo_weights"
+
+
+def test_trls_loss_options_have_the_names_that_are_read():
+    text = source(DPOTrainer.__init__)
+    for name in ("loss_types", "loss_weights", "label_smoothing", "use_weighting"):
+        assert f"self.{name} = args." in text, f"trainer.py: LossSettings, {name}"
+
+
+def test_a_router_loss_is_asked_for_and_averaged_where_it_was():
+    text = source(DPOTrainer.__init__)
+    assert "self.aux_loss_enabled = is_moe and" in text, "trainer.py: router"
+    text = source(DPOTrainer._compute_loss)
+    assert "loss + self.router_aux_loss_coef * aux_loss" in text, "trainer.py: router"
+    average = modeling_mixtral.load_balancing_loss_func
+    names = ["gate_logits", "num_experts", "top_k", "attention_mask"]
+    assert list(inspect.signature(average).parameters) == names, "router.py"
+    assert "flat_mask = attention_mask.reshape(-1)" in source(average), "router.py"
+
+
+def test_trl_lets_the_reference_follow_and_axolotl_says_so_to_grpo_only():
+    text = source(DPOTrainer.__init__)
+    assert "SyncRefModelCallback(ref_model=self.ref_model" in text, "plugin.py: MOVING"
+    text = source(DPOStrategy.set_training_args_kwargs)
+    assert "sync_ref_model" not in text, "plugin.py: MOVING is axolotl's own now"
+    names = inspect.signature(DPOConfig).parameters
+    assert set(MOVING) <= names.keys(), "args.py: MOVING"
+
+
+def test_optimizer_and_schedule_are_loaded_under_every_engine():
+    text = source(Trainer._prepare_for_training)
+    line = "            self._load_optimizer_and_scheduler(resume_from_checkpoint)\n"
+    assert line in text, "trainer.py: _load_optimizer_and_scheduler"
 
 
 def test_trl_drops_pairs_in_prepare_dataset():
