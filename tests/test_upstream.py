@@ -11,6 +11,8 @@ from axolotl.core.builders.rl import HFRLTrainerBuilder
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations.base import BasePlugin
 from axolotl.train import save_trained_model, setup_model_and_trainer, train
+from axolotl.utils.config import validate_config
+from axolotl.utils.schemas.datasets import DPODataset
 from axolotl.utils.schemas.validation import RLValidationMixin
 from transformers import Trainer, masking_utils
 from transformers.integrations.flash_attention import flash_attention_forward
@@ -19,6 +21,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import DPOTrainer
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from axolotl_edpo.args import FIELDS, IGNORED
 
 
 def source(thing) -> str:
@@ -126,6 +130,13 @@ def test_trl_switches_padding_free_off_and_makes_the_collator_of_pairs():
     assert {"pad_token_id", "max_length", "pad_to_multiple_of"} <= names.keys()
     text = source(DataCollatorForPreference.torch_call)
     assert text.count('padding_side="right"') == 3, "batch.py: pack"
+
+
+def test_axolotl_keeps_of_an_entry_of_datasets_what_dpo_datasets_have():
+    assert "DPODataset(**ds_cfg)" in source(validate_config), "args.py: IGNORED"
+    fields = DPODataset.model_fields.keys()
+    assert not IGNORED.keys() & fields, "args.py: IGNORED"
+    assert set(FIELDS) <= fields, "args.py: FIELDS"
 
 
 def test_trl_drops_pairs_in_prepare_dataset():
