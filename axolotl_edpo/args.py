@@ -46,7 +46,12 @@ IGNORED = {
     "shards": "set `split: train[:10%]`",
     "preprocess_shards": "remove it",
 }
-FIELDS = ("field_messages", "field_chosen", "field_rejected")
+# Options of chat templates that axolotl does read -> their defaults.
+FIELDS = {
+    "field_messages": "messages",
+    "field_chosen": "chosen",
+    "field_rejected": "rejected",
+}
 # Keys that axolotl refuses beside `rl` -> what they become.
 LOWERED = {
     "sample_packing": "edpo_sample_packing",
@@ -273,11 +278,12 @@ def _check_test_datasets(recipe: Mapping[str, Any]) -> None:
     """axolotl reads an entry's options from the entry of `datasets:` at its place."""
     trained = _entries(recipe, "datasets")
     for place, entry in enumerate(_entries(recipe, "test_datasets")):
-        keys = FIELDS if _has_chat_template(entry) else ()
+        read: Mapping[str, Any] = trained[place] if place < len(trained) else {}
+        options = FIELDS if _has_chat_template(entry) else {}
         if isinstance(entry.get("type"), Mapping):
-            keys = ("type",)
-        for key in keys:
-            if entry.get(key) != dict(enumerate(trained)).get(place, {}).get(key):
+            options = {"type": ""}
+        for key, default in options.items():
+            if (entry.get(key) or default) != (read.get(key) or default):
                 remedy = (
                     "it is taken from `datasets:`, from the entry at the same place"
                 )

@@ -149,6 +149,7 @@ USUAL = dict(
         {"datasets": [{"path": "a", "type": "chatml.icr", "chat_template": "gemma"}]},
         {"datasets": [{"path": "a", "shards": None}, "a"], "dataset_shard_num": None},
         {"datasets": [CHAT], "test_datasets": [{"path": "b", "type": "chatml.icr"}]},
+        {"datasets": [{**CHAT, "field_chosen": "chosen"}], "test_datasets": [CHAT]},
     ],
 )
 def test_ignored_options_that_change_nothing_are_taken(keys):

@@ -369,11 +369,19 @@ OTHERS = [
         pairs=6,
     ),
     Data(
-        "`shuffle_merged_datasets: true`",
-        {"shuffle_merged_datasets": True},
-        **PLAIN,
-        first="<|im_start|>system\nBe fast.<|im_end|>\n"
-        + CHATML.format("Blue?", "Yes."),
+        "`shuffle_merged_datasets`, `shuffle_before_merging_datasets`",
+        {
+            "datasets": [
+                {"path": "a.jsonl", "type": "chatml.ultra"},
+                {"path": "b.jsonl", "type": "llama3.prompt_pairs"},
+            ],
+            "shuffle_merged_datasets": True,
+            "shuffle_before_merging_datasets": True,
+        },
+        files={"a.jsonl": ULTRA, "b.jsonl": TEXT},
+        first="<|im_start|>system\nBe brief.<|im_end|>\n"
+        + CHATML.format("Cats?", "They sleep."),  # by seed 7
+        pairs=20,
     ),
     Data(
         "`val_set_size`",
@@ -453,7 +461,7 @@ OTHERS = [
         **PLAIN,
         first=FIRST,
         pairs=9,  # a prompt of 116 tokens has no room for an answer
-        note="axolotl does not prepare anew if the strategy is all that changed",
+        note="a folder prepared with another strategy is read as it is",
     ),
     Data(
         "`dataset_exact_deduplication: true`",
@@ -572,7 +580,14 @@ EVERY_TYPE = Data(
     first=OWN_CHAT + "</s>",
     pairs=len(TYPES) * len(TALKS),
 )
-CELLS = [*TYPES, EVERY_TYPE, *OTHERS, *IGNORED]
+BESIDE = Data(
+    "a column `messages` or `completion` beside prompt, chosen and rejected",
+    files={"a.jsonl": [{**row, "messages": row["chosen"]} for row in ULTRA]},
+    options={"type": "chatml.ultra"},
+    first=FIRST,
+    note="with `rl: dpo`, the last `eos_token` is then there in some processes only",
+)
+CELLS = [*TYPES, EVERY_TYPE, *OTHERS, BESIDE, *IGNORED]
 
 
 # --- comparing -------------------------------------------------------------------
@@ -625,6 +640,13 @@ def pairs_of(batches: Sequence[Mapping[str, Any]]) -> list[tuple]:
     return pairs
 
 
+def ids_of(dataset: Dataset) -> list[dict]:
+    """The tokens of prepared data."""
+    return dataset.select_columns(
+        ["prompt_ids", "chosen_ids", "rejected_ids"]
+    ).to_list()
+
+
 def steps(trainer) -> list[list[Mapping[str, Any]]]:
     """The laid micro-batches of each optimizer step of an epoch."""
     loader = iter(trainer.get_train_dataloader())
@@ -669,7 +691,7 @@ def assert_same_pairs(ours, dpo) -> None:
         ours: An `EDPOTrainer`.
         dpo: axolotl's trainer.
     """
-    assert ours.train_dataset.to_list() == dpo.train_dataset.to_list()
+    assert ids_of(ours.train_dataset) == ids_of(dpo.train_dataset)
     for mine, theirs in zip(steps(ours), steps(dpo), strict=True):
         assert_same_rows(mine, theirs, ours.rows.deals)
     assert_same_rows(evaluated(ours), evaluated(dpo))
@@ -759,7 +781,33 @@ def test_prepared_data_is_read_again(cell, recipe, tmp_path):
     for name in cell.files:
         Path(name).unlink()
     again = tiny.build(tmp_path, keys)
-    assert again.train_dataset.to_list() == ours.train_dataset.to_list()
+    assert ids_of(again.train_dataset) == ids_of(ours.train_dataset)
+
+
+@matrix.cells([BESIDE])
+def test_a_column_of_no_pair_changes_nothing(cell, recipe, tmp_path):
+    """Nor does the process: TRL chooses one of the columns by its hash."""
+    write(cell.files)
+    ours = tiny.build(tmp_path, keys_of(cell, recipe))
+    assert "messages" not in ours.train_dataset.column_names
+    assert chosen_text(ours, 0) == cell.first
+    write({"a.jsonl": ULTRA})
+    dpo = tiny.build(tmp_path, {**keys_of(cell, recipe), **DPO})
+    assert_same_pairs(ours, dpo)
+
+
+def test_prepared_data_knows_no_strategy(recipe, tmp_path):
+    cell = Data("", {"sequence_len": 110, "skip_prepare_dataset": None}, **PLAIN)
+    write(cell.files)
+    dropped, read, anew = (
+        tiny.load(tmp_path, {**keys_of(cell, recipe), **keys})["dataset_meta"]
+        for keys in (
+            {},
+            {"excess_length_strategy": "truncate"},
+            {"excess_length_strategy": "truncate", "dataset_prepared_path": "other"},
+        )
+    )
+    assert [len(m.train_dataset) for m in (dropped, read, anew)] == [6, 6, 9]
 
 
 @matrix.cells(IGNORED)

@@ -19,6 +19,7 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import DPOTrainer
+from trl.data_utils import is_conversational
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -136,13 +137,19 @@ def test_axolotl_keeps_of_an_entry_of_datasets_what_dpo_datasets_have():
     assert "DPODataset(**ds_cfg)" in source(validate_config), "args.py: IGNORED"
     fields = DPODataset.model_fields.keys()
     assert not IGNORED.keys() & fields, "args.py: IGNORED"
-    assert set(FIELDS) <= fields, "args.py: FIELDS"
+    assert FIELDS.keys() <= fields, "args.py: FIELDS"
 
 
 def test_trl_drops_pairs_in_prepare_dataset():
     names = list(inspect.signature(DPOTrainer._prepare_dataset).parameters)
     own = ["self", "dataset", "processing_class", "args", "dataset_name"]
     assert names == own, "feed.py: _prepare_dataset"
+
+
+def test_trl_tells_messages_from_text_by_any_column_it_knows():
+    text = source(is_conversational)
+    assert '"completion", "messages"]' in text, "feed.py: _prepare_dataset"
+    assert "example_keys.pop()" in text, "feed.py: _prepare_dataset"
 
 
 def test_the_training_loop_runs_over_what_get_batch_samples_returns():
