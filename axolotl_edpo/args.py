@@ -284,9 +284,7 @@ def _check_test_datasets(recipe: Mapping[str, Any]) -> None:
             options = {"type": ""}
         for key, default in options.items():
             if (entry.get(key) or default) != (read.get(key) or default):
-                remedy = (
-                    "it is taken from `datasets:`, from the entry at the same place"
-                )
+                remedy = "it is taken from the entry of `datasets:` at its place"
                 _refuse(f"test_datasets: {key}", entry.get(key), remedy)
 
 

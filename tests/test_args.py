@@ -85,11 +85,11 @@ WRONG = [
     ),
     (
         {"datasets": [CHAT], "test_datasets": [CHAT, {**CHAT, "field_chosen": "yes"}]},
-        "`test_datasets: field_chosen: yes`.*from `datasets:`.*same place",
+        "`test_datasets: field_chosen: yes`.*of `datasets:` at its place",
     ),
     (
         {"datasets": [{**CHAT, "field_chosen": "yes"}], "test_datasets": [CHAT]},
-        "`test_datasets: field_chosen: None`.*from `datasets:`",
+        "`test_datasets: field_chosen: None`.*of `datasets:` at its place",
     ),
     ({"tensor_parallel_size": 2}, r"`tensor_parallel_size: 2`"),
     ({"context_parallel_size": 2}, r"`context_parallel_size: 2`"),

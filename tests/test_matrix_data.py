@@ -1,8 +1,8 @@
 """Every type of preference data and every option of `datasets:`, against `rl: dpo`.
 
 The same recipe is loaded under `rl: edpo` and under `rl: dpo`, each by axolotl: the
-prepared pairs must be equal, and so must tokens and scored tokens of the first
-optimizer step as each trainer lays it.
+prepared pairs must be equal, and so must tokens and scored tokens of an epoch's
+batches as each trainer lays them.
 """
 
 import functools
@@ -28,8 +28,8 @@ from axolotl_edpo.feed import PairFeed
 
 TITLE = "Data sets"
 INTRO = """
-"Works" means: the pairs that axolotl prepares, and the tokens and scored tokens of the
-first optimizer step, are those of the same recipe with `rl: dpo`.
+"Works" means: the pairs that axolotl prepares, and the tokens and scored tokens in the
+batches of an epoch, are those of the same recipe with `rl: dpo`.
 """
 
 # system, question, chosen, rejected
@@ -52,11 +52,13 @@ def rows(make: Callable[..., dict]) -> list[dict]:
     return [make(*talk) for talk in TALKS]
 
 
-def turns(*texts: str, **names: str) -> list[dict]:
+def turns(*texts: str) -> list[dict]:
     """Messages of user and assistant in turn."""
-    role, content = names.get("role", "role"), names.get("content", "content")
-    roles = [names.get("user", "user"), names.get("assistant", "assistant")]
-    return [{role: roles[i % 2], content: text} for i, text in enumerate(texts)]
+    roles = ("user", "assistant") * len(texts)
+    return [
+        {"role": role, "content": text}
+        for role, text in zip(roles, texts, strict=False)
+    ]
 
 
 def plain(prompt="prompt", chosen="chosen", rejected="rejected") -> list[dict]:
@@ -136,9 +138,9 @@ def llama3(name: str, data: list[dict]) -> Type:
     return _typed(f"llama3.{name}", data, text + "It is.<|eot_id|>")
 
 
-def _typed(type: str, data: list[dict], text: str, **more) -> Type:
+def _typed(kind: str, data: list[dict], text: str, **more) -> Type:
     first = text + "</s>"
-    return Type(f"`{type}`", type=type, files={"a.jsonl": data}, first=first, **more)
+    return Type(f"`{kind}`", type=kind, files={"a.jsonl": data}, first=first, **more)
 
 
 OWN_CHAT = "[user]Is red a colour?</s>[assistant]It is."
@@ -161,6 +163,7 @@ TYPES = [
         "zephyr.nectar",
         RANKED,
         "<|system|>\n</s>\n<|user|>\nIs red a colour?</s>\n<|assistant|>\nIt is.",
+        note="the answer with the highest `rank` is chosen, the next one rejected",
     ),
     _typed("passthrough.default", TEXT, "Is red a colour?It is."),
     Type(
@@ -184,7 +187,6 @@ TYPES = [
 CHATML = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|></s>"
 FIRST = CHATML.format("Is red a colour?", "It is.")
 PLAIN = {"files": {"a.jsonl": TEXT}, "options": {"type": "chatml.prompt_pairs"}}
-NAMES = dict(role="from", content="value", user="human", assistant="gpt")
 LONG_TALK = rows(
     lambda s, q, c, r: {
         "messages": [{"role": "system", "content": "Be good."}, *turns(q, r, "Sure?")],
@@ -270,7 +272,7 @@ OTHERS = [
         },
         options={"type": "my.pairs.shout"},
         refused="Failed to load dataset transform function for type 'my.pairs.shout'",
-        note="axolotl imports a file beside it only",
+        note="axolotl finds a file at the top of `PYTHONPATH` only",
     ),
     Data(
         "a `type` that does not exist",
@@ -286,14 +288,14 @@ OTHERS = [
         first=LONG_CHAT,
     ),
     Data(
-        "`chat_template: chatml` (any that axolotl names)",
+        "`chat_template: chatml`",
         {"chat_template": "chatml"},
         files={"a.jsonl": MESSAGES},
         options={"type": "chat_template.default"},
         first=FIRST,
     ),
     Data(
-        "`chat_template: jinja` with `chat_template_jinja`, text or file",
+        "`chat_template: jinja` with a file as `chat_template_jinja`",
         {"chat_template": "jinja", "chat_template_jinja": "own.jinja"},
         files={"a.jsonl": MESSAGES, "own.jinja": JINJA},
         options={"type": "chat_template.default"},
@@ -308,7 +310,7 @@ OTHERS = [
         },
         options={"type": "chat_template.default"},
         first="<s><s>" + OWN_CHAT + "</s>",
-        note="`<s>` is there twice: TRL 1.9 does not ask axolotl, which would mend it",
+        note="`<s>` is there twice: axolotl's cure is not called by TRL 1.9",
     ),
     Data(
         "`field_messages`, `field_chosen`, `field_rejected`",
@@ -335,8 +337,9 @@ OTHERS = [
     Data(
         "a Parquet file",
         files={"a.parquet": TEXT},
-        options={"type": "chatml.prompt_pairs"},
+        options={"type": "chatml.prompt_pairs", "ds_type": "parquet"},
         first=FIRST,
+        note="`ds_type` is ignored beside `rl`: the file's name says what it is",
     ),
     Data(
         "a CSV file",
@@ -464,18 +467,11 @@ OTHERS = [
         note="a folder prepared with another strategy is read as it is",
     ),
     Data(
-        "`dataset_exact_deduplication: true`",
-        {"dataset_exact_deduplication": True, "skip_prepare_dataset": None},
-        files={"a.jsonl": TEXT + TEXT[:3]},
-        options=PLAIN["options"],
-        first=FIRST,
-    ),
-    Data(
         "an empty answer",
         {"skip_prepare_dataset": None},
         files={"a.jsonl": [*TEXT, {**TEXT[0], "rejected": ""}]},
         refused="Prompt, chosen and rejected keys are required",
-        note="by axolotl",
+        note="by axolotl, where it prepares the data",
     ),
     Data(
         "`dpo_padding_free: true`",
@@ -512,13 +508,13 @@ class Ignored(Data):
     same: Mapping[str, Any] = field(default_factory=dict)
 
 
-def of_entry(name: str, refused: str, option: dict) -> Ignored:
+def of_entry(name: str, refused: str, option: dict, remedy: str) -> Ignored:
     """A cell with an option of an entry of `datasets:`."""
     return Ignored(
         name,
         {"datasets": [{**CHAT, **option}]},
         refused,
-        note="axolotl ignores it beside `rl`",
+        note=f"axolotl ignores it beside `rl`: {remedy}",
         files={"a.jsonl": MESSAGES},
         same={"datasets": [CHAT]},
     )
@@ -529,27 +525,31 @@ IGNORED = [
         "`chat_template`, `chat_template_jinja` of an entry of `datasets:`",
         r"`datasets: chat_template: chatml`.*whole recipe",
         {"chat_template": "chatml"},
+        "set it for the whole recipe",
     ),
     of_entry(
         "`message_property_mappings` of an entry",
         r"`datasets: message_property_mappings: .*'from'.*`content`",
         {"message_property_mappings": {"role": "from", "content": "value"}},
+        "name them `role` and `content` in the data",
     ),
     of_entry(
         "`roles` of an entry",
         r"`datasets: roles: \{'user': \['human'\]\}`.*in the data",
         {"roles": {"user": ["human"]}},
+        "name them as the template does in the data",
     ),
     of_entry(
         "`shards`, `preprocess_shards` of an entry",
         r"`datasets: shards: 2`.*`split: train\[:10%\]`",
         {"shards": 2},
+        "set `split: train[:10%]`",
     ),
     Ignored(
         "`dataset_shard_num`",
         {"datasets": [CHAT], "dataset_shard_num": 2, "dataset_shard_idx": 0},
         r"`dataset_shard_num: 2`.*`split: train\[:10%\]`",
-        note="axolotl ignores it beside `rl`",
+        note="axolotl ignores it beside `rl`: set `split: train[:10%]`",
         files={"a.jsonl": MESSAGES},
         same={"dataset_shard_num": None, "dataset_shard_idx": None},
     ),
@@ -561,27 +561,30 @@ IGNORED = [
                 {"path": "a.jsonl", "type": {"prompt_format": "{prompt}"}}
             ],
         },
-        r"`test_datasets: type: .*`.*from `datasets:`",
-        note="axolotl takes those of the entry of `datasets:` at the same place",
+        r"`test_datasets: type: .*`.*entry of `datasets:` at its place",
+        note="axolotl takes those of the entry of `datasets:` at its place",
         files={"a.jsonl": TEXT},
         same={"test_datasets": [{"path": "a.jsonl", **FORMAT}]},
     ),
 ]
 EVERY_TYPE = Data(
-    "entries of every type in one recipe; `dataset_prepared_path` is read again",
+    "entries of every type in one recipe, `dataset_exact_deduplication`; a second run "
+    "reads `dataset_prepared_path`",
     {
         "datasets": [
             {"path": f"{cell.type}.jsonl", "type": cell.type, **cell.options}
             for cell in TYPES
         ],
+        "dataset_exact_deduplication": True,
         "skip_prepare_dataset": None,
     },
     files={f"{cell.type}.jsonl": cell.files["a.jsonl"] for cell in TYPES},
     first=OWN_CHAT + "</s>",
-    pairs=len(TYPES) * len(TALKS),
+    # both chat templates give the same rows, so do prompt_pairs and ultra, twice
+    pairs=(len(TYPES) - 3) * len(TALKS),
 )
 BESIDE = Data(
-    "a column `messages` or `completion` beside prompt, chosen and rejected",
+    "a column `messages` beside prompt, chosen and rejected",
     files={"a.jsonl": [{**row, "messages": row["chosen"]} for row in ULTRA]},
     options={"type": "chatml.ultra"},
     first=FIRST,
@@ -684,17 +687,22 @@ def assert_same_rows(ours: Sequence, dpo: Sequence, deals: bool = False) -> None
             assert "segments" in a or torch.equal(a[name], b[name])
 
 
-def assert_same_pairs(ours, dpo) -> None:
-    """Prepared data and the batches of an epoch are those of `rl: dpo`.
+def assert_same_pairs(ours, dpo) -> tuple[int, int]:
+    """Prepared data and batches, of training and evaluation, are those of `rl: dpo`.
 
     Args:
         ours: An `EDPOTrainer`.
         dpo: axolotl's trainer.
+
+    Returns:
+        How many pairs an epoch and an evaluation have.
     """
     assert ids_of(ours.train_dataset) == ids_of(dpo.train_dataset)
-    for mine, theirs in zip(steps(ours), steps(dpo), strict=True):
+    trained, evals = steps(ours), evaluated(ours)
+    for mine, theirs in zip(trained, steps(dpo), strict=True):
         assert_same_rows(mine, theirs, ours.rows.deals)
-    assert_same_rows(evaluated(ours), evaluated(dpo))
+    assert_same_rows(evals, evaluated(dpo))
+    return len(pairs_of(sum(trained, []))), len(pairs_of(evals))
 
 
 # --- running ---------------------------------------------------------------------
@@ -725,7 +733,7 @@ def here(tmp_path, monkeypatch):
     enable_caching()
 
 
-def write(files: Mapping[str, list[dict]]) -> None:
+def write(files: Mapping[str, Any]) -> None:
     """Rows in the format that a name ends with, text, or what a function makes."""
     for name, content in files.items():
         path = Path(name)
@@ -745,11 +753,22 @@ def keys_of(cell: Data, recipe: Callable[..., dict]) -> dict:
         datasets=[{**entry, **cell.options}],
         dataset_prepared_path="prepared",
         dataset_num_proc=0,
+        dataloader_num_workers=0,
         skip_prepare_dataset=True,
         shuffle_merged_datasets=False,
         sequence_len=512,
     )
     return recipe(**{**base, **cell.keys})
+
+
+def _built(cell, folder, keys):
+    return tiny.build(folder, keys)
+
+
+def chosen_text(trainer, pair: int) -> str:
+    """What a chosen sequence of the prepared data reads."""
+    ids = trainer.train_dataset[pair]
+    return trainer.processing_class.decode(ids["prompt_ids"] + ids["chosen_ids"])
 
 
 @matrix.cells([*TYPES, *OTHERS])
@@ -763,9 +782,8 @@ def test_the_pairs_are_those_of_dpo(cell, recipe, tmp_path):
         return
     run = matrix.assert_cell if cell.trains else _built
     ours = run(cell, tmp_path, {**keys, **cell.ours})
-    assert_same_pairs(ours, tiny.build(tmp_path, {**keys, **DPO}))
-    assert len(pairs_of(sum(steps(ours), []))) == cell.pairs
-    assert len(pairs_of(evaluated(ours))) == cell.evals
+    dpo = tiny.build(tmp_path, {**keys, **DPO})
+    assert assert_same_pairs(ours, dpo) == (cell.pairs, cell.evals)
     assert chosen_text(ours, 0) == cell.first
 
 
@@ -775,8 +793,7 @@ def test_prepared_data_is_read_again(cell, recipe, tmp_path):
     keys = keys_of(cell, recipe)
     dpo = tiny.build(tmp_path, {**keys, **DPO})
     ours = tiny.build(tmp_path, keys)
-    assert_same_pairs(ours, dpo)
-    assert len(ours.train_dataset) == cell.pairs
+    assert assert_same_pairs(ours, dpo) == (cell.pairs, cell.evals)
     assert chosen_text(ours, 0) == cell.first
     for name in cell.files:
         Path(name).unlink()
@@ -844,16 +861,6 @@ def test_the_comparison_finds_other_pairs_and_other_masks(recipe, tmp_path):
             assert_same_rows(padded, steps(dpo)[0])
         with pytest.raises(AssertionError):
             assert_same_pairs(ours, dpo)
-
-
-def _built(cell, folder, keys):
-    return tiny.build(folder, keys)
-
-
-def chosen_text(trainer, pair: int) -> str:
-    """What a chosen sequence of the prepared data reads."""
-    ids = trainer.train_dataset[pair]
-    return trainer.processing_class.decode(ids["prompt_ids"] + ids["chosen_ids"])
 
 
 def test_every_type_that_axolotl_ships_has_a_cell():
