@@ -29,8 +29,28 @@ UNSUPPORTED = {
     "is_multimodal": "use a text model, or `rl: dpo`",
     "processor_type": "use a text model, or `rl: dpo`",
     "orpo_alpha": "remove it: axolotl would take it for `beta`",
+    "dataset_shard_num": "axolotl ignores it beside `rl`: set `split: train[:10%]` in "
+    "`datasets:`",
     "reward_model": "remove it: it asks for another trainer",
     "process_reward_model": "remove it: it asks for another trainer",
+}
+# Options of an entry of `datasets:` that axolotl ignores beside `rl`, though they would
+# change the pairs -> what to do instead. Those before `shards` are of chat templates.
+IGNORED = {
+    "chat_template": "set it for the whole recipe",
+    "chat_template_jinja": "set it for the whole recipe",
+    "message_property_mappings": "name them `role` and `content` in the data",
+    "message_field_role": "name it `role` in the data",
+    "message_field_content": "name it `content` in the data",
+    "roles": "name them `system`, `user`, `assistant` and `tool` in the data",
+    "shards": "set `split: train[:10%]`",
+    "preprocess_shards": "remove it",
+}
+# Options of chat templates that axolotl does read -> their defaults.
+FIELDS = {
+    "field_messages": "messages",
+    "field_chosen": "chosen",
+    "field_rejected": "rejected",
 }
 # Keys that axolotl refuses beside `rl` -> what they become.
 LOWERED = {
@@ -122,6 +142,8 @@ def check_recipe(recipe: Mapping[str, Any]) -> float | None:
     _check_values({**own, "beta": beta})
     _check_unsupported(recipe)
     _check_loss(recipe)
+    _check_datasets(recipe)
+    _check_test_datasets(recipe)
     _check_adapter(recipe)
     _check_moving(recipe)
     _check_sharing(recipe)
@@ -230,6 +252,52 @@ def _check_loss(recipe: Mapping[str, Any]) -> None:
         float(recipe.get("dpo_label_smoothing") or 0),
         bool(recipe.get("dpo_use_weighting")),
     )
+
+
+def _check_datasets(recipe: Mapping[str, Any]) -> None:
+    for name in ("datasets", "test_datasets"):
+        for entry in _entries(recipe, name):
+            for key, remedy in IGNORED.items():
+                if entry.get(key) and not _is_default(key, entry, recipe):
+                    refuse(f"{name}: {key}", entry[key], f"it is ignored, {remedy}")
+
+
+def _entries(recipe: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    """The entries of `datasets:`; what is none is left to axolotl's validation."""
+    return [entry for entry in recipe.get(name) or [] if isinstance(entry, Mapping)]
+
+
+def _is_default(key: str, entry: Mapping[str, Any], recipe: Mapping[str, Any]) -> bool:
+    """Whether axolotl does the same without this option."""
+    value = entry[key]
+    if "shards" in key:
+        return False
+    if not _has_chat_template(entry):
+        return True
+    if key == "roles":
+        return all(role in names for role, names in value.items())
+    if key == "message_property_mappings":
+        return all(value.get(name, name) == name for name in ("role", "content"))
+    default = "tokenizer_default" if key == "chat_template" else key.split("_")[-1]
+    return value == (recipe.get(key) or default)
+
+
+def _has_chat_template(entry: Mapping[str, Any]) -> bool:
+    return str(entry.get("type")).startswith("chat_template")
+
+
+def _check_test_datasets(recipe: Mapping[str, Any]) -> None:
+    """axolotl reads an entry's options from the entry of `datasets:` at its place."""
+    trained = _entries(recipe, "datasets")
+    for place, entry in enumerate(_entries(recipe, "test_datasets")):
+        read: Mapping[str, Any] = trained[place] if place < len(trained) else {}
+        options = FIELDS if _has_chat_template(entry) else {}
+        if isinstance(entry.get("type"), Mapping):
+            options = {"type": ""}
+        for key, default in options.items():
+            if (entry.get(key) or default) != (read.get(key) or default):
+                remedy = "it is taken from the entry of `datasets:` at its place"
+                refuse(f"test_datasets: {key}", entry.get(key), remedy)
 
 
 def _check_adapter(recipe: Mapping[str, Any]) -> None:

@@ -130,9 +130,15 @@ class PairFeed(AxolotlDPOTrainer):
         return loss
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        """As TRL's; says once which pairs `sequence_len` cost."""
+        """As TRL's; says once which pairs `sequence_len` cost.
+
+        TRL tells text from messages, and so whether to end an answer with `eos_token`,
+        by any one of the columns it knows, in another process by another one: what
+        belongs to no pair is left out.
+        """
+        strange = {"messages", "completion"} & set(dataset.column_names or ())
         prepared = super()._prepare_dataset(
-            dataset, processing_class, args, dataset_name
+            dataset.remove_columns([*strange]), processing_class, args, dataset_name
         )
         if isinstance(prepared, Dataset) and args.max_length is not None:
             dropped = len(dataset) - len(prepared)

@@ -4,6 +4,7 @@ import pytest
 
 from axolotl_edpo.args import EDPOArgs, check_foreign_recipe, check_recipe
 
+CHAT = {"path": "a", "type": "chat_template.default"}
 WRONG = [
     ({"edpo_epsilon": 1.5}, r"`edpo_epsilon: 1.5`.*less than 1.*between 0 and 1"),
     ({"edpo_epsilon": 0}, r"`edpo_epsilon: 0`.*greater than 0"),
@@ -69,6 +70,36 @@ WRONG = [
         {"trl": {"sync_ref_model": True, "ref_model_sync_steps": 0}},
         r"`trl.ref_model_sync_steps: 0`",
     ),
+    ({"dataset_shard_num": 2}, r"`dataset_shard_num: 2`.*`split: train\[:10%\]`"),
+    (
+        {"datasets": [{"path": "a", "preprocess_shards": 2}]},
+        "`datasets: preprocess_shards: 2`.*ignored, remove it",
+    ),
+    (
+        {"datasets": [{**CHAT, "message_field_role": "from"}]},
+        "`datasets: message_field_role: from`.*name it `role`",
+    ),
+    (
+        {"datasets": [CHAT, {**CHAT, "chat_template_jinja": "{{ 1 }}"}]},
+        "`datasets: chat_template_jinja: {{ 1 }}`.*whole recipe",
+    ),
+    (
+        {"datasets": [{**CHAT, "chat_template": "tokenizer_default"}]}
+        | {"chat_template": "llama3"},
+        "`datasets: chat_template: tokenizer_default`",
+    ),
+    (
+        {"test_datasets": [{**CHAT, "roles": {"user": ["human"]}}]},
+        "`test_datasets: roles: .*in the data",
+    ),
+    (
+        {"datasets": [CHAT], "test_datasets": [CHAT, {**CHAT, "field_chosen": "yes"}]},
+        "`test_datasets: field_chosen: yes`.*of `datasets:` at its place",
+    ),
+    (
+        {"datasets": [{**CHAT, "field_chosen": "yes"}], "test_datasets": [CHAT]},
+        "`test_datasets: field_chosen: None`.*of `datasets:` at its place",
+    ),
     ({"tensor_parallel_size": 2}, r"`tensor_parallel_size: 2`"),
     ({"context_parallel_size": 2}, r"`context_parallel_size: 2`"),
     ({"lora_model_dir": "a"}, r"`lora_model_dir: a`.*adapter: lora"),
@@ -107,6 +138,31 @@ def test_a_wrong_recipe_is_one_line_with_key_value_and_remedy(keys, message):
 )
 def test_all_ways_to_write_beta_mean_the_same(keys, beta):
     assert check_recipe({"rl": "edpo", **keys}) == beta
+
+
+USUAL = dict(
+    chat_template="tokenizer_default",
+    message_property_mappings={"role": "role", "content": "content"},
+    message_field_content="content",
+    roles={"user": ["human", "user"], "assistant": ["assistant"]},
+    ds_type="json",
+    field_chosen="yes",
+)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"datasets": [{**CHAT, **USUAL}], "test_datasets": [{**CHAT, **USUAL}]},
+        {"datasets": [{**CHAT, "chat_template": "gemma"}], "chat_template": "gemma"},
+        {"datasets": [{"path": "a", "type": "chatml.icr", "chat_template": "gemma"}]},
+        {"datasets": [{"path": "a", "shards": None}, "a"], "dataset_shard_num": None},
+        {"datasets": [CHAT], "test_datasets": [{"path": "b", "type": "chatml.icr"}]},
+        {"datasets": [{**CHAT, "field_chosen": "chosen"}], "test_datasets": [CHAT]},
+    ],
+)
+def test_ignored_options_that_change_nothing_are_taken(keys):
+    assert check_recipe({"rl": "edpo", **keys}) is None
 
 
 def test_our_keys_in_a_recipe_of_plain_dpo_are_refused():

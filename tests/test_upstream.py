@@ -13,6 +13,8 @@ from axolotl.core.trainers.dpo import DPOStrategy
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations.base import BasePlugin
 from axolotl.train import save_trained_model, setup_model_and_trainer, train
+from axolotl.utils.config import validate_config
+from axolotl.utils.schemas.datasets import DPODataset
 from axolotl.utils.schemas.validation import RLValidationMixin
 from transformers import Trainer, masking_utils
 from transformers.integrations.flash_attention import flash_attention_forward
@@ -20,10 +22,11 @@ from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mixtral import modeling_mixtral
 from trl import DPOConfig, DPOTrainer
+from trl.data_utils import is_conversational
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from axolotl_edpo.args import MOVING
+from axolotl_edpo.args import FIELDS, IGNORED, MOVING
 from axolotl_edpo.loss_types import LOSSES, REFUSED, SFT
 
 
@@ -181,10 +184,23 @@ def test_optimizer_and_schedule_are_loaded_under_every_engine():
     assert line in text, "trainer.py: _load_optimizer_and_scheduler"
 
 
+def test_axolotl_keeps_of_an_entry_of_datasets_what_dpo_datasets_have():
+    assert "DPODataset(**ds_cfg)" in source(validate_config), "args.py: IGNORED"
+    fields = DPODataset.model_fields.keys()
+    assert not IGNORED.keys() & fields, "args.py: IGNORED"
+    assert FIELDS.keys() <= fields, "args.py: FIELDS"
+
+
 def test_trl_drops_pairs_in_prepare_dataset():
     names = list(inspect.signature(DPOTrainer._prepare_dataset).parameters)
     own = ["self", "dataset", "processing_class", "args", "dataset_name"]
     assert names == own, "feed.py: _prepare_dataset"
+
+
+def test_trl_tells_messages_from_text_by_any_column_it_knows():
+    text = source(is_conversational)
+    assert '"completion", "messages"]' in text, "feed.py: _prepare_dataset"
+    assert "example_keys.pop()" in text, "feed.py: _prepare_dataset"
 
 
 def test_the_training_loop_runs_over_what_get_batch_samples_returns():

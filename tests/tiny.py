@@ -135,21 +135,34 @@ def write(folder: Path, keys: dict) -> Path:
     return path
 
 
+def load(folder: Path, keys: dict) -> dict:
+    """A recipe's config and data sets, as axolotl's `train` takes them."""
+    from axolotl.cli.args import TrainerCliArgs
+    from axolotl.cli.config import load_cfg
+    from axolotl.common.datasets import load_preference_datasets
+
+    torch.manual_seed(0)  # LoRA's start: drawn before the trainer sets the seed
+    cfg = load_cfg(str(write(folder, keys)))
+    meta = load_preference_datasets(cfg=cfg, cli_args=TrainerCliArgs())
+    return {"cfg": cfg, "dataset_meta": meta}
+
+
 def train(folder: Path, keys: dict):
     """Trains a recipe in this process, as `axolotl train` does after its launcher.
 
     Returns:
         The trainer.
     """
-    from axolotl.cli.args import TrainerCliArgs
-    from axolotl.cli.config import load_cfg
-    from axolotl.common.datasets import load_preference_datasets
     from axolotl.train import train as axolotl_train
 
-    torch.manual_seed(0)  # LoRA's start: drawn before the trainer sets the seed
-    cfg = load_cfg(str(write(folder, keys)))
-    meta = load_preference_datasets(cfg=cfg, cli_args=TrainerCliArgs())
-    return axolotl_train(cfg=cfg, dataset_meta=meta)[2]
+    return axolotl_train(**load(folder, keys))[2]
+
+
+def build(folder: Path, keys: dict):
+    """A recipe's trainer as axolotl makes it, not yet trained."""
+    from axolotl.train import setup_model_and_trainer
+
+    return setup_model_and_trainer(**load(folder, keys))[0]
 
 
 def logs(trainer, key: str = "kl/beta") -> list[dict]:
