@@ -31,6 +31,11 @@ UNSUPPORTED = {
     "orpo_alpha": "remove it: axolotl would take it for `beta`",
     "reward_model": "remove it: it asks for another trainer",
     "process_reward_model": "remove it: it asks for another trainer",
+    "lora_mlp_kernel": "remove it: axolotl looks for an adapter that the trainer of "
+    "preferences adds later",
+    "lora_qkv_kernel": "remove it, as `lora_mlp_kernel`",
+    "lora_o_kernel": "remove it, as `lora_mlp_kernel`",
+    "relora": "remove it: axolotl restarts no adapter beside `rl`",
 }
 # Keys that axolotl refuses beside `rl` -> what they become.
 LOWERED = {
@@ -118,6 +123,8 @@ def check_recipe(recipe: Mapping[str, Any]) -> float | None:
     _check_values({**own, "beta": beta})
     _check_unsupported(recipe)
     _check_adapter(recipe)
+    _check_ignored(recipe)
+    _check_qat(recipe)
     _check_sharing(recipe)
     _check_fsdp(recipe)
     _check_ray(recipe)
@@ -235,6 +242,31 @@ def _check_adapter(recipe: Mapping[str, Any]) -> None:
     if directory and recipe.get("rl_adapter_ref_model"):
         remedy = "remove it: the reference of `lora_model_dir` is its own start"
         _refuse("rl_adapter_ref_model", True, remedy)
+
+
+def _check_ignored(recipe: Mapping[str, Any]) -> None:
+    """What axolotl 0.19 takes beside `adapter` and `rl`, and then does not do."""
+    adapter = recipe.get("adapter")
+    if adapter == "llama-adapter":
+        remedy = "set `adapter: lora`: axolotl 0.19 has no keys for its size"
+        _refuse("adapter", adapter, remedy)
+    if adapter == "lora" and recipe.get("load_in_4bit"):
+        remedy = "set `adapter: qlora`: with `lora` nothing is quantized to 4 bits"
+        _refuse("load_in_4bit", True, remedy)
+    unfrozen = recipe.get("unfrozen_parameters")
+    if adapter and unfrozen:
+        remedy = "remove it: below an adapter nothing trains but `lora_modules_to_save`"
+        _refuse("unfrozen_parameters", unfrozen, remedy)
+    if recipe.get("peft_autocast_adapter_dtype") is False:
+        remedy = "remove it: axolotl does not hand it on beside `rl`"
+        _refuse("peft_autocast_adapter_dtype", False, remedy)
+
+
+def _check_qat(recipe: Mapping[str, Any]) -> None:
+    steps = (recipe.get("qat") or {}).get("fake_quant_after_n_steps")
+    if steps:
+        remedy = "remove it: the reference is quantized from the start"
+        _refuse("qat.fake_quant_after_n_steps", steps, remedy)
 
 
 def _check_sharing(recipe: Mapping[str, Any]) -> None:
