@@ -64,15 +64,14 @@ def _switch(value: Any) -> Any:
 
 Switch = Annotated[bool | Literal["auto"], BeforeValidator(_switch)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_no_bool)]
 
 
 class EDPOArgs(BaseModel):
     """Options that `axolotl_edpo.EDPOPlugin` adds to a recipe."""
 
-    beta: Number | None = Field(
+    beta: Positive | None = Field(
         default=None,
-        gt=0,
-        allow_inf_nan=False,
         description="Initial KL penalty β > 0; `rl_beta` means the same (absent: 0.1)",
     )
     edpo_epsilon: Number = Field(
