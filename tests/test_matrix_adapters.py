@@ -1,6 +1,7 @@
 """Adapters, quantized bases, partly frozen models: what trains, and what is saved."""
 
 import re
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ LORA = dict(adapter="lora", lora_r=4, lora_alpha=8, lora_target_linear=True)
 CHOSEN = {**LORA, "lora_target_linear": None}  # beside `lora_target_modules`
 QLORA = {**LORA, "adapter": "qlora", "load_in_4bit": True, "bf16": True}
 INT4 = dict(weight_dtype="int4", activation_dtype="int8", group_size=32)
+KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
 LETTERS = tiny.byte_tokenizer().convert_tokens_to_ids(["a", "e", "s"])
 TIED = dict(tie_word_embeddings=True)
 GPT2 = dict(n_inner=64)
@@ -233,6 +235,12 @@ CELLS = [
         kind="gpt2",
         config=GPT2,
     ),
+    Adapter(
+        "`lora_bias`",
+        LORA | {"lora_bias": "all"},
+        config={"attention_bias": True},
+        note="no key of axolotl 0.19: ignored, no bias trains",
+    ),
     Adapter("`lora_on_cpu`", LORA | {"lora_on_cpu": True}),
     Adapter(
         "`peft_init_lora_weights: gaussian`",
@@ -284,12 +292,12 @@ CELLS = [
         "`rl_adapter_ref_model`",
         LORA | {"rl_adapter_ref_model": True},
         took=lambda t: t.ref_model is None,
-        note="axolotl 0.19 no longer reads it: the reference is `base_model` anyway",
+        note="no key of axolotl 0.19: ignored, the reference is `base_model` anyway",
     ),
     Adapter(
         "`lora_mlp_kernel`, `lora_qkv_kernel`, `lora_o_kernel`",
-        LORA | {"lora_qkv_kernel": True},
-        refused="`lora_qkv_kernel: True`.*remove it",
+        LORA | dict.fromkeys(KERNELS, True),
+        refused="`lora_mlp_kernel: True`.*remove it",
         note="`rl: dpo` stops with `Model must be a PeftModelForCausalLM`",
     ),
     Adapter(
@@ -376,13 +384,16 @@ CELLS = [
     ),
 ]
 TITLE = "Adapters and frozen weights"
-INTRO = """
-Every cell that works: policy and reference are equal at the first step and not at the
-second; what should train got gradients and moved, all else is bitwise as it was; the
-saved adapter, read by PEFT, is the trained one, and over a fresh `base_model` that is
-not quantized gives the same logits. Also with `sample_packing: true`, in float32 to the
-same losses: {}.
-""".format("; ".join(cell.name for cell in CELLS if cell.packed))
+PACKED = "; ".join(cell.name for cell in CELLS if cell.packed)
+INTRO = textwrap.fill(
+    "Every cell that works: policy and reference are equal at the first step and not at "
+    "the second; what should train got gradients and moved, all else is bitwise as it "
+    "was; the saved adapter, read by PEFT, is the trained one, and over a fresh "
+    "`base_model` that is not quantized gives the same logits. Also with "
+    f"`sample_packing: true`, in float32 to the same losses: {PACKED}.",
+    width=88,
+    break_on_hyphens=False,
+)
 
 
 def base_weights(trainer) -> dict[str, torch.Tensor]:
