@@ -387,8 +387,8 @@ TITLE = "Adapters and frozen weights"
 PACKED = "; ".join(cell.name for cell in CELLS if cell.packed)
 INTRO = textwrap.fill(
     "Every cell that works: policy and reference are equal at the first step and not "
-    "at the second; what should train got gradients and moved, all else is bitwise as it "
-    "was; the saved adapter, read by PEFT, is the trained one, and over a fresh "
+    "at the second; what should train got gradients and moved, all else is bitwise as "
+    "it was; the saved adapter, read by PEFT, is the trained one, and over a fresh "
     "`base_model` that is not quantized gives the same logits. Also with "
     f"`sample_packing: true`, in float32 to the same losses: {PACKED}.",
     width=88,
