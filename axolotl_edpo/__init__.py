@@ -21,6 +21,7 @@ Files, in reading order:
     args.py        the options of the recipe
     plugin.py      what axolotl calls
     memory.py      memory per GPU, by calculation
+    schema.py      the JSON schema of a recipe, for editors
 """
 
 from typing import Any

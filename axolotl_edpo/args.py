@@ -33,6 +33,11 @@ UNSUPPORTED = {
     "`datasets:`",
     "reward_model": "remove it: it asks for another trainer",
     "process_reward_model": "remove it: it asks for another trainer",
+    "lora_mlp_kernel": "remove it: axolotl looks for an adapter that the trainer of "
+    "preferences adds later",
+    "lora_qkv_kernel": "remove it, as `lora_mlp_kernel`",
+    "lora_o_kernel": "remove it, as `lora_mlp_kernel`",
+    "relora": "remove it: axolotl restarts no adapter beside `rl`",
 }
 # Options of an entry of `datasets:` that axolotl ignores beside `rl`, though they would
 # change the pairs -> what to do instead. Those before `shards` are of chat templates.
@@ -83,15 +88,14 @@ def _switch(value: Any) -> Any:
 
 Switch = Annotated[bool | Literal["auto"], BeforeValidator(_switch)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_no_bool)]
 
 
 class EDPOArgs(BaseModel):
     """Options that `axolotl_edpo.EDPOPlugin` adds to a recipe."""
 
-    beta: Number | None = Field(
+    beta: Positive | None = Field(
         default=None,
-        gt=0,
-        allow_inf_nan=False,
         description="Initial KL penalty β > 0; `rl_beta` means the same (absent: 0.1)",
     )
     edpo_epsilon: Number = Field(
@@ -146,6 +150,8 @@ def check_recipe(recipe: Mapping[str, Any]) -> float | None:
     _check_test_datasets(recipe)
     _check_adapter(recipe)
     _check_moving(recipe)
+    _check_ignored(recipe)
+    _check_qat(recipe)
     _check_sharing(recipe)
     _check_fsdp(recipe)
     _check_ray(recipe)
@@ -329,6 +335,31 @@ def _check_moving(recipe: Mapping[str, Any]) -> None:
         refuse("trl.ref_model_mixup_alpha", mixup, "set a number above 0, up to 1")
     if every is not None and every < 1:
         refuse("trl.ref_model_sync_steps", every, "set a number of steps, at least 1")
+
+
+def _check_ignored(recipe: Mapping[str, Any]) -> None:
+    """What axolotl 0.19 takes beside `adapter` and `rl`, and then does not do."""
+    adapter = recipe.get("adapter")
+    if adapter == "llama-adapter":
+        remedy = "set `adapter: lora`: axolotl 0.19 has no keys for its size"
+        refuse("adapter", adapter, remedy)
+    if adapter == "lora" and recipe.get("load_in_4bit"):
+        remedy = "set `adapter: qlora`: with `lora` nothing is quantized to 4 bits"
+        refuse("load_in_4bit", True, remedy)
+    unfrozen = recipe.get("unfrozen_parameters")
+    if adapter and unfrozen:
+        remedy = "remove it: below an adapter nothing trains but `lora_modules_to_save`"
+        refuse("unfrozen_parameters", unfrozen, remedy)
+    if recipe.get("peft_autocast_adapter_dtype") is False:
+        remedy = "remove it: axolotl does not hand it on beside `rl`"
+        refuse("peft_autocast_adapter_dtype", False, remedy)
+
+
+def _check_qat(recipe: Mapping[str, Any]) -> None:
+    steps = (recipe.get("qat") or {}).get("fake_quant_after_n_steps")
+    if steps:
+        remedy = "remove it: the reference is quantized from the start"
+        refuse("qat.fake_quant_after_n_steps", steps, remedy)
 
 
 def _check_sharing(recipe: Mapping[str, Any]) -> None:

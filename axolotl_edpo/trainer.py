@@ -150,6 +150,16 @@ class EDPOTrainer(PairFeed):
         )
         if continued:
             self._settle_reference_adapter(evaluating=peft_config is None)
+        if isinstance(self.model, PeftModel):
+            # axolotl ends by saving the model below the adapter as well: a copy of
+            # `base_model` under names nothing reads, which fails where weights are tied
+            below: Any = backbone.causal_lm(self.model)
+            below.save_pretrained = self.model.save_pretrained
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "`unfrozen_parameters` matches no weight: give each from the start of "
+                "its name, as in `model.layers.1.`"
+            )
         if self.aux_loss_enabled:
             lm = backbone.causal_lm(self.model)
             self.aux_loss_enabled: bool = has_router_loss(lm)
@@ -257,9 +267,17 @@ class EDPOTrainer(PairFeed):
         model below it. The copy is not saved: a checkpoint that holds two adapters
         resumes neither (transformers then loads the sub-directories only).
         """
+        copied = backbone.REFERENCE_ADAPTER in self.model.peft_config
         if evaluating:
-            self.model.delete_adapter(backbone.REFERENCE_ADAPTER)
+            if copied:
+                self.model.delete_adapter(backbone.REFERENCE_ADAPTER)
             return
+        if not copied:
+            raise ValueError(
+                "`lora_model_dir` holds an adapter with `lora_target_parameters`, of "
+                "which PEFT cannot hold a second as reference: merge it with `axolotl "
+                "merge-lora` and train from there"
+            )
         backbone.copy_to_reference_adapter(self.model)
         self.model.save_pretrained = functools.partial(
             self.model.save_pretrained, selected_adapters=["default"]

@@ -21,7 +21,7 @@ import tiny
 TESTS = Path(__file__).parent
 DOCUMENT = TESTS.parent / "docs" / "compatibility.md"
 # In the order of the document.
-AREAS = ("models", "losses", "data")
+AREAS = ("models", "adapters", "losses", "data", "examples")
 HEAD = """\
 # What works with `rl: edpo`
 
@@ -102,7 +102,7 @@ def _head() -> str:
 
 def _section(area: Any) -> str:
     rows = [f"| {c.name} | {c.verdict} | {c.note} |" for c in area.CELLS]
-    head = ["| | | |", "|---|---|---|"]
+    head = ["| | | why, or what to know |", "|---|---|---|"]
     return "\n".join([f"## {area.TITLE}", "", area.INTRO.strip(), "", *head, *rows, ""])
 
 

@@ -107,6 +107,19 @@ WRONG = [
         {"lora_model_dir": "a", "adapter": "lora", "rl_adapter_ref_model": True},
         r"`rl_adapter_ref_model: True`.*own start",
     ),
+    ({"lora_mlp_kernel": True}, r"`lora_mlp_kernel: True`.*adapter.*later"),
+    ({"relora": True}, r"`relora: True`.*restarts no adapter"),
+    ({"adapter": "llama-adapter"}, r"`adapter: llama-adapter`.*`adapter: lora`"),
+    ({"adapter": "lora", "load_in_4bit": True}, r"`load_in_4bit: True`.*qlora"),
+    (
+        {"adapter": "lora", "unfrozen_parameters": ["lm_head"]},
+        r"`unfrozen_parameters: \['lm_head'\]`.*`lora_modules_to_save`",
+    ),
+    ({"peft_autocast_adapter_dtype": False}, r"`peft_autocast_adapter_dtype: False`"),
+    (
+        {"qat": {"fake_quant_after_n_steps": 5}},
+        r"`qat.fake_quant_after_n_steps: 5`.*reference",
+    ),
 ]
 
 
