@@ -32,7 +32,8 @@ INTRO = """
 Each recipe in axolotl's `examples/` that has `rl: dpo`, after the change of the word,
 with the plugin, `beta` and `edpo_epsilon` added. Model and data are tiny ones of the
 same family and columns; batches are small, without warm-up, FlashAttention runs as
-`sdpa` and `bf16: auto` as `true`. The note names what else was replaced. All else stays as published.
+`sdpa` and `bf16: auto` as `true`. The note names what else was replaced. All else stays
+as published.
 """
 SIZES = dict(
     dataset_num_proc=1,
@@ -83,7 +84,7 @@ CELLS = [
     Example(
         "`falcon-e/falcon-e-3b-dpo.yaml`",
         {"use_onebitllms": None, **NO_ENGINE},
-        note="without `use_onebitllms`, which needs that package and a GPU, and in one "
+        note="without `use_onebitllms`, which needs that package, and in one "
         "process, without FSDP2",
         tokens=("<|end_of_text|>", "<|im_end|>"),
         columns="pairs",
