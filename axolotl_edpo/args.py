@@ -16,8 +16,9 @@ from .loss import BetaMean
 PREFIX = "edpo_"
 BETA_KEYS = ("beta", "rl_beta", "dpo_beta", "trl.beta")
 
+SUPERVISED = "remove it: axolotl gives it to supervised training only"
 # Recipe keys that would change the loss or the batch in a way this version does not
-# compute: key -> what to set instead.
+# compute, or that would do nothing: key -> what to set instead.
 UNSUPPORTED = {
     "dpo_use_weighting": "remove it, or use `rl: dpo` for WPO weights",
     "dpo_use_liger_kernel": "remove it: the head already runs without full logits",
@@ -31,7 +32,28 @@ UNSUPPORTED = {
     "orpo_alpha": "remove it: axolotl would take it for `beta`",
     "reward_model": "remove it: it asks for another trainer",
     "process_reward_model": "remove it: it asks for another trainer",
+    "neftune_noise_alpha": "remove it: its noise would count as distance from the "
+    "reference",
+    "noisy_embedding_alpha": "remove it: its noise would count as distance from the "
+    "reference",
+    "group_by_length": "set `sample_packing: true`, which needs no padding at all",
+    "auto_find_batch_size": "set `micro_batch_size` to what fits",
+    "relora": SUPERVISED,
+    "lisa_step_interval": SUPERVISED,
+    "layer_offloading": SUPERVISED,
+    "do_bench_eval": SUPERVISED,
+    "do_causal_lm_eval": SUPERVISED,
+    "generate_samples": SUPERVISED,
 }
+# Keys that axolotl gives to supervised training only, though TRL's trainer takes them.
+HANDED_ON = (
+    "metric_for_best_model",
+    "greater_is_better",
+    "lr_quadratic_warmup",
+    "jagged_restart_steps",
+    "jagged_restart_warmup_steps",
+    "jagged_restart_anneal_steps",
+)
 # Keys that axolotl refuses beside `rl` -> what they become.
 LOWERED = {
     "sample_packing": "edpo_sample_packing",
@@ -143,6 +165,21 @@ def lowered_packing(recipe: Mapping[str, Any]) -> dict[str, Any]:
                 f"disagree: remove `{name}`"
             )
     return lowered
+
+
+def handed_on(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Training arguments that axolotl leaves out of preference training.
+
+    Args:
+        recipe: The recipe, validated.
+    """
+    told = {key: recipe[key] for key in HANDED_ON if recipe.get(key) is not None}
+    best = recipe.get("load_best_model_at_end") or recipe.get("early_stopping_patience")
+    if best:
+        told["load_best_model_at_end"] = True
+    if recipe.get("curriculum_sampling"):
+        told["train_sampling_strategy"] = "sequential"
+    return told
 
 
 def check_foreign_recipe(recipe: Mapping[str, Any]) -> None:

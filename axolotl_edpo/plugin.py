@@ -29,6 +29,7 @@ from .args import (
     PREFIX,
     check_foreign_recipe,
     check_recipe,
+    handed_on,
     lowered_packing,
 )
 
@@ -76,11 +77,12 @@ class EDPOPlugin(BasePlugin):
         """What TRL and transformers are told otherwise than the recipe says.
 
         TRL 1.9 switches its own `padding_free` off with a warning; rows are laid by
-        `PairCollator`. And a recipe with `bf16: true` may run without an accelerator.
+        `PairCollator`. axolotl does not hand on all that TRL takes. And a recipe with
+        `bf16: true` may run without an accelerator.
         """
         if cfg.trainer_cls != TRAINER:
             return {}
-        told: dict = {"padding_free": False}
+        told: dict = {"padding_free": False, **handed_on(cfg)}
         return told if _has_accelerator() else told | {"use_cpu": True}
 
     def pre_model_load(self, cfg) -> None:
@@ -96,6 +98,19 @@ class EDPOPlugin(BasePlugin):
 
             check_recipe_model(cfg)
             set_seed(42 if cfg.seed is None else cfg.seed)  # 42: transformers'
+
+    def add_callbacks_post_trainer(self, cfg, trainer) -> list:
+        """What ends a run early, which axolotl adds to supervised training only."""
+        callbacks: list = []
+        if cfg.trainer_cls == TRAINER and cfg.early_stopping_patience:
+            from transformers import EarlyStoppingCallback
+
+            callbacks.append(EarlyStoppingCallback(cfg.early_stopping_patience))
+        if cfg.trainer_cls == TRAINER and cfg.loss_watchdog_threshold is not None:
+            from axolotl.utils.callbacks import LossWatchDogCallback
+
+            callbacks.append(LossWatchDogCallback(cfg))
+        return callbacks
 
     def post_trainer_create(self, cfg, trainer) -> None:
         """Points auto-resume at the newest checkpoint whose save came to its end."""

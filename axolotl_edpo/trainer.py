@@ -147,6 +147,9 @@ class EDPOTrainer(PairFeed):
         if continued:
             self._settle_reference_adapter(evaluating=peft_config is None)
         self._refuse_unsupported_model()
+        if self.args.disable_dropout:
+            for lm in self._models():
+                backbone.disable_attention_dropout(lm)
         self._reads_head = True
         self._start_feed(rows, self._models())
         self.controller = BetaController(
