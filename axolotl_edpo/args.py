@@ -45,6 +45,13 @@ UNSUPPORTED = {
     "do_causal_lm_eval": SUPERVISED,
     "generate_samples": SUPERVISED,
 }
+# What only a GPU can do -> what to set where there is none.
+NEEDS_GPU = {
+    "fp16": "set `bf16: true` (`auto` becomes fp16)",
+    "float16": "set `bf16: true`",
+    "activation_offloading": "remove it",
+    "profiler_steps": "remove it",
+}
 # Keys that axolotl gives to supervised training only, though TRL's trainer takes them.
 HANDED_ON = (
     "metric_for_best_model",
@@ -165,6 +172,20 @@ def lowered_packing(recipe: Mapping[str, Any]) -> dict[str, Any]:
                 f"disagree: remove `{name}`"
             )
     return lowered
+
+
+def check_without_gpu(recipe: Mapping[str, Any]) -> None:
+    """Refuses what the machine cannot do, in a recipe for a machine without a GPU.
+
+    Args:
+        recipe: The recipe, validated: there `bf16: auto` is decided.
+
+    Raises:
+        ValueError: Names the first such key.
+    """
+    for key, remedy in NEEDS_GPU.items():
+        if recipe.get(key):
+            raise ValueError(f"`{key}: {recipe[key]}` needs a GPU: {remedy}")
 
 
 def handed_on(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from .args import (
     PREFIX,
     check_foreign_recipe,
     check_recipe,
+    check_without_gpu,
     handed_on,
     lowered_packing,
 )
@@ -86,7 +87,7 @@ class EDPOPlugin(BasePlugin):
         return told if _has_accelerator() else told | {"use_cpu": True}
 
     def pre_model_load(self, cfg) -> None:
-        """Refuses a model that cannot be packed, where the recipe asks for it.
+        """Refuses what this machine or this model cannot do.
 
         Then sets the seed: what is drawn while a model is loaded (an adapter, rows for
         new tokens) is the same for policy and reference, on every rank, in every run.
@@ -96,6 +97,8 @@ class EDPOPlugin(BasePlugin):
 
             from .rows import check_recipe_model
 
+            if not _has_accelerator():
+                check_without_gpu(cfg)
             check_recipe_model(cfg)
             set_seed(42 if cfg.seed is None else cfg.seed)  # 42: transformers'
 

@@ -28,7 +28,7 @@ HEAD = """\
 Made by `python tests/matrix.py` from the cells that `make test` runs: tiny models,
 axolotl's own config loading, data loading and train loop, one or two optimizer steps,
 two CPU cores. "Works" is a test that passed, "refused" a test that got the message, and
-"untested" says what hardware it would take. axolotl {axolotl}, TRL {trl}.
+"untested" says what it would take. axolotl {axolotl}, TRL {trl}.
 """
 
 

@@ -38,6 +38,8 @@ from transformers import SchedulerType
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.training_args import OptimizerNames
 
+from axolotl_edpo import plugin
+
 TITLE = "Training options"
 INTRO = """
 Dropout is off in policy and reference, as in TRL's DPO: `lora_dropout` and a model's
@@ -85,7 +87,7 @@ class Option(Cell):
         steps: Optimizer steps, unless `keys` say.
     """
 
-    shows: Callable[[Any], None] = lambda run: None
+    shows: Callable[[Any], None] | None = None
     steps: int = 2
 
 
@@ -98,28 +100,33 @@ def optimizer(value: str, made: str = "", **rest) -> Optimizer:
     return Optimizer(name, keys, value=value, made=made, **rest)
 
 
+def all_make(made: str, *values: str) -> list[Optimizer]:
+    return [
+        optimizer(v, made, note=UNPAGED if v.startswith("paged") else "")
+        for v in values
+    ]
+
+
 def lacks(package: str, *values: str) -> list[Optimizer]:
     """Optimizers of a package that axolotl does not install by itself."""
     return [optimizer(v, untested=f"the package {package}") for v in values]
 
 
+UNPAGED = "Run on a CPU, where bitsandbytes has no pages."
 AO = "axolotl takes the name but has no such optimizer; "
 OPTIMIZERS = [
-    *(optimizer(v, "AdamW") for v in ("adamw_torch", "adamw_torch_fused")),
+    *all_make("AdamW", "adamw_torch", "adamw_torch_fused"),
+    *all_make("AdamW", "adamw_8bit", "adamw_bnb_8bit"),
+    *all_make("AdamW", "paged_adamw_8bit", "paged_adamw_32bit"),
     optimizer("adamw_torch_4bit", "AdamW4bit"),
     optimizer("adamw_torch_8bit", "AdamW8bit"),
     optimizer("ao_adamw_fp8", "AdamWFp8"),
-    *(optimizer(v, "AdamW") for v in ("adamw_8bit", "adamw_bnb_8bit")),
-    *(optimizer(v, "AdamW") for v in ("paged_adamw_8bit", "paged_adamw_32bit")),
-    *(optimizer(v, "AdEMAMix") for v in ("ademamix", "ademamix_8bit")),
-    *(
-        optimizer(v, "AdEMAMix")
-        for v in ("paged_ademamix_8bit", "paged_ademamix_32bit")
-    ),
-    *(optimizer(v, "Lion") for v in ("lion_8bit", "lion_32bit")),
-    *(optimizer(v, "Lion") for v in ("paged_lion_8bit", "paged_lion_32bit")),
-    *(optimizer(v, "RMSprop") for v in ("rmsprop", "rmsprop_bnb")),
-    *(optimizer(v, "RMSprop") for v in ("rmsprop_bnb_8bit", "rmsprop_bnb_32bit")),
+    *all_make("AdEMAMix", "ademamix", "ademamix_8bit"),
+    *all_make("AdEMAMix", "paged_ademamix_8bit", "paged_ademamix_32bit"),
+    *all_make("Lion", "lion_8bit", "lion_32bit"),
+    *all_make("Lion", "paged_lion_8bit", "paged_lion_32bit"),
+    *all_make("RMSprop", "rmsprop"),
+    *all_make("RMSprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"),
     optimizer("adafactor", "Adafactor"),
     optimizer("adagrad", "Adagrad"),
     optimizer("sgd", "SGD"),
@@ -364,7 +371,7 @@ OFFLOADING = [
             f"`activation_offloading: {value}`",
             keys={"activation_offloading": value},
             untested=GPU,
-            note="Beside `rl` axolotl does what it does for `true`.",
+            note="TRL's DPO knows one way only, that of `true`.",
         )
         for value in ("legacy", "disk", "hidden_states")
     ),
@@ -435,16 +442,10 @@ def test_attention_dropout_of_a_model_is_off(recipe, tmp_path, plain, adapter):
 
 # --- precision, attention, compiler --------------------------------------------------
 
-UNFUSED = "On a CPU the package or the kernel is missing."
 COMPUTING = [
     Cell("`bf16: true`", {"bf16": True}),
     Cell("`bf16: false`", {"bf16": False}),
-    Cell(
-        "`bf16: auto`, `fp16: true`, `float16: true`",
-        {"bf16": "auto"},
-        untested=GPU,
-        note="Without a GPU `auto` is fp16, which `rl: dpo` cannot train there either.",
-    ),
+    Cell("`bf16: auto`, `fp16`, `float16`", {"bf16": "auto"}, untested=GPU),
     Cell("`tf32: true`", {"tf32": True}, untested="an Ampere GPU"),
     Cell("`fp8: true`", {"fp8": True}, untested="a Hopper GPU"),
     Cell("`attn_implementation: sdpa`", {"attn_implementation": "sdpa"}),
@@ -791,7 +792,6 @@ OPTIONS = [
         {"dynamic_checkpoint": {"enabled": True, "check_interval": 1}},
         shows=shows_trigger,
     ),
-    Option("`strict: true`", {"strict": True}),
     Option("model card", shows=shows_card),
     Option("`use_tensorboard`", {"use_tensorboard": True}, shows=shows_tensorboard),
     Option(
@@ -919,6 +919,35 @@ def test_what_would_do_nothing_is_refused(cell, recipe, tmp_path):
     matrix.assert_cell(cell, tmp_path, recipe(**cell.keys))
 
 
+def without_gpu(name: str, note: str, **keys) -> Cell:
+    key = next(iter(keys))
+    message = rf"`{key}: {keys[key]}` needs a GPU: \w+"
+    return Cell(f"{name} without a GPU", keys, refused=message, note=note)
+
+
+STOPS = "`rl: dpo` stops there with an error of torch's or TRL's."
+WITHOUT_GPU = [
+    without_gpu(
+        "`bf16: auto`, `fp16`, `float16`",
+        "`auto` becomes fp16 there: say `bf16: true`. " + STOPS,
+        fp16=True,
+    ),
+    without_gpu(
+        "`activation_offloading`",
+        STOPS,
+        activation_offloading=True,
+        gradient_checkpointing=True,
+    ),
+    without_gpu("`profiler_steps`", STOPS, profiler_steps=1),
+]
+
+
+@matrix.cells(WITHOUT_GPU)
+def test_what_needs_a_gpu_is_refused_without_one(cell, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(plugin, "_has_accelerator", lambda: False)
+    matrix.assert_cell(cell, tmp_path, recipe(**cell.keys))
+
+
 # --- nothing forgotten ---------------------------------------------------------------
 
 CELLS: list[Cell] = [
@@ -935,6 +964,7 @@ CELLS: list[Cell] = [
     RESUME,
     *OUTSIDE,
     *REFUSED,
+    *WITHOUT_GPU,
 ]
 
 
