@@ -91,6 +91,28 @@ class Option(Cell):
     steps: int = 2
 
 
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """16 pairs to train on and 4 to evaluate."""
+    folder = tmp_path_factory.mktemp("few")
+    return {
+        "train": tiny.dataset(tiny.save_pairs(folder / "train.jsonl", 16)),
+        "eval": tiny.dataset(tiny.save_pairs(folder / "eval.jsonl", 4, seed=1)),
+        "prepared": str(folder / "prepared"),
+    }
+
+
+@pytest.fixture
+def recipe(recipe, few):
+    """As everywhere, with an epoch of four steps of four pairs."""
+    return functools.partial(
+        recipe,
+        datasets=few["train"],
+        dataset_prepared_path=few["prepared"],
+        gradient_accumulation_steps=1,
+    )
+
+
 # --- optimizers --------------------------------------------------------------------
 
 
@@ -314,8 +336,8 @@ def test_a_schedule_sets_the_rates(cell, recipe, tmp_path):
 
 
 @matrix.cells(FOLLOWED)
-def test_a_schedule_follows_the_evaluation(cell, recipe, parts, tmp_path):
-    keys = recipe(**cell.keys, max_steps=4, **evaluated(parts, 1))
+def test_a_schedule_follows_the_evaluation(cell, recipe, few, tmp_path):
+    keys = recipe(**cell.keys, max_steps=4, test_datasets=few["eval"], eval_steps=1)
     trainer = tiny.train(tmp_path, keys)
     best, rates = math.inf, [1.0]
     for entry in tiny.logs(trainer, "eval_loss")[1:]:  # the first: before training
@@ -397,14 +419,16 @@ def train_counting(folder: Path, keys: dict) -> tuple[Any, int]:
 
 
 @pytest.fixture(scope="module")
-def plain(parts, tmp_path_factory):
+def plain(parts, few, tmp_path_factory):
     """Two steps without any option: its trainer and layer calls, full or LoRA."""
 
     @functools.cache
     def run(adapter: str | None) -> tuple[Any, int]:
         folder = tmp_path_factory.mktemp("plain")
-        keys = tiny.recipe(folder, parts["model"], parts["pairs"], max_steps=2)
-        return train_counting(folder, keys | (LORA if adapter else {}))
+        keys = dict(max_steps=2, gradient_accumulation_steps=1, datasets=few["train"])
+        keys |= LORA if adapter else {}
+        made = tiny.recipe(folder, parts["model"], parts["pairs"], **keys)
+        return train_counting(folder, made)
 
     return run
 
@@ -507,10 +531,6 @@ def test_every_attention_of_the_schema_has_a_cell():
 # --- one option each -----------------------------------------------------------------
 
 
-def evaluated(parts: dict, steps: int) -> dict:
-    return {"test_datasets": tiny.dataset(parts["eval"]), "eval_steps": steps}
-
-
 def checkpoints(run: Any) -> list[int]:
     return sorted(int(p.name.split("-")[1]) for p in run.out.glob("checkpoint-*"))
 
@@ -586,12 +606,12 @@ def shows_early_stop(run: Any) -> None:
 
 def shows_logs(run: Any) -> None:
     assert [e["step"] for e in tiny.logs(run.trainer)] == [1, 2, 4]
-    assert tiny.logs(run.trainer)[-1]["kl/avg_steps"] * 16 % 1 == 0  # of two steps
+    assert tiny.logs(run.trainer)[-1]["kl/avg_steps"] * 8 % 1 == 0  # of two steps
 
 
 def shows_order(run: Any) -> None:
     sampler = run.trainer._get_train_sampler()
-    assert [*sampler] == [*range(40)]
+    assert [*sampler] == [*range(16)]
 
 
 def shows_counts(run: Any) -> None:
@@ -678,13 +698,13 @@ OPTIONS = [
     ),
     Option(
         "`num_epochs`",
-        {"num_epochs": 0.4, "max_steps": None},
+        {"num_epochs": 0.5, "max_steps": None},
         shows=lambda run: assert_equal(run.trainer.state.global_step, 2),
     ),
     Option(
         "`save_strategy: epoch`",
         {"save_strategy": "epoch", "num_epochs": 1, "max_steps": None},
-        shows=shows_checkpoints(5),
+        shows=shows_checkpoints(4),
     ),
     Option(
         "`save_strategy: steps`, `save_steps`, `save_total_limit`",
@@ -695,7 +715,7 @@ OPTIONS = [
     Option(
         "`saves_per_epoch`",
         {"saves_per_epoch": 2, "save_strategy": None, "max_steps": None},
-        shows=shows_checkpoints(3, 5),
+        shows=shows_checkpoints(2, 4),
     ),
     Option("`save_strategy: no`", {"save_strategy": "no"}, shows=shows_checkpoints()),
     Option(
@@ -750,18 +770,18 @@ OPTIONS = [
     Option(
         "`eval_strategy: epoch`",
         {"eval": None, "eval_strategy": "epoch", "max_steps": None},
-        shows=shows_evaluations(0, 5),
+        shows=shows_evaluations(0, 4),
         note="axolotl evaluates before the first step as well.",
     ),
     Option(
         "`evals_per_epoch`",
         {"eval": None, "evals_per_epoch": 2, "max_steps": None},
-        shows=shows_evaluations(0, 3, 5),
+        shows=shows_evaluations(0, 2, 4),
     ),
     Option(
         "`val_set_size`",
-        {"val_set_size": 0.2, "eval_steps": 1},
-        shows=lambda run: assert_equal(len(run.trainer.eval_dataset), 8),
+        {"val_set_size": 0.25, "eval_steps": 1},
+        shows=lambda run: assert_equal(len(run.trainer.eval_dataset), 4),
     ),
     Option(
         "`curriculum_sampling`",
@@ -831,7 +851,7 @@ def assert_equal(a: Any, b: Any) -> None:
 
 
 @pytest.fixture
-def run(recipe, parts, tmp_path, monkeypatch):
+def run(recipe, few, tmp_path, monkeypatch):
     """Trains an option's recipe; `eval: N` is an evaluation set, every N steps."""
     collections = []
     collect = gc.collect
@@ -840,7 +860,7 @@ def run(recipe, parts, tmp_path, monkeypatch):
     def start(option: Option) -> Any:
         keys = {"max_steps": option.steps, **option.keys}
         if "eval" in keys:
-            keys |= evaluated(parts, keys.pop("eval"))
+            keys |= {"test_datasets": few["eval"], "eval_steps": keys.pop("eval")}
         out = tmp_path / "out"
         if "dynamic_checkpoint" in keys:
             out.mkdir()
