@@ -91,6 +91,14 @@ class Option(Cell):
     steps: int = 2
 
 
+@pytest.fixture(autouse=True)
+def what_a_test_left_is_never_garbage():
+    """axolotl collects garbage several times a run, here among a hundred runs."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
     """16 pairs to train on and 4 to evaluate."""
