@@ -18,8 +18,9 @@ from .loss_types import LossSettings
 PREFIX = "edpo_"
 BETA_KEYS = ("beta", "rl_beta", "dpo_beta", "trl.beta")
 
+SUPERVISED = "remove it: axolotl gives it to supervised training only"
 # Recipe keys that would change the loss or the batch in a way this version does not
-# compute: key -> what to set instead.
+# compute, or that would do nothing: key -> what to set instead.
 UNSUPPORTED = {
     "precompute_ref_log_probs": "remove it: ε-DPO needs the reference's logits over "
     "the whole vocabulary, not two log-probabilities",
@@ -37,7 +38,18 @@ UNSUPPORTED = {
     "preferences adds later",
     "lora_qkv_kernel": "remove it, as `lora_mlp_kernel`",
     "lora_o_kernel": "remove it, as `lora_mlp_kernel`",
-    "relora": "remove it: axolotl restarts no adapter beside `rl`",
+    "neftune_noise_alpha": "remove it: its noise would count as distance from the "
+    "reference",
+    "noisy_embedding_alpha": "remove it: its noise would count as distance from the "
+    "reference",
+    "group_by_length": "set `sample_packing: true`, which needs no padding at all",
+    "auto_find_batch_size": "set `micro_batch_size` to what fits",
+    "relora": SUPERVISED,
+    "lisa_step_interval": SUPERVISED,
+    "layer_offloading": SUPERVISED,
+    "do_bench_eval": SUPERVISED,
+    "do_causal_lm_eval": SUPERVISED,
+    "generate_samples": SUPERVISED,
 }
 # Options of an entry of `datasets:` that axolotl ignores beside `rl`, though they would
 # change the pairs -> what to do instead. Those before `shards` are of chat templates.
@@ -57,6 +69,22 @@ FIELDS = {
     "field_chosen": "chosen",
     "field_rejected": "rejected",
 }
+# What only a GPU can do -> what to set where there is none.
+NEEDS_GPU = {
+    "fp16": "set `bf16: true` (`auto` becomes fp16)",
+    "float16": "set `bf16: true`",
+    "activation_offloading": "remove it",
+    "profiler_steps": "remove it",
+}
+# Keys that axolotl gives to supervised training only, though TRL's trainer takes them.
+HANDED_ON = (
+    "metric_for_best_model",
+    "greater_is_better",
+    "lr_quadratic_warmup",
+    "jagged_restart_steps",
+    "jagged_restart_warmup_steps",
+    "jagged_restart_anneal_steps",
+)
 # Keys that axolotl refuses beside `rl` -> what they become.
 LOWERED = {
     "sample_packing": "edpo_sample_packing",
@@ -177,6 +205,37 @@ def lowered_packing(recipe: Mapping[str, Any]) -> dict[str, Any]:
                 f"disagree: remove `{name}`"
             )
     return lowered
+
+
+def check_without_gpu(recipe: Mapping[str, Any]) -> None:
+    """Refuses what the machine cannot do, in a recipe for a machine without a GPU.
+
+    Args:
+        recipe: The recipe, validated: there `bf16: auto` is decided.
+
+    Raises:
+        ValueError: Names the first such key.
+    """
+    for key, remedy in NEEDS_GPU.items():
+        if recipe.get(key):
+            raise ValueError(f"`{key}: {recipe[key]}` needs a GPU: {remedy}")
+
+
+def handed_on(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Training arguments that axolotl leaves out of preference training.
+
+    Args:
+        recipe: The recipe, validated.
+    """
+    told = {key: recipe[key] for key in HANDED_ON if recipe.get(key) is not None}
+    best = recipe.get("load_best_model_at_end") or recipe.get("early_stopping_patience")
+    if best:
+        told["load_best_model_at_end"] = True
+    if (trl := recipe.get("trl")) and trl.get("sync_ref_model"):
+        told |= {key: trl[key] for key in MOVING if trl.get(key) is not None}
+    if recipe.get("curriculum_sampling"):
+        told["train_sampling_strategy"] = "sequential"
+    return told
 
 
 def check_foreign_recipe(recipe: Mapping[str, Any]) -> None:

@@ -56,6 +56,13 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
 
 
+def disable_attention_dropout(lm: PreTrainedModel) -> None:
+    """What TRL's `disable_dropout` leaves: attention's is a number, not a module."""
+    for module in lm.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
 @contextmanager
 def reference_adapter(model: nn.Module) -> Iterator[None]:
     """Within it, a PEFT model computes its reference; others are left alone."""

@@ -29,10 +29,11 @@ except ImportError:
 from .args import (
     LIGER,
     LOWERED,
-    MOVING,
     PREFIX,
     check_foreign_recipe,
     check_recipe,
+    check_without_gpu,
+    handed_on,
     lowered_packing,
 )
 
@@ -85,18 +86,16 @@ class EDPOPlugin(BasePlugin):
         """What TRL and transformers are told otherwise than the recipe says.
 
         TRL 1.9 switches its own `padding_free` off with a warning; rows are laid by
-        `PairCollator`. axolotl hands a reference that moves to GRPO only. And a recipe
-        with `bf16: true` may run without an accelerator.
+        `PairCollator`. axolotl does not hand on all that TRL takes. And a recipe with
+        `bf16: true` may run without an accelerator.
         """
         if cfg.trainer_cls != TRAINER:
             return {}
-        told: dict = {"padding_free": False}
-        if cfg.trl and cfg.trl.sync_ref_model:
-            told |= {key: cfg.trl[key] for key in MOVING if cfg.trl[key] is not None}
+        told: dict = {"padding_free": False, **handed_on(cfg)}
         return told if _has_accelerator() else told | {"use_cpu": True}
 
     def pre_model_load(self, cfg) -> None:
-        """Refuses a model that cannot be packed, where the recipe asks for it.
+        """Refuses what this machine or this model cannot do.
 
         Then sets the seed: what is drawn while a model is loaded (an adapter, rows for
         new tokens) is the same for policy and reference, on every rank, in every run.
@@ -106,8 +105,23 @@ class EDPOPlugin(BasePlugin):
 
             from .rows import check_recipe_model
 
+            if not _has_accelerator():
+                check_without_gpu(cfg)
             check_recipe_model(cfg)
             set_seed(42 if cfg.seed is None else cfg.seed)  # 42: transformers'
+
+    def add_callbacks_post_trainer(self, cfg, trainer) -> list:
+        """What ends a run early, which axolotl adds to supervised training only."""
+        callbacks: list = []
+        if cfg.trainer_cls == TRAINER and cfg.early_stopping_patience:
+            from transformers import EarlyStoppingCallback
+
+            callbacks.append(EarlyStoppingCallback(cfg.early_stopping_patience))
+        if cfg.trainer_cls == TRAINER and cfg.loss_watchdog_threshold is not None:
+            from axolotl.utils.callbacks import LossWatchDogCallback
+
+            callbacks.append(LossWatchDogCallback(cfg))
+        return callbacks
 
     def post_trainer_create(self, cfg, trainer) -> None:
         """Points auto-resume at the newest checkpoint whose save came to its end."""

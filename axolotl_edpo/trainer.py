@@ -150,19 +150,7 @@ class EDPOTrainer(PairFeed):
         )
         if continued:
             self._settle_reference_adapter(evaluating=peft_config is None)
-        if isinstance(self.model, PeftModel):
-            # axolotl ends by saving the model below the adapter as well: a copy of
-            # `base_model` under names nothing reads, which fails where weights are tied
-            below: Any = backbone.causal_lm(self.model)
-            below.save_pretrained = self.model.save_pretrained
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            raise ValueError(
-                "`unfrozen_parameters` matches no weight: give each from the start of "
-                "its name, as in `model.layers.1.`"
-            )
-        if self.aux_loss_enabled:
-            lm = backbone.causal_lm(self.model)
-            self.aux_loss_enabled: bool = has_router_loss(lm)
+        self._settle_models()
         self._reads_head = True
         self._start_feed(rows, self._models())
         self.controller = BetaController(
@@ -180,6 +168,29 @@ class EDPOTrainer(PairFeed):
         self.model_accepts_loss_kwargs = True
         self._new_tokens = 0
         self._means = {"train": WeightedMeans(), "eval": WeightedMeans()}
+
+    def _settle_models(self) -> None:
+        """What axolotl and TRL leave open in policy and reference.
+
+        Raises:
+            ValueError: If nothing trains, or a router loss is not known.
+        """
+        if isinstance(self.model, PeftModel):
+            # axolotl ends by saving the model below the adapter as well: a copy of
+            # `base_model` under names nothing reads, which fails where weights are tied
+            below: Any = backbone.causal_lm(self.model)
+            below.save_pretrained = self.model.save_pretrained
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "`unfrozen_parameters` matches no weight: give each from the start of "
+                "its name, as in `model.layers.1.`"
+            )
+        if self.aux_loss_enabled:
+            lm = backbone.causal_lm(self.model)
+            self.aux_loss_enabled: bool = has_router_loss(lm)
+        if self.args.disable_dropout:
+            for lm in self._models():
+                backbone.disable_attention_dropout(lm)
 
     @staticmethod
     def _base_reference(

@@ -34,9 +34,9 @@ def imports_are_never_garbage():
     gc.unfreeze()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def what_a_module_left_is_never_garbage():
-    """Modules are imported as they are first used, also by tests."""
+@pytest.fixture(autouse=True)
+def what_a_test_left_is_never_garbage():
+    """axolotl collects garbage several times a run, here among hundreds of runs."""
     yield
     gc.collect()
     gc.freeze()

@@ -21,14 +21,14 @@ import tiny
 TESTS = Path(__file__).parent
 DOCUMENT = TESTS.parent / "docs" / "compatibility.md"
 # In the order of the document.
-AREAS = ("models", "adapters", "losses", "data", "examples")
+AREAS = ("models", "adapters", "losses", "data", "training", "examples")
 HEAD = """\
 # What works with `rl: edpo`
 
 Made by `python tests/matrix.py` from the cells that `make test` runs: tiny models,
 axolotl's own config loading, data loading and train loop, one or two optimizer steps,
 two CPU cores. "Works" is a test that passed, "refused" a test that got the message, and
-"untested" says what hardware it would take. axolotl {axolotl}, TRL {trl}.
+"untested" says what it would take. axolotl {axolotl}, TRL {trl}.
 """
 
 

@@ -55,6 +55,9 @@ WRONG = [
         {"accelerator_config": {"dispatch_batches": True}},
         "`accelerator_config.dispatch_batches: True`.*remove it",
     ),
+    ({"neftune_noise_alpha": 5.0}, r"`neftune_noise_alpha: 5.0`.*noise.*reference"),
+    ({"group_by_length": True}, r"`group_by_length: True`.*`sample_packing: true`"),
+    ({"relora": True}, r"`relora: True`.*remove it.*supervised training only"),
     ({"orpo_alpha": 0.1}, r"`orpo_alpha: 0.1`.*take it for `beta`"),
     ({"peft_init_lora_weights": "pissa"}, r"`peft_init_lora_weights: pissa`"),
     ({"peft": {"loftq_config": {"loftq_bits": 4}}}, r"`peft.loftq_config: set`"),
@@ -108,7 +111,7 @@ WRONG = [
         r"`rl_adapter_ref_model: True`.*own start",
     ),
     ({"lora_mlp_kernel": True}, r"`lora_mlp_kernel: True`.*adapter.*later"),
-    ({"relora": True}, r"`relora: True`.*restarts no adapter"),
+    ({"relora": True}, r"`relora: True`.*supervised training only"),
     ({"adapter": "llama-adapter"}, r"`adapter: llama-adapter`.*`adapter: lora`"),
     ({"adapter": "lora", "load_in_4bit": True}, r"`load_in_4bit: True`.*qlora"),
     (
@@ -146,6 +149,7 @@ def test_a_wrong_recipe_is_one_line_with_key_value_and_remedy(keys, message):
         ({"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}, None),
         ({"fsdp_config": {"version": 2}}, None),
         ({"use_ray": True, "ray_num_workers": 4, "ddp": True}, None),
+        ({"group_by_length": False, "early_stopping_patience": 3}, None),
         ({"dpo_loss_type": "sigmoid", "dpo_label_smoothing": 0.1}, None),
     ],
 )

@@ -8,6 +8,8 @@ import inspect
 import re
 
 import pytest
+from axolotl.core.builders.base import TrainerBuilderBase
+from axolotl.core.builders.causal import HFCausalTrainerBuilder
 from axolotl.core.builders.rl import HFRLTrainerBuilder
 from axolotl.core.trainers.dpo import DPOStrategy
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
@@ -25,8 +27,9 @@ from trl import DPOConfig, DPOTrainer
 from trl.data_utils import is_conversational
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import disable_dropout_in_model
 
-from axolotl_edpo.args import FIELDS, IGNORED, MOVING
+from axolotl_edpo.args import FIELDS, HANDED_ON, IGNORED, MOVING
 from axolotl_edpo.loss_types import LOSSES, REFUSED, SFT
 
 
@@ -51,9 +54,24 @@ def test_the_plugin_hooks_exist():
         "register",
         "get_input_args",
         "get_training_args",
+        "add_callbacks_post_trainer",
         "post_trainer_create",
     ):
         assert hasattr(BasePlugin, name), f"plugin.py: {name}"
+
+
+def test_axolotl_hands_these_keys_to_supervised_training_only():
+    given = source(HFCausalTrainerBuilder)
+    for key in (*HANDED_ON, "early_stopping_patience", "loss_watchdog_threshold"):
+        assert f"cfg.{key}" in given, f"args.py: {key}"
+        for builder in (HFRLTrainerBuilder, TrainerBuilderBase):
+            assert f"cfg.{key}" not in source(builder), f"args.py: {key} is superfluous"
+
+
+def test_trl_switches_modules_of_dropout_off_and_no_numbers():
+    text = source(disable_dropout_in_model)
+    assert "isinstance(module, torch.nn.Dropout)" in text, "backbone.py: dropout"
+    assert "attention_dropout" not in text, "backbone.py: dropout is superfluous"
 
 
 def test_auto_resume_is_decided_after_the_trainer_is_made():
