@@ -5,6 +5,7 @@ here until it has a cell.
 """
 
 import functools
+import gc
 import inspect
 import json
 import math
