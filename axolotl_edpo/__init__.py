@@ -14,6 +14,8 @@ Files, in reading order:
     backbone.py    hidden states and heads of policy and reference
     metrics.py     weighted means, reduced over ranks once per log
     checkpoint.py  which checkpoint directories are complete
+    pairs.py       pairs that cannot be trained on, or teach nothing
+    guard.py       numbers that are not finite stop a run
     rows.py        how a recipe wants its rows, and whether its model can
     feed.py        the trainer's data side: every pair once, in rows
     trainer.py     the walk from a batch to the loss

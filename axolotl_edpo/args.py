@@ -6,7 +6,9 @@ would not train as written, in one line that names key, value and remedy.
 """
 
 import difflib
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
@@ -36,6 +38,14 @@ UNSUPPORTED = {
 LOWERED = {
     "sample_packing": "edpo_sample_packing",
     "eval_sample_packing": "edpo_eval_sample_packing",
+}
+# Keys that name a file, or a directory: a file in it, and a remedy.
+FILES = {
+    "base_model": ("config.json", "name a folder with a model, or one on the hub"),
+    "lora_model_dir": ("adapter_config.json", "name the folder of a saved adapter"),
+    "resume_from_checkpoint": ("", "name a checkpoint, or remove it to start anew"),
+    "deepspeed": ("", "`axolotl fetch deepspeed_configs` gets those of axolotl"),
+    "chat_template_jinja": ("", "a template would have `{`, this is taken for a file"),
 }
 # Keys that split a model or a sequence: allowed up to 1.
 SPLITTING = (
@@ -98,6 +108,29 @@ class EDPOArgs(BaseModel):
     )
 
 
+class Numbers(BaseModel):
+    """axolotl's own numbers that it takes as they are, in the bounds that train."""
+
+    learning_rate: Number | None = Field(None, ge=0, description="Of the optimizer")
+    num_epochs: Number | None = Field(None, gt=0, description="Times over the data")
+    micro_batch_size: int | None = Field(None, gt=0, description="Pairs at once")
+    gradient_accumulation_steps: int | None = Field(
+        None, gt=0, description="Micro-batches of an optimizer step"
+    )
+    sequence_len: int | None = Field(
+        None, gt=0, description="Tokens of a prompt and an answer, at most"
+    )
+    val_set_size: Number | None = Field(
+        None, ge=0, description="Share of the pairs that evaluate, or their number"
+    )
+    logging_steps: Number | None = Field(None, gt=0, description="Steps between logs")
+    save_steps: Number | None = Field(None, ge=0, description="Steps between saves")
+    lora_r: int | None = Field(None, gt=0, description="Rank of the adapter")
+    lora_dropout: Number | None = Field(
+        None, ge=0, le=1, description="Probability of the adapter's dropout"
+    )
+
+
 def check_recipe(recipe: Mapping[str, Any]) -> float | None:
     """Refuses a recipe with `rl: edpo` that would not train as written.
 
@@ -116,11 +149,16 @@ def check_recipe(recipe: Mapping[str, Any]) -> float | None:
     own = {key: recipe[key] for key in EDPOArgs.model_fields if key in recipe}
     own = {key: value for key, value in own.items() if value is not None}
     _check_values({**own, "beta": beta})
+    _check_values(recipe, model=Numbers)
     _check_unsupported(recipe)
+    _check_precision(recipe)
     _check_adapter(recipe)
     _check_sharing(recipe)
     _check_fsdp(recipe)
     _check_ray(recipe)
+    _check_new_adapter(recipe)
+    _check_datasets(recipe)
+    _check_files(recipe)
     return None if beta is None else float(beta)
 
 
@@ -143,6 +181,49 @@ def lowered_packing(recipe: Mapping[str, Any]) -> dict[str, Any]:
                 f"disagree: remove `{name}`"
             )
     return lowered
+
+
+def misspelt(recipe: Mapping[str, Any], known: Collection[str]) -> list[str]:
+    """Finds keys that axolotl would ignore and that are nearly a key it knows.
+
+    Args:
+        recipe: The YAML, not yet validated.
+        known: All keys of axolotl and of the recipe's plugins. Keys that begin with
+            `_` or `x-` are nobody's: they hold YAML anchors.
+
+    Returns:
+        A line for each key that could be another one, misspelt.
+
+    Raises:
+        ValueError: If a key is certainly another one: a single letter is missing, too
+            many or wrong, or two are swapped, and that other one is not there itself.
+    """
+    lines = []
+    for key in map(str, recipe):
+        if key in known or key.startswith(("_", "x-")):
+            continue
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+        if not near:
+            continue
+        if _one_slip(key, near[0]) and near[0] not in recipe:
+            raise ValueError(
+                f"`{key}: {recipe[key]}` is not an option of axolotl: did you mean "
+                f"`{near[0]}`?"
+            )
+        lines.append(
+            f"`{key}: {recipe[key]}` is not an option of axolotl and has no effect: "
+            f"did you mean `{near[0]}`?"
+        )
+    return lines
+
+
+def _one_slip(a: str, b: str) -> bool:
+    """Whether two different words differ by one letter, or by two that are swapped."""
+    a, b = (word.lower().replace("-", "_") for word in (a, b))
+    same = len(os.path.commonprefix([a, b]))
+    a, b = a[same:], b[same:]
+    swapped = a[:2] == b[1::-1] and a[2:] == b[2:]
+    return swapped or a[1:] in (b, b[1:]) or a == b[1:]
 
 
 def check_foreign_recipe(recipe: Mapping[str, Any]) -> None:
@@ -188,14 +269,18 @@ def _common_beta(recipe: Mapping[str, Any]) -> Any:
     return next(iter(given.values()), None)
 
 
-def _check_values(values: Mapping[str, Any], name: str | None = None) -> None:
+def _check_values(
+    values: Mapping[str, Any],
+    name: str | None = None,
+    model: type[BaseModel] = EDPOArgs,
+) -> None:
     """Validates options; pydantic's report becomes one line."""
     try:
-        EDPOArgs.model_validate(dict(values))
+        model.model_validate(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])
-        description = EDPOArgs.model_fields[key].description
+        description = model.model_fields[key].description
         written = {lowered: key for key, lowered in LOWERED.items()}.get(key, key)
         raise ValueError(
             f"`{name or written}: {first['input']}`: {first['msg']}. {description}."
@@ -220,6 +305,43 @@ def _check_unsupported(recipe: Mapping[str, Any]) -> None:
         _refuse("dpo_label_smoothing", smoothing, "set a value from 0 to below 0.5")
 
 
+def _check_precision(recipe: Mapping[str, Any]) -> None:
+    if recipe.get("bf16") is True and recipe.get("fp16") is True:
+        _refuse("fp16", True, "remove it, or `bf16: true`: they exclude each other")
+
+
+def _check_datasets(recipe: Mapping[str, Any]) -> None:
+    """What axolotl meets with an error of Python's, or of a library's."""
+    for key in ("datasets", "test_datasets"):
+        entries = recipe.get(key) or []
+        if isinstance(entries, str | Mapping):
+            raise ValueError(f"`{key}: {entries}`: a list of entries `- path:` is due")
+        for entry in entries:
+            path = entry.get("path") if isinstance(entry, Mapping) else None
+            if not path:
+                raise ValueError(f"`{key}`: `{entry}` has no `path:`; every entry does")
+            if os.path.isfile(path) and not os.path.getsize(path):
+                raise ValueError(f"`{key}`: `path: {path}` is an empty file")
+
+
+def _check_files(recipe: Mapping[str, Any]) -> None:
+    """Files that would be missed after the model is loaded, or not at all."""
+    for key, (file, remedy) in FILES.items():
+        value = recipe.get(key)
+        if isinstance(value, str) and _is_path(key, value):
+            path = Path(value) / file
+            if not path.exists():
+                raise ValueError(f"`{key}: {value}`: there is no {path}; {remedy}")
+
+
+def _is_path(key: str, value: str) -> bool:
+    """Whether it can only be a path: not the name of a model on a hub, no template."""
+    if key == "chat_template_jinja":
+        return "{" not in value
+    named = key in ("base_model", "lora_model_dir")
+    return not named or value.startswith(("/", ".", "~")) or value.count("/") > 1
+
+
 def _check_adapter(recipe: Mapping[str, Any]) -> None:
     """The reference of an adapter is the model with the adapter off."""
     start = recipe.get("peft_init_lora_weights")
@@ -235,6 +357,20 @@ def _check_adapter(recipe: Mapping[str, Any]) -> None:
     if directory and recipe.get("rl_adapter_ref_model"):
         remedy = "remove it: the reference of `lora_model_dir` is its own start"
         _refuse("rl_adapter_ref_model", True, remedy)
+
+
+def _check_new_adapter(recipe: Mapping[str, Any]) -> None:
+    """What an adapter cannot begin without."""
+    if recipe.get("adapter") not in ("lora", "qlora") or recipe.get("lora_model_dir"):
+        return
+    targets = ("lora_target_linear", "lora_target_modules", "lora_target_parameters")
+    if not recipe.get("lora_r"):
+        raise ValueError("`lora_r` is not set: set the adapter's rank, as `lora_r: 16`")
+    if not any(map(recipe.get, targets)):
+        raise ValueError(
+            "`lora_target_modules` is not set: name the layers to adapt, or set "
+            "`lora_target_linear: true` for all"
+        )
 
 
 def _check_sharing(recipe: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models.utils import disable_gradient_checkpointing
 
-from . import backbone, checkpoint, engine, loss
+from . import backbone, checkpoint, engine, guard, loss
 from .batch import (
     Completions,
     chosen_minus_rejected,
@@ -157,6 +157,7 @@ class EDPOTrainer(PairFeed):
         # losses are divided by the pairs of the optimizer step, see compute_loss
         self.model_accepts_loss_kwargs = True
         self._new_tokens = 0
+        self._broken_pairs: Any = 0
         self._means = {"train": WeightedMeans(), "eval": WeightedMeans()}
 
     @staticmethod
@@ -191,6 +192,7 @@ class EDPOTrainer(PairFeed):
         """As PairFeed's; also finds out whether the head op can take the head."""
 
         def read(unwrapped: nn.Module) -> None:
+            backbone.check_causal(backbone.causal_lm(unwrapped))
             self._reads_head = self._head_is_readable(unwrapped)
 
         with torch.no_grad():
@@ -324,7 +326,8 @@ class EDPOTrainer(PairFeed):
                 self.lr_scheduler.load_state_dict(state)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """As transformers', but refuses a checkpoint that it could not go on from."""
+        """As transformers', but refuses what it could not go on from, or not train."""
+        guard.require_trainable(self.model)
         if isinstance(resume_from_checkpoint, str | Path):
             checkpoint.require_complete(Path(resume_from_checkpoint))
             if self.is_deepspeed_enabled:
@@ -357,12 +360,43 @@ class EDPOTrainer(PairFeed):
         training = self.model.training
         if training:
             self.controller.observe(pairs.steps)
+            self._stop_where_losses_break(pairs.losses.detach())
         self._record("train" if training else "eval", inputs, completions, stats, pairs)
         if num_items_in_batch is None:
             return pairs.losses.sum() / max(len(pairs.losses), 1)
         # engines average gradients over ranks; the divisor counts all ranks' pairs
         scale = self.accelerator.num_processes / num_items_in_batch
         return pairs.losses.sum() * scale
+
+    def _stop_where_losses_break(self, losses: torch.Tensor) -> None:
+        """Counts them on the device; all ranks look once per optimizer step.
+
+        Args:
+            losses: Shape (pairs,).
+
+        Raises:
+            Diverged: Before the last backward of the step.
+        """
+        self._broken_pairs += (~losses.isfinite()).sum()
+        if self.accelerator.sync_gradients:
+            broken = int(self._sum_over_ranks(self._broken_pairs))
+            self._broken_pairs = 0
+            if broken:
+                self._stop(f"the loss of {broken} of the step's pairs is")
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """As transformers'; stops before the optimizer takes what is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        accelerator = self.accelerator
+        # of fp16, whose scaler has the optimizer skip the step
+        skips = accelerator.scaler or accelerator.optimizer_step_was_skipped
+        if norm is not None and not skips and guard.not_finite(norm):
+            self._stop("the gradient is")
+        return norm
+
+    def _stop(self, what: str) -> None:
+        step, beta = self.state.global_step + 1, self.controller.beta
+        raise guard.diverged(what, step, beta, Path(self.args.output_dir))
 
     def _score(self, model, inputs, completions: Completions) -> TokenStats:
         """Reference first, without gradient, then policy and head in one forward."""

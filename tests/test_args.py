@@ -2,7 +2,12 @@
 
 import pytest
 
-from axolotl_edpo.args import EDPOArgs, check_foreign_recipe, check_recipe
+from axolotl_edpo.args import (
+    EDPOArgs,
+    check_foreign_recipe,
+    check_recipe,
+    misspelt,
+)
 
 WRONG = [
     ({"edpo_epsilon": 1.5}, r"`edpo_epsilon: 1.5`.*less than 1.*between 0 and 1"),
@@ -108,3 +113,32 @@ def test_our_keys_in_a_recipe_of_plain_dpo_are_refused():
 
 def test_every_option_has_a_description():
     assert all(field.description for field in EDPOArgs.model_fields.values())
+
+
+KNOWN = {"learning_rate", "datasets", "num_epochs", "lora_alpha", "beta"}
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["learning_rat", "learning_ratee", "learning_rafe", "learnign_rate"]
+    + ["learning-rate", "Learning_rate"],
+)
+def test_a_key_one_slip_from_another_is_refused(key):
+    with pytest.raises(ValueError, match=rf"`{key}: 1`.*mean `learning_rate`"):
+        misspelt({key: 1}, KNOWN)
+    (line,) = misspelt({key: 1, "learning_rate": 2}, KNOWN)  # or an anchor
+    assert "has no effect: did you mean `learning_rate`" in line
+
+
+def test_keys_that_are_like_no_other_are_left_alone():
+    helpers = {"_learning_rate": 1, "x-datasets": 1, "defaults": 1, "lr": 1}
+    assert misspelt(dict.fromkeys(KNOWN) | helpers, KNOWN) == []
+    assert misspelt(helpers, KNOWN) == []
+
+
+def test_two_slips_are_a_warning():
+    (line,) = misspelt({"lerning_rte": 1}, KNOWN)
+    assert line == (
+        "`lerning_rte: 1` is not an option of axolotl and has no effect: "
+        "did you mean `learning_rate`?"
+    )

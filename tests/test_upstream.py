@@ -165,3 +165,14 @@ def test_models_bring_their_own_eager_attention_and_name_the_window(kind):
     assert callable(module.eager_attention_forward), "attention.py: _eager"
     windowed = kind == "llama" or "sliding_window=" in source(module)
     assert windowed, "attention.py: sliding_window"
+
+
+def test_plugins_load_data_first_and_gradients_pass_through_the_norm():
+    text = source(importlib.import_module("axolotl.cli.train").do_train)
+    assert text.index("plugin_manager.load_datasets(") < text.index(
+        "load_preference_datasets_fn("
+    ), "plugin.py: load_datasets"
+    text = source(Trainer._run_epoch)
+    order = "_set_sync_gradients( training_step( _get_grad_norm( optimizer.step("
+    places = [text.index(name) for name in order.split()]
+    assert places == sorted(places), "trainer.py: where a run is stopped"

@@ -135,21 +135,39 @@ def write(folder: Path, keys: dict) -> Path:
     return path
 
 
+def load_config(folder: Path, keys: dict):
+    """axolotl's config of a recipe."""
+    from axolotl.cli.config import load_cfg
+
+    return load_cfg(str(write(folder, keys)))
+
+
+def load_data(cfg):
+    """The data sets of a config, as `axolotl train` loads them."""
+    from axolotl.cli.args import TrainerCliArgs
+    from axolotl.common.datasets import load_preference_datasets
+    from axolotl.integrations.base import PluginManager
+
+    meta = PluginManager.get_instance().load_datasets(cfg)
+    return meta or load_preference_datasets(cfg=cfg, cli_args=TrainerCliArgs())
+
+
+def train_on(cfg, meta):
+    """The trainer, after axolotl's train loop."""
+    from axolotl.train import train as axolotl_train
+
+    return axolotl_train(cfg=cfg, dataset_meta=meta)[2]
+
+
 def train(folder: Path, keys: dict):
     """Trains a recipe in this process, as `axolotl train` does after its launcher.
 
     Returns:
         The trainer.
     """
-    from axolotl.cli.args import TrainerCliArgs
-    from axolotl.cli.config import load_cfg
-    from axolotl.common.datasets import load_preference_datasets
-    from axolotl.train import train as axolotl_train
-
     torch.manual_seed(0)  # LoRA's start: drawn before the trainer sets the seed
-    cfg = load_cfg(str(write(folder, keys)))
-    meta = load_preference_datasets(cfg=cfg, cli_args=TrainerCliArgs())
-    return axolotl_train(cfg=cfg, dataset_meta=meta)[2]
+    cfg = load_config(folder, keys)
+    return train_on(cfg, load_data(cfg))
 
 
 def logs(trainer, key: str = "kl/beta") -> list[dict]:
