@@ -21,7 +21,7 @@ import tiny
 TESTS = Path(__file__).parent
 DOCUMENT = TESTS.parent / "docs" / "compatibility.md"
 # In the order of the document.
-AREAS = ("models",)
+AREAS = ("models", "errors")
 HEAD = """\
 # What works with `rl: edpo`
 
