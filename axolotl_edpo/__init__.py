@@ -2,6 +2,7 @@
 
 Files, in reading order:
     loss.py        the paper's equations on per-pair tensors
+    loss_types.py  the losses of `dpo_loss_type`, with a β per pair
     controller.py  β: observed per micro-batch, advanced per optimizer step
     head.py        a linear head, plain, quantized or under LoRA, and its products
     tiles.py       sums over one tile of the vocabulary, in PyTorch
@@ -12,13 +13,20 @@ Files, in reading order:
     collator.py    TRL's collator, and the rows made of what it returns
     engine.py      what DDP, DeepSpeed and FSDP2 ask of the walk
     backbone.py    hidden states and heads of policy and reference
+    router.py      the router loss of a mixture of experts
     metrics.py     weighted means, reduced over ranks once per log
     checkpoint.py  which checkpoint directories are complete
+    pairs.py       pairs that cannot be trained on, or teach nothing
+    guard.py       numbers that are not finite stop a run
     rows.py        how a recipe wants its rows, and whether its model can
     feed.py        the trainer's data side: every pair once, in rows
     trainer.py     the walk from a batch to the loss
     versions.py    the releases this was tested with
     args.py        the options of the recipe
+    entries.py     what an entry of `datasets:` may hold
+    spelling.py    keys that nobody knows
+    recipe.py      what is refused before a model is loaded
+    errors.py      how
     plugin.py      what axolotl calls
     memory.py      memory per GPU, by calculation
     schema.py      the JSON schema of a recipe, for editors

@@ -237,6 +237,30 @@ def whole_head(model: PreTrainedModel) -> Iterator[Head]:
         yield replace(head, weight=whole[0], bias=whole[1] if bias else None)
 
 
+def check_causal(model: PreTrainedModel) -> None:
+    """Two sequences that begin alike must have the same logits as long as they do.
+
+    Args:
+        model: A causal language model, inside its engine's forward.
+
+    Raises:
+        ValueError: If the model looks ahead.
+    """
+    vocab = model.config.get_text_config().vocab_size
+    ids = torch.arange(16, device=model.device).view(2, 8) % vocab
+    ids[1, :4] = ids[0, :4]
+    third = torch.tensor([3, 11], device=model.device)
+    completions = Completions(third, ids.flatten()[third], third)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with evaluating(model):
+        one, other = completion_logits(model, inputs, completions).float()
+    if (one - other).abs().max() > _TOLERANCE * one.abs().max():
+        raise ValueError(
+            f"`base_model` of type {model.config.model_type} is not causal: its logits "
+            "depend on the tokens that follow; use a causal language model"
+        )
+
+
 def check_head(model: PreTrainedModel) -> None:
     """Compares the head that was read with the logits of the model itself.
 

@@ -4,13 +4,11 @@ Truncation, padding and masks are TRL's. A batch is then left padded or packed, 
 CPU, where lengths are known without asking the GPU.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.compute
 import torch
-from datasets import Dataset
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from .batch import Completions, deal, pack, select_completions, shared_starts
@@ -119,24 +117,3 @@ def _rows(padded: dict[str, torch.Tensor], pairs: list[int]) -> dict[str, torch.
     count = len(padded["input_ids"]) // 2
     both = pairs + [count + pair for pair in pairs]
     return {name: values[both] for name, values in padded.items()}
-
-
-def long_pairs(dataset: Dataset, max_length: int) -> int:
-    """Pairs of which TRL's collator truncates a sequence.
-
-    Args:
-        dataset: Tokenized, with `prompt_ids`, `chosen_ids` and `rejected_ids`.
-        max_length: Tokens that a sequence may have.
-    """
-    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
-    tables: Iterable[Any] = (
-        dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000)
-    )
-    count = 0
-    for table in tables:
-        prompt, chosen, rejected = (
-            pyarrow.compute.list_value_length(table[name]).to_numpy()
-            for name in columns
-        )
-        count += int((prompt + chosen.clip(rejected) > max_length).sum())
-    return count

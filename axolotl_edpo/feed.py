@@ -16,9 +16,10 @@ from axolotl.utils.logging import get_logger
 from datasets import Dataset
 from torch import nn
 
-from . import engine
+from . import engine, guard
 from .backbone import causal_lm
-from .collator import PairCollator, keep_examples, long_pairs, pairs_in
+from .collator import PairCollator, keep_examples, pairs_in
+from .pairs import check_tokens, long_pairs
 from .rows import RowSettings, prepare, tried
 
 LOG = get_logger(__name__)
@@ -104,7 +105,25 @@ class PairFeed(AxolotlDPOTrainer):
     def _try_out_once(self, model: nn.Module) -> None:
         if not self._tried:
             self._tried = True
+            self._refuse_broken_weights(model)
             self.try_out(model)
+
+    def _refuse_broken_weights(self, model: nn.Module) -> None:
+        """All ranks, each with its part of the weights.
+
+        Raises:
+            ValueError: Names the first weight that holds NaN.
+        """
+        policy = self.accelerator.unwrap_model(model)
+        names, weights = zip(*policy.named_parameters(), strict=True)
+        flags = guard.nan_flags(weights, self.accelerator.device)
+        broken = self._sum_over_ranks(flags).nonzero().flatten().tolist()
+        if broken:
+            raise ValueError(
+                f"`base_model` or checkpoint: {len(broken)} of {len(names)} weights "
+                f"hold NaN before the first step, the first is {names[broken[0]]}: "
+                "use another"
+            )
 
     def _once(self, pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The last micro-batch that was read, without pairs that come a second time.
@@ -130,7 +149,7 @@ class PairFeed(AxolotlDPOTrainer):
         return loss
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        """As TRL's; says once which pairs `sequence_len` cost.
+        """As TRL's; says once which pairs `sequence_len` cost, or teach nothing.
 
         TRL tells text from messages, and so whether to end an answer with `eos_token`,
         by any one of the columns it knows, in another process by another one: what
@@ -140,6 +159,8 @@ class PairFeed(AxolotlDPOTrainer):
         prepared = super()._prepare_dataset(
             dataset.remove_columns([*strange]), processing_class, args, dataset_name
         )
+        if isinstance(prepared, Dataset):
+            check_tokens(dataset_name, prepared)
         if isinstance(prepared, Dataset) and args.max_length is not None:
             dropped = len(dataset) - len(prepared)
             truncated = long_pairs(prepared, args.max_length)

@@ -26,16 +26,9 @@ except ImportError:
     check_versions()  # says more, and axolotl does not swallow it
     raise
 
-from .args import (
-    LIGER,
-    LOWERED,
-    PREFIX,
-    check_foreign_recipe,
-    check_recipe,
-    check_without_gpu,
-    handed_on,
-    lowered_packing,
-)
+from .args import LIGER, LOWERED, PREFIX, handed_on, lowered_packing
+from .recipe import check_foreign_recipe, check_recipe, check_without_gpu
+from .spelling import misspelt
 
 LOG = get_logger(__name__)
 
@@ -68,6 +61,8 @@ class EDPOPlugin(BasePlugin):
         check_versions()
         _check_registration(cfg)
         beta = check_recipe(cfg)
+        for line in misspelt(cfg, _known_keys()):
+            LOG.warning(line)
         cfg.update(rl="dpo", trainer_cls=TRAINER, **lowered_packing(cfg))
         absent = [key for key in cfg if key.startswith(PREFIX) and cfg[key] is None]
         lowered = [key for key in LOWERED if cfg.get(key) is not None]
@@ -93,6 +88,17 @@ class EDPOPlugin(BasePlugin):
             return {}
         told: dict = {"padding_free": False, **handed_on(cfg)}
         return told if _has_accelerator() else told | {"use_cpu": True}
+
+    def load_datasets(self, cfg, preprocess: bool = False):
+        """As axolotl's; what is wrong with the data is said before a model loads.
+
+        `axolotl preprocess` is left alone: it shows rows on demand.
+        """
+        if preprocess or cfg.trainer_cls != TRAINER:
+            return None
+        from .pairs import load
+
+        return load(cfg)
 
     def pre_model_load(self, cfg) -> None:
         """Refuses what this machine or this model cannot do.
@@ -147,6 +153,14 @@ def _check_registration(cfg: Mapping) -> None:
             f"`trainer_cls: {cfg['trainer_cls']}` would replace the trainer of "
             "`rl: edpo`: remove it"
         )
+
+
+def _known_keys() -> set[str]:
+    """The keys of axolotl and of the plugins of this recipe."""
+    from axolotl.integrations.config import merge_input_args
+
+    fields = merge_input_args()[1].model_fields
+    return {*fields, *(field.alias for field in fields.values() if field.alias)}
 
 
 def _has_accelerator() -> bool:

@@ -28,7 +28,7 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models.utils import disable_gradient_checkpointing
 
-from . import backbone, checkpoint, engine, loss
+from . import backbone, checkpoint, engine, guard, loss
 from .batch import (
     Completions,
     chosen_minus_rejected,
@@ -167,6 +167,7 @@ class EDPOTrainer(PairFeed):
         # losses are divided by the pairs of the optimizer step, see compute_loss
         self.model_accepts_loss_kwargs = True
         self._new_tokens = 0
+        self._broken_pairs: Any = 0
         self._means = {"train": WeightedMeans(), "eval": WeightedMeans()}
 
     def _settle_models(self) -> None:
@@ -180,11 +181,7 @@ class EDPOTrainer(PairFeed):
             # `base_model` under names nothing reads, which fails where weights are tied
             below: Any = backbone.causal_lm(self.model)
             below.save_pretrained = self.model.save_pretrained
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            raise ValueError(
-                "`unfrozen_parameters` matches no weight: give each from the start of "
-                "its name, as in `model.layers.1.`"
-            )
+        guard.require_trainable(self.model)
         if self.aux_loss_enabled:
             lm = backbone.causal_lm(self.model)
             self.aux_loss_enabled: bool = has_router_loss(lm)
@@ -215,6 +212,7 @@ class EDPOTrainer(PairFeed):
         """As PairFeed's; also finds out whether the head op can take the head."""
 
         def read(unwrapped: nn.Module) -> None:
+            backbone.check_causal(backbone.causal_lm(unwrapped))
             self._reads_head = self._head_is_readable(unwrapped)
 
         with torch.no_grad():
@@ -404,6 +402,7 @@ class EDPOTrainer(PairFeed):
         training = self.model.training
         if training:
             self.controller.observe(pairs.steps)
+            self._stop_where_losses_break(pairs.losses.detach())
         mode = "train" if training else "eval"
         self._record(mode, inputs, completions, stats, pairs)
         if num_items_in_batch is None:
@@ -423,6 +422,36 @@ class EDPOTrainer(PairFeed):
         if self.loss.sft_weight:
             total = total + self.loss.sft_weight * pairs.sft.sum() / chosen_tokens
         return total
+
+    def _stop_where_losses_break(self, losses: torch.Tensor) -> None:
+        """Counts them on the device; all ranks look once per optimizer step.
+
+        Args:
+            losses: Shape (pairs,).
+
+        Raises:
+            Diverged: Before the last backward of the step.
+        """
+        self._broken_pairs += (~losses.isfinite()).sum()
+        if self.accelerator.sync_gradients:
+            broken = int(self._sum_over_ranks(self._broken_pairs))
+            self._broken_pairs = 0
+            if broken:
+                self._stop(f"the loss of {broken} of the step's pairs is")
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """As transformers'; stops before the optimizer takes what is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        accelerator = self.accelerator
+        # of fp16, whose scaler has the optimizer skip the step
+        skips = accelerator.scaler or accelerator.optimizer_step_was_skipped
+        if norm is not None and not skips and guard.not_finite(norm):
+            self._stop("the gradient is")
+        return norm
+
+    def _stop(self, what: str) -> None:
+        step, beta = self.state.global_step + 1, self.controller.beta
+        raise guard.diverged(what, step, beta, Path(self.args.output_dir))
 
     def _score(
         self, model, inputs, completions: Completions

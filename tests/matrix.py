@@ -21,7 +21,15 @@ import tiny
 TESTS = Path(__file__).parent
 DOCUMENT = TESTS.parent / "docs" / "compatibility.md"
 # In the order of the document.
-AREAS = ("models", "adapters", "losses", "data", "training", "examples")
+AREAS = (
+    "models",
+    "adapters",
+    "losses",
+    "data",
+    "training",
+    "examples",
+    "errors",
+)
 HEAD = """\
 # What works with `rl: edpo`
 

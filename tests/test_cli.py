@@ -11,10 +11,10 @@ import tiny
 from safetensors.torch import load_file
 
 
-def axolotl(folder: Path, *words: str, stdin: str = "") -> str:
-    """Runs an axolotl command as a user would, and returns what it printed."""
+def command(folder: Path, *words: str, stdin: str = ""):
+    """Runs an axolotl command as a user would; all it prints is its `stdout`."""
     scripts = str(Path(sys.executable).parent)
-    run = subprocess.run(
+    return subprocess.run(
         ["axolotl", *words],
         cwd=folder,
         env={
@@ -27,6 +27,11 @@ def axolotl(folder: Path, *words: str, stdin: str = "") -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
+
+
+def axolotl(folder: Path, *words: str, stdin: str = "") -> str:
+    """Runs a command that must succeed, and returns what it printed."""
+    run = command(folder, *words, stdin=stdin)
     assert run.returncode == 0, run.stdout[-3000:]
     return run.stdout
 

@@ -1,11 +1,9 @@
 """collator.py on three pairs."""
 
 import pytest
-import torch
-from datasets import Dataset
 
 from axolotl_edpo.batch import Segments, completions_of
-from axolotl_edpo.collator import PairCollator, long_pairs, pairs_in
+from axolotl_edpo.collator import PairCollator, pairs_in
 
 PAIRS = [
     {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9], "rejected_ids": [10]},
@@ -78,10 +76,3 @@ def test_without_pairs_there_is_a_row_that_scores_nothing(packs):
     dealt = collator.deal([PAIRS[:1], [], []])
     assert [pairs_in(batch) for batch in dealt] == [1, 0, 0]
     assert [pairs_in(batch) for batch in collator.deal([[], []])] == [0, 0]
-
-
-def test_long_pairs_are_those_of_which_a_sequence_is_cut():
-    data = Dataset.from_list(PAIRS)
-    assert [long_pairs(data, n) for n in (6, 5, 4, 2, 1)] == [0, 1, 2, 2, 3]
-    assert long_pairs(data.filter(lambda row: len(row["prompt_ids"]) < 4), 4) == 1
-    assert isinstance(PairCollator(0)(PAIRS)["lengths"], torch.Tensor)

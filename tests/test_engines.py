@@ -194,7 +194,7 @@ HEADS = {
 
 @pytest.mark.parametrize(
     ("name", "option"),
-    # test_args.py: FSDP2 refuses modules that are saved beside an adapter
+    # test_recipe.py: FSDP2 refuses modules that are saved beside an adapter
     [(n, o) for n in SHARDING for o in HEADS if (n, o) != ("fsdp2", "saved")],
 )
 def test_every_head_is_gathered_and_trained(runs, name, option):

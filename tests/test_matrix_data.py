@@ -778,7 +778,7 @@ def test_the_pairs_are_those_of_dpo(cell, recipe, tmp_path):
     if cell.refused:  # by axolotl, so whatever `rl` is
         for more in ({}, DPO):
             with pytest.raises(ValueError, match=cell.refused):
-                tiny.load(tmp_path, {**keys, **more})
+                tiny.load_data(tiny.load_config(tmp_path, {**keys, **more}))
         return
     run = matrix.assert_cell if cell.trains else _built
     ours = run(cell, tmp_path, {**keys, **cell.ours})
@@ -817,7 +817,7 @@ def test_prepared_data_knows_no_strategy(recipe, tmp_path):
     cell = Data("", {"sequence_len": 110, "skip_prepare_dataset": None}, **PLAIN)
     write(cell.files)
     dropped, read, anew = (
-        tiny.load(tmp_path, {**keys_of(cell, recipe), **keys})["dataset_meta"]
+        tiny.load_data(tiny.load_config(tmp_path, {**keys_of(cell, recipe), **keys}))
         for keys in (
             {},
             {"excess_length_strategy": "truncate"},
@@ -832,9 +832,9 @@ def test_what_axolotl_ignores_is_refused(cell, recipe, tmp_path):
     write(cell.files)
     keys = keys_of(cell, recipe)
     with pytest.raises(ValueError, match=cell.refused):
-        tiny.load(tmp_path, keys)
+        tiny.load_data(tiny.load_config(tmp_path, keys))
     told, untold = (
-        tiny.load(tmp_path, {**keys, **same, **DPO})["dataset_meta"]
+        tiny.load_data(tiny.load_config(tmp_path, {**keys, **same, **DPO}))
         for same in ({}, cell.same)
     )
     assert told.train_dataset.to_list() == untold.train_dataset.to_list()

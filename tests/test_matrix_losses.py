@@ -6,8 +6,8 @@ import tiny
 from matrix import Cell
 from transformers import LlamaForCausalLM
 
-from axolotl_edpo.args import check_recipe
 from axolotl_edpo.loss_types import LOSSES, REFUSED, SFT
+from axolotl_edpo.recipe import check_recipe
 
 TITLE = "Losses"
 INTRO = """

@@ -29,7 +29,8 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import disable_dropout_in_model
 
-from axolotl_edpo.args import FIELDS, HANDED_ON, IGNORED, MOVING
+from axolotl_edpo.args import HANDED_ON, MOVING
+from axolotl_edpo.entries import FIELDS, IGNORED
 from axolotl_edpo.loss_types import LOSSES, REFUSED, SFT
 
 
@@ -203,10 +204,10 @@ def test_optimizer_and_schedule_are_loaded_under_every_engine():
 
 
 def test_axolotl_keeps_of_an_entry_of_datasets_what_dpo_datasets_have():
-    assert "DPODataset(**ds_cfg)" in source(validate_config), "args.py: IGNORED"
+    assert "DPODataset(**ds_cfg)" in source(validate_config), "entries.py: IGNORED"
     fields = DPODataset.model_fields.keys()
-    assert not IGNORED.keys() & fields, "args.py: IGNORED"
-    assert FIELDS.keys() <= fields, "args.py: FIELDS"
+    assert not IGNORED.keys() & fields, "entries.py: IGNORED"
+    assert FIELDS.keys() <= fields, "entries.py: FIELDS"
 
 
 def test_trl_drops_pairs_in_prepare_dataset():
@@ -252,3 +253,14 @@ def test_models_bring_their_own_eager_attention_and_name_the_window(kind):
     assert callable(module.eager_attention_forward), "attention.py: _eager"
     windowed = kind == "llama" or "sliding_window=" in source(module)
     assert windowed, "attention.py: sliding_window"
+
+
+def test_plugins_load_data_first_and_gradients_pass_through_the_norm():
+    text = source(importlib.import_module("axolotl.cli.train").do_train)
+    assert text.index("plugin_manager.load_datasets(") < text.index(
+        "load_preference_datasets_fn("
+    ), "plugin.py: load_datasets"
+    text = source(Trainer._run_epoch)
+    order = "_set_sync_gradients( training_step( _get_grad_norm( optimizer.step("
+    places = [text.index(name) for name in order.split()]
+    assert places == sorted(places), "trainer.py: where a run is stopped"

@@ -136,16 +136,28 @@ def write(folder: Path, keys: dict) -> Path:
     return path
 
 
-def load(folder: Path, keys: dict) -> dict:
-    """A recipe's config and data sets, as axolotl's `train` takes them."""
-    from axolotl.cli.args import TrainerCliArgs
+def load_config(folder: Path, keys: dict):
+    """axolotl's config of a recipe."""
     from axolotl.cli.config import load_cfg
-    from axolotl.common.datasets import load_preference_datasets
 
-    torch.manual_seed(0)  # LoRA's start: drawn before the trainer sets the seed
-    cfg = load_cfg(str(write(folder, keys)))
-    meta = load_preference_datasets(cfg=cfg, cli_args=TrainerCliArgs())
-    return {"cfg": cfg, "dataset_meta": meta}
+    return load_cfg(str(write(folder, keys)))
+
+
+def load_data(cfg):
+    """The data sets of a config, as `axolotl train` loads them."""
+    from axolotl.cli.args import TrainerCliArgs
+    from axolotl.common.datasets import load_preference_datasets
+    from axolotl.integrations.base import PluginManager
+
+    meta = PluginManager.get_instance().load_datasets(cfg)
+    return meta or load_preference_datasets(cfg=cfg, cli_args=TrainerCliArgs())
+
+
+def train_on(cfg, meta):
+    """The trainer, after axolotl's train loop."""
+    from axolotl.train import train as axolotl_train
+
+    return axolotl_train(cfg=cfg, dataset_meta=meta)[2]
 
 
 def train(folder: Path, keys: dict):
@@ -154,16 +166,18 @@ def train(folder: Path, keys: dict):
     Returns:
         The trainer.
     """
-    from axolotl.train import train as axolotl_train
-
-    return axolotl_train(**load(folder, keys))[2]
+    torch.manual_seed(0)  # LoRA's start: drawn before the trainer sets the seed
+    cfg = load_config(folder, keys)
+    return train_on(cfg, load_data(cfg))
 
 
 def build(folder: Path, keys: dict):
     """A recipe's trainer as axolotl makes it, not yet trained."""
     from axolotl.train import setup_model_and_trainer
 
-    return setup_model_and_trainer(**load(folder, keys))[0]
+    torch.manual_seed(0)
+    cfg = load_config(folder, keys)
+    return setup_model_and_trainer(cfg=cfg, dataset_meta=load_data(cfg))[0]
 
 
 def logs(trainer, key: str = "kl/beta") -> list[dict]:

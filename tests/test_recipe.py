@@ -1,8 +1,10 @@
-"""args.py: every bad recipe is one line with key, value and remedy."""
+"""recipe.py: every bad recipe is one line with key, value and remedy."""
 
 import pytest
 
-from axolotl_edpo.args import EDPOArgs, check_foreign_recipe, check_recipe
+from axolotl_edpo.args import EDPOArgs
+from axolotl_edpo.recipe import check_foreign_recipe, check_recipe
+from axolotl_edpo.spelling import misspelt
 
 CHAT = {"path": "a", "type": "chat_template.default"}
 WRONG = [
@@ -173,7 +175,7 @@ USUAL = dict(
         {"datasets": [{**CHAT, **USUAL}], "test_datasets": [{**CHAT, **USUAL}]},
         {"datasets": [{**CHAT, "chat_template": "gemma"}], "chat_template": "gemma"},
         {"datasets": [{"path": "a", "type": "chatml.icr", "chat_template": "gemma"}]},
-        {"datasets": [{"path": "a", "shards": None}, "a"], "dataset_shard_num": None},
+        {"datasets": [{"path": "a", "shards": None}], "dataset_shard_num": None},
         {"datasets": [CHAT], "test_datasets": [{"path": "b", "type": "chatml.icr"}]},
         {"datasets": [{**CHAT, "field_chosen": "chosen"}], "test_datasets": [CHAT]},
     ],
@@ -190,3 +192,32 @@ def test_our_keys_in_a_recipe_of_plain_dpo_are_refused():
 
 def test_every_option_has_a_description():
     assert all(field.description for field in EDPOArgs.model_fields.values())
+
+
+KNOWN = {"learning_rate", "datasets", "num_epochs", "lora_alpha", "beta"}
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["learning_rat", "learning_ratee", "learning_rafe", "learnign_rate"]
+    + ["learning-rate", "Learning_rate"],
+)
+def test_a_key_one_slip_from_another_is_refused(key):
+    with pytest.raises(ValueError, match=rf"`{key}: 1`.*mean `learning_rate`"):
+        misspelt({key: 1}, KNOWN)
+    (line,) = misspelt({key: 1, "learning_rate": 2}, KNOWN)  # or an anchor
+    assert "has no effect: did you mean `learning_rate`" in line
+
+
+def test_keys_that_are_like_no_other_are_left_alone():
+    helpers = {"_learning_rate": 1, "x-datasets": 1, "defaults": 1, "lr": 1}
+    assert misspelt(dict.fromkeys(KNOWN) | helpers, KNOWN) == []
+    assert misspelt(helpers, KNOWN) == []
+
+
+def test_two_slips_are_a_warning():
+    (line,) = misspelt({"lerning_rte": 1}, KNOWN)
+    assert line == (
+        "`lerning_rte: 1` is not an option of axolotl and has no effect: "
+        "did you mean `learning_rate`?"
+    )
