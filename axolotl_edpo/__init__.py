@@ -20,13 +20,14 @@ Files, in reading order:
     guard.py       numbers that are not finite stop a run
     rows.py        how a recipe wants its rows, and whether its model can
     feed.py        the trainer's data side: every pair once, in rows
+    run.py         the trainer's state: β, checkpoints, the stop
     trainer.py     the walk from a batch to the loss
     versions.py    the releases this was tested with
     args.py        the options of the recipe
     entries.py     what an entry of `datasets:` may hold
     spelling.py    keys that nobody knows
     recipe.py      what is refused before a model is loaded
-    errors.py      how
+    errors.py      how a recipe is refused
     plugin.py      what axolotl calls
     memory.py      memory per GPU, by calculation
     schema.py      the JSON schema of a recipe, for editors

@@ -13,7 +13,6 @@ import functools
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,12 +22,10 @@ from axolotl.utils.collators.dpo import AxolotlDPODataCollatorWithPadding
 from axolotl.utils.logging import get_logger
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import PreTrainedModel
 from trl.models.utils import disable_gradient_checkpointing
 
-from . import backbone, checkpoint, engine, guard, loss
+from . import backbone, engine, guard, loss
 from .batch import (
     Completions,
     chosen_minus_rejected,
@@ -36,18 +33,16 @@ from .batch import (
     model_inputs,
     sum_per_sequence,
 )
-from .controller import BetaController, ControllerSettings
-from .feed import PairFeed
+from .controller import ControllerSettings
 from .head import Head
 from .logprobs import TokenStats, logits_stats, token_stats
 from .loss_types import Answers, LossSettings, wpo_weights
 from .metrics import WeightedMeans
 from .router import collected_router_logits, has_router_loss, router_loss
 from .rows import RowSettings
+from .run import PairRun
 
 LOG = get_logger(__name__)
-
-STATE_KEY = "EDPO"
 
 
 class Pairs(NamedTuple):
@@ -70,22 +65,7 @@ class Pairs(NamedTuple):
     rejected_rewards: torch.Tensor
 
 
-class BetaCallback(TrainerCallback):
-    """Tells the trainer's controller where optimizer steps and runs begin and end."""
-
-    def __init__(self, trainer: "EDPOTrainer"):
-        self._trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Takes β from the checkpoint that was loaded, or starts anew."""
-        self._trainer.restore_beta(resumed=state.global_step > 0)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Moves β, unless the optimizer skipped its step."""
-        self._trainer.advance_beta()
-
-
-class EDPOTrainer(PairFeed):
+class EDPOTrainer(PairRun):
     """DPO in which every pair has a KL penalty of its own (arXiv 2502.13177).
 
     Args:
@@ -153,7 +133,7 @@ class EDPOTrainer(PairFeed):
         self._settle_models()
         self._reads_head = True
         self._start_feed(rows, self._models())
-        self.controller = BetaController(
+        self._start_run(
             settings
             or ControllerSettings(self.args.beta, cfg.edpo_epsilon, cfg.edpo_beta_mean)
         )
@@ -163,11 +143,8 @@ class EDPOTrainer(PairFeed):
             self.label_smoothing,
             self.use_weighting,
         )
-        self.add_callback(BetaCallback(self))
         # losses are divided by the pairs of the optimizer step, see compute_loss
         self.model_accepts_loss_kwargs = True
-        self._new_tokens = 0
-        self._broken_pairs: Any = 0
         self._means = {"train": WeightedMeans(), "eval": WeightedMeans()}
 
     def _settle_models(self) -> None:
@@ -243,10 +220,6 @@ class EDPOTrainer(PairFeed):
             return [policy]
         return [policy, self._own_reference()]
 
-    def _own_reference(self) -> PreTrainedModel:
-        """The reference that is a model of its own, without its engine."""
-        return self.accelerator.unwrap_model(self.ref_model)
-
     def create_accelerator_and_postprocess(self):
         """As TRL's; shards the reference.
 
@@ -291,90 +264,6 @@ class EDPOTrainer(PairFeed):
         self.model.save_pretrained = functools.partial(
             self.model.save_pretrained, selected_adapters=["default"]
         )
-
-    # --- β -----------------------------------------------------------------------
-
-    def restore_beta(self, resumed: bool) -> None:
-        """At the start of a run: β of the checkpoint, or β₀.
-
-        Args:
-            resumed: Whether the run continues from a checkpoint.
-        """
-        self.controller.reset()
-        if not resumed:
-            return
-        state = self.state.stateful_callbacks.get(STATE_KEY)
-        if state is None:
-            LOG.warning(
-                "The checkpoint holds no ε-DPO state (was it trained with `rl: dpo`?): "
-                f"continuing with `beta: {self.controller.beta}` of the recipe."
-            )
-            return
-        self._total_train_tokens = state.get("num_tokens", 0)
-        for difference in self.controller.load_state_dict(state):
-            LOG.warning(
-                f"Resuming ε-DPO: {difference}. Continuing from the checkpoint's "
-                f"β = {self.controller.beta} with the recipe's settings."
-            )
-
-    def advance_beta(self) -> None:
-        """At the end of an optimizer step: β moves by the pairs of that step."""
-        self._metrics["train"]["kl/beta"].append(self.controller.beta)
-        if self.accelerator.optimizer_step_was_skipped:
-            self.controller.discard()
-        else:
-            self.controller.advance(self._sum_over_ranks)
-
-    def _save_checkpoint(self, model, trial):
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        folder, writes = Path(self._get_output_dir(trial)) / name, self.args.should_save
-        if writes:
-            checkpoint.mark_incomplete(folder)
-        self.accelerator.wait_for_everyone()  # none writes before it is marked
-        if self.args.sync_ref_model:
-            checkpoint.save_reference(folder, self._own_reference(), writes)
-        self._count_tokens()
-        tokens = {"num_tokens": self._total_train_tokens}
-        state = self.controller.state_dict() | tokens
-        self.state.stateful_callbacks[STATE_KEY] = state
-        super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir):
-        """As transformers'; returns when every rank has written its last file."""
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()
-
-    def _load_optimizer_and_scheduler(self, resumed):
-        """As transformers'; also loads a reference that moves.
-
-        Where DeepSpeed kept the optimizer, starts a new one.
-        """
-        super()._load_optimizer_and_scheduler(resumed)
-        if resumed is None:
-            return
-        folder = Path(resumed)
-        if self.args.sync_ref_model:
-            checkpoint.load_reference(folder, self._own_reference())
-        if self.is_deepspeed_enabled:
-            return
-        if any(folder.glob("global_step*")):
-            LOG.warning(
-                f"{folder} was saved by another engine: weights, β and learning rate "
-                "are those of the checkpoint, the optimizer starts anew. To continue "
-                "with it, use the same `deepspeed:` and as many ranks."
-            )
-            if (schedule := folder / SCHEDULER_NAME).exists():
-                state = torch.load(schedule, weights_only=True)
-                self.lr_scheduler.load_state_dict(state)
-
-    def train(self, resume_from_checkpoint=None, **kwargs):
-        """As transformers', but refuses a checkpoint that it could not go on from."""
-        if isinstance(resume_from_checkpoint, str | Path):
-            checkpoint.require_complete(Path(resume_from_checkpoint))
-            if self.is_deepspeed_enabled:
-                ranks = self.accelerator.num_processes
-                checkpoint.require_ranks(Path(resume_from_checkpoint), ranks)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     # --- loss --------------------------------------------------------------------
 
@@ -422,36 +311,6 @@ class EDPOTrainer(PairFeed):
         if self.loss.sft_weight:
             total = total + self.loss.sft_weight * pairs.sft.sum() / chosen_tokens
         return total
-
-    def _stop_where_losses_break(self, losses: torch.Tensor) -> None:
-        """Counts them on the device; all ranks look once per optimizer step.
-
-        Args:
-            losses: Shape (pairs,).
-
-        Raises:
-            Diverged: Before the last backward of the step.
-        """
-        self._broken_pairs += (~losses.isfinite()).sum()
-        if self.accelerator.sync_gradients:
-            broken = int(self._sum_over_ranks(self._broken_pairs))
-            self._broken_pairs = 0
-            if broken:
-                self._stop(f"the loss of {broken} of the step's pairs is")
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        """As transformers'; stops before the optimizer takes what is not finite."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        accelerator = self.accelerator
-        # of fp16, whose scaler has the optimizer skip the step
-        skips = accelerator.scaler or accelerator.optimizer_step_was_skipped
-        if norm is not None and not skips and guard.not_finite(norm):
-            self._stop("the gradient is")
-        return norm
-
-    def _stop(self, what: str) -> None:
-        step, beta = self.state.global_step + 1, self.controller.beta
-        raise guard.diverged(what, step, beta, Path(self.args.output_dir))
 
     def _score(
         self, model, inputs, completions: Completions
@@ -596,11 +455,6 @@ class EDPOTrainer(PairFeed):
         add("logits/rejected", stats.mean_logit[chosen:])
         if mode == "train":
             self._new_tokens += inputs["num_tokens"]
-
-    def _count_tokens(self) -> None:
-        new = torch.tensor(self._new_tokens)
-        self._total_train_tokens += int(self._sum_over_ranks(new))
-        self._new_tokens = 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Hands TRL the means over everything since the last log."""

@@ -264,7 +264,7 @@ KILLED = """
 import os, signal, sys, pathlib, yaml
 import conftest, tiny, torch
 from transformers import TrainerCallback
-from axolotl_edpo.trainer import BetaCallback
+from axolotl_edpo.run import BetaCallback
 torch.set_num_threads(1)
 
 class Kill(TrainerCallback):

@@ -102,7 +102,7 @@ def test_beta_moves_between_the_optimizer_step_and_the_log():
     text = source(Trainer._run_epoch)
     order = ("self.optimizer.step()", ".on_step_end(", "_maybe_log_save_evaluate(")
     places = [text.index(name) for name in order]
-    assert places == sorted(places), "trainer.py: BetaCallback"
+    assert places == sorted(places), "run.py: BetaCallback"
 
 
 def test_the_dpo_trainer_logs_plain_means_of_its_lists():
@@ -200,7 +200,7 @@ def test_trl_lets_the_reference_follow_and_axolotl_says_so_to_grpo_only():
 def test_optimizer_and_schedule_are_loaded_under_every_engine():
     text = source(Trainer._prepare_for_training)
     line = "            self._load_optimizer_and_scheduler(resume_from_checkpoint)\n"
-    assert line in text, "trainer.py: _load_optimizer_and_scheduler"
+    assert line in text, "run.py: _load_optimizer_and_scheduler"
 
 
 def test_axolotl_keeps_of_an_entry_of_datasets_what_dpo_datasets_have():
