@@ -27,7 +27,12 @@ except ImportError:
     raise
 
 from .args import LIGER, LOWERED, PREFIX, handed_on, lowered_packing
-from .recipe import check_foreign_recipe, check_recipe, check_without_gpu
+from .recipe import (
+    check_foreign_recipe,
+    check_recipe,
+    check_without_gpu,
+    without_effect,
+)
 from .spelling import misspelt
 
 LOG = get_logger(__name__)
@@ -61,7 +66,7 @@ class EDPOPlugin(BasePlugin):
         check_versions()
         _check_registration(cfg)
         beta = check_recipe(cfg)
-        for line in misspelt(cfg, _known_keys()):
+        for line in [*misspelt(cfg, _known_keys()), *without_effect(cfg)]:
             LOG.warning(line)
         cfg.update(rl="dpo", trainer_cls=TRAINER, **lowered_packing(cfg))
         absent = [key for key in cfg if key.startswith(PREFIX) and cfg[key] is None]

@@ -39,14 +39,18 @@ UNSUPPORTED = {
     "reference",
     "noisy_embedding_alpha": "remove it: its noise would count as distance from the "
     "reference",
-    "group_by_length": "set `sample_packing: true`, which needs no padding at all",
-    "auto_find_batch_size": "set `micro_batch_size` to what fits",
     "relora": SUPERVISED,
     "lisa_step_interval": SUPERVISED,
-    "layer_offloading": SUPERVISED,
-    "do_bench_eval": SUPERVISED,
-    "do_causal_lm_eval": SUPERVISED,
-    "generate_samples": SUPERVISED,
+}
+# Recipe keys that axolotl ignores beside `rl`, and that change neither weights nor
+# pairs -> what does something like it.
+WITHOUT_EFFECT = {
+    "group_by_length": "`sample_packing: true` needs no padding at all",
+    "auto_find_batch_size": "set `micro_batch_size` to what fits",
+    "layer_offloading": "`deepspeed:` or `fsdp_config:` offload",
+    "do_bench_eval": "it is for supervised training",
+    "do_causal_lm_eval": "it is for supervised training",
+    "generate_samples": "it is for supervised training",
 }
 # What only a GPU can do -> what to set where there is none.
 NEEDS_GPU = {
@@ -105,6 +109,15 @@ def check_recipe(recipe: Mapping[str, Any]) -> float | None:
     _check_new_adapter(recipe)
     _check_files(recipe)
     return None if beta is None else float(beta)
+
+
+def without_effect(recipe: Mapping[str, Any]) -> list[str]:
+    """A line for each key that does nothing, and without which nothing is lost."""
+    return [
+        f"`{key}: {recipe[key]}` has no effect beside `rl`: {instead}."
+        for key, instead in WITHOUT_EFFECT.items()
+        if recipe.get(key)
+    ]
 
 
 def check_without_gpu(recipe: Mapping[str, Any]) -> None:

@@ -39,13 +39,14 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.training_args import OptimizerNames
 
 from axolotl_edpo import plugin
+from axolotl_edpo.recipe import WITHOUT_EFFECT
 
 TITLE = "Training options"
 INTRO = """
 Dropout is off in policy and reference, as in TRL's DPO: `lora_dropout` and a model's
-`attention_dropout` do nothing. Where axolotl gives an option to
-supervised training only and TRL's trainer takes it as well, `rl: edpo` hands it on;
-where nothing would take it, it is refused. `rl: dpo` ignores both.
+`attention_dropout` do nothing. Where axolotl gives an option to supervised training
+only and TRL's trainer takes it as well, `rl: edpo` hands it on; where nothing would
+take it and weights would be others, it is refused. `rl: dpo` ignores both.
 """
 
 LORA = dict(adapter="lora", lora_r=4, lora_alpha=8, lora_target_linear=True)
@@ -923,15 +924,21 @@ def refused(key: str, value: Any, note: str = IGNORED, **keys) -> Cell:
 REFUSED = [
     refused("neftune_noise_alpha", 5.0, NOISE),
     refused("noisy_embedding_alpha", 5.0, NOISE),
-    refused("group_by_length", True),
-    refused("auto_find_batch_size", True),
     refused("relora", True, "`rl: dpo` ignores its restarts.", jagged_restart_steps=2),
     refused("lisa_step_interval", 2, lisa_n_layers=1),
-    refused("layer_offloading", True),
-    refused("do_bench_eval", True),
-    refused("do_causal_lm_eval", True),
-    refused("generate_samples", True),
 ]
+HARMLESS = [
+    Cell(f"`{key}`", {key: True}, note="Ignored as in `rl: dpo`, and a line says so.")
+    for key in WITHOUT_EFFECT
+]
+
+
+@matrix.cells(HARMLESS)
+def test_what_does_nothing_is_said_in_one_line(cell, recipe, tmp_path, caplog):
+    line = f"{cell.name[:-1]}: True` has no effect beside `rl`: "
+    cfg = tiny.load_config(tmp_path, recipe(**cell.keys, eval_steps=2))
+    assert len([r for r in caplog.records if r.message.startswith(line)]) == 1
+    assert cfg.rl == "dpo" and cfg.trainer_cls == plugin.TRAINER
 
 
 @matrix.cells(REFUSED)
@@ -983,6 +990,7 @@ CELLS: list[Cell] = [
     SEED,
     RESUME,
     *OUTSIDE,
+    *HARMLESS,
     *REFUSED,
     *WITHOUT_GPU,
 ]

@@ -58,7 +58,6 @@ WRONG = [
         "`accelerator_config.dispatch_batches: True`.*remove it",
     ),
     ({"neftune_noise_alpha": 5.0}, r"`neftune_noise_alpha: 5.0`.*noise.*reference"),
-    ({"group_by_length": True}, r"`group_by_length: True`.*`sample_packing: true`"),
     ({"relora": True}, r"`relora: True`.*remove it.*supervised training only"),
     ({"orpo_alpha": 0.1}, r"`orpo_alpha: 0.1`.*take it for `beta`"),
     ({"peft_init_lora_weights": "pissa"}, r"`peft_init_lora_weights: pissa`"),
@@ -151,7 +150,7 @@ def test_a_wrong_recipe_is_one_line_with_key_value_and_remedy(keys, message):
         ({"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}, None),
         ({"fsdp_config": {"version": 2}}, None),
         ({"use_ray": True, "ray_num_workers": 4, "ddp": True}, None),
-        ({"group_by_length": False, "early_stopping_patience": 3}, None),
+        ({"group_by_length": True, "early_stopping_patience": 3}, None),
         ({"dpo_loss_type": "sigmoid", "dpo_label_smoothing": 0.1}, None),
     ],
 )
