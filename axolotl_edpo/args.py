@@ -19,8 +19,6 @@ LOWERED = {
 }
 # A head of its own, which ours takes the place of.
 LIGER = "dpo_use_liger_kernel"
-# Keys of `trl:` that let the reference follow the policy (TR-DPO).
-MOVING = ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")
 # Keys that axolotl gives to supervised training only, though TRL's trainer takes them.
 HANDED_ON = (
     "metric_for_best_model",
@@ -84,8 +82,8 @@ class EDPOArgs(BaseModel):
     )
 
 
-class Numbers(BaseModel):
-    """axolotl's own numbers that it takes as they are, in the bounds that train."""
+class Bounds(BaseModel):
+    """axolotl's own options that it takes as they are, in the bounds that train."""
 
     learning_rate: Number | None = Field(None, ge=0, description="Of the optimizer")
     num_epochs: Number | None = Field(None, gt=0, description="Times over the data")
@@ -97,13 +95,35 @@ class Numbers(BaseModel):
         None, gt=0, description="Tokens of a prompt and an answer, at most"
     )
     val_set_size: Number | None = Field(
-        None, ge=0, description="Share of the pairs that evaluate, or their number"
+        None, ge=0, lt=1, description="Share of the pairs that evaluate"
     )
     logging_steps: Number | None = Field(None, gt=0, description="Steps between logs")
     save_steps: Number | None = Field(None, ge=0, description="Steps between saves")
     lora_r: int | None = Field(None, gt=0, description="Rank of the adapter")
     lora_dropout: Number | None = Field(
         None, ge=0, le=1, description="Probability of the adapter's dropout"
+    )
+    dpo_loss_type: list[str] | None = Field(None, description="Names of losses")
+    dpo_loss_weights: list[Number] | None = Field(None, description="One per loss")
+    dpo_label_smoothing: Number | None = Field(
+        None, description="Share of labels believed to be flipped"
+    )
+    context_parallel_size: int | None = Field(None, description="1 here")
+    sequence_parallel_degree: int | None = Field(None, description="1 here")
+    tensor_parallel_size: int | None = Field(None, description="1 here")
+    ray_num_workers: int | None = Field(None, description="Processes that Ray starts")
+    fsdp_version: int | None = Field(None, description="2 here")
+
+
+class Moving(BaseModel):
+    """Keys of `trl:` that let the reference follow the policy (TR-DPO)."""
+
+    sync_ref_model: bool | None = Field(None, description="Whether it does")
+    ref_model_mixup_alpha: Number | None = Field(
+        None, gt=0, le=1, description="Share of the policy that it takes over"
+    )
+    ref_model_sync_steps: int | None = Field(
+        None, gt=0, description="Optimizer steps from one time to the next"
     )
 
 
@@ -139,7 +159,8 @@ def handed_on(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if best:
         told["load_best_model_at_end"] = True
     if (trl := recipe.get("trl")) and trl.get("sync_ref_model"):
-        told |= {key: trl[key] for key in MOVING if trl.get(key) is not None}
+        keys = Moving.model_fields
+        told |= {key: trl[key] for key in keys if trl.get(key) is not None}
     if recipe.get("curriculum_sampling"):
         told["train_sampling_strategy"] = "sequential"
     return told

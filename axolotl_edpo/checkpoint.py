@@ -65,6 +65,11 @@ def require_complete(checkpoint: Path) -> None:
     """
     if is_complete(checkpoint):
         return
+    if not checkpoint.exists():
+        raise ValueError(
+            f"`resume_from_checkpoint: {checkpoint}`: there is no such folder: name a "
+            "checkpoint, or remove it to start anew"
+        )
     other = last_complete(checkpoint.parent)
     remedy = f"set it to {other}" if other else "remove the directory to start anew"
     raise ValueError(
@@ -136,7 +141,7 @@ def save_reference(folder: Path, reference: nn.Module, writes: bool) -> None:
     for name, parameter in reference.named_parameters():
         with gathered([parameter]) as (whole,):
             if writes:
-                weights[name] = whole.detach().to("cpu", copy=True)
+                weights[name] = whole.detach().to("cpu", copy=True).contiguous()
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(weights, folder / REFERENCE)

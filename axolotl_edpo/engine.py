@@ -113,11 +113,13 @@ def gathered(
 
 def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """Fills a weight, sharded or not, with a whole value that every rank has."""
+    released = [tensor]
     if isinstance(tensor, DTensor):
         mesh: Any = tensor.device_mesh
         here = value.to(mesh.device_type)
         value = distribute_tensor(here, mesh, tensor.placements, src_data_rank=None)
-    with torch.no_grad(), gathered([tensor], writes=True):
+        released = []
+    with torch.no_grad(), gathered(released, writes=True):
         tensor.copy_(value)
 
 

@@ -74,9 +74,12 @@ def _is_default(key: str, entry: Mapping[str, Any], recipe: Mapping[str, Any]) -
     """Whether axolotl does the same without this option."""
     value = entry[key]
     if "shards" in key:
-        return False
+        return value == 1
     if not _has_chat_template(entry):
         return True
+    if key in ("roles", "message_property_mappings"):
+        if not isinstance(value, Mapping):
+            return False
     if key == "roles":
         return all(role in names for role, names in value.items())
     if key == "message_property_mappings":

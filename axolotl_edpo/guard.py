@@ -2,8 +2,8 @@
 
     weights      before the first step: a model that was saved broken
     losses       of every pair, before the last backward of an optimizer step
-    gradients    before the optimizer takes them; DeepSpeed, whose optimizer runs in the
-                 backward, before the step counts and is saved
+    gradients    before the optimizer takes them; under DeepSpeed, whose optimizer runs
+                 in the backward, by the weights, before the step counts and is saved
 
 A gradient that overflows under fp16 is no error: the optimizer's step is skipped, and
 loss scaling goes on with a smaller scale.
@@ -64,12 +64,13 @@ def nan_flags(parameters: Iterable[torch.Tensor], device: torch.device) -> torch
 
 
 def _own_part(parameter: torch.Tensor) -> torch.Tensor:
-    if hasattr(
-        parameter, "quant_state"
-    ):  # bits of NF4, whatever dtype they are kept in
-        return parameter.new_zeros(())
     own = getattr(parameter, "ds_tensor", parameter).detach()
-    return own.to_local() if isinstance(own, DTensor) else own
+    own = own.to_local() if isinstance(own, DTensor) else own
+    # bits of NF4 are kept in any dtype; tensors of torchao have classes of their own
+    quantized = hasattr(parameter, "quant_state") or own.element_size() == 1
+    if quantized or type(own) not in (torch.Tensor, nn.Parameter):
+        return torch.zeros(())
+    return own
 
 
 def require_trainable(model: nn.Module) -> None:
@@ -80,6 +81,6 @@ def require_trainable(model: nn.Module) -> None:
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
-            "`unfrozen_parameters` matches no weight: give each from the start of its "
-            "name, as in `model.layers.1.`"
+            "no weight of the model trains: give each of `unfrozen_parameters` from "
+            "the start of its name, as in `model.layers.1.`, or set `adapter`"
         )

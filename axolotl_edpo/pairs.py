@@ -6,7 +6,7 @@
 Columns are read as Arrow arrays, piece by piece: no row becomes a Python object.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,8 @@ def _check_texts(key: str, dataset: Dataset, cfg: Any) -> None:
             f"{', '.join(dataset.column_names)}: set a `type` that makes it"
         )
     for name in ANSWERS:
-        rows = _rows_with_dummy(dataset, name)
+        _warn_of_cut_answers(key, dataset, name, cfg)
+        rows = _rows(dataset, name, lambda texts: pc.match_substring(texts, DUMMY))
         if len(rows):
             raise ValueError(
                 f"`{key}`: {len(rows)} of {len(dataset)} pairs have no text in "
@@ -89,11 +90,30 @@ def _check_texts(key: str, dataset: Dataset, cfg: Any) -> None:
             )
 
 
-def _rows_with_dummy(dataset: Dataset, column: str) -> np.ndarray:
+def _warn_of_cut_answers(key: str, dataset: Dataset, column: str, cfg: Any) -> None:
+    """Says where axolotl 0.19 left the last character of an answer only.
+
+    Its `chat_template` types look for the answer in what the template wrote, and do not
+    find it where the template trims white space around it.
+    """
+    entries = [*(cfg.datasets or []), *(cfg.test_datasets or [])]
+    if not any(str(entry.type).startswith("chat_template") for entry in entries):
+        return
+    rows = _rows(dataset, column, lambda texts: pc.equal(pc.utf8_length(texts), 1))
+    if len(rows):
+        LOG.warning(
+            f"`{key}`: of {len(rows)} of {len(dataset)} answers in `{column}` axolotl "
+            f"left one character, as the chat template trims white space around them: "
+            f"remove it from the data. {_start(dataset, rows[0])}"
+        )
+
+
+def _rows(dataset: Dataset, column: str, test: Callable[[Any], Any]) -> np.ndarray:
+    """Where a test of a column's texts holds; nowhere, if they are no texts."""
     if dataset.features[column] != Value("string"):
         return np.empty(0, int)
     found = [
-        pc.match_substring(table[column], DUMMY).to_numpy(zero_copy_only=False)
+        test(table[column]).to_numpy(zero_copy_only=False)
         for table in _tables(dataset, [column])
     ]
     return np.flatnonzero(np.concatenate(found))
@@ -120,7 +140,7 @@ def check_tokens(dataset_name: str, dataset: Dataset) -> None:
             f"tokens: remove them, or see whether the chat template writes answers. "
             f"{_start(dataset, empty[0])}"
         )
-    if len(same) == total:
+    if len(same) == total and dataset_name == "train":
         raise ValueError(
             f"{dataset_name} set: chosen and rejected are the same in all {total} "
             "pairs: see `field_chosen`, `field_rejected` and the chat template"

@@ -66,10 +66,13 @@ class EDPOPlugin(BasePlugin):
         check_versions()
         _check_registration(cfg)
         beta = check_recipe(cfg)
-        for line in [*misspelt(cfg, _known_keys()), *without_effect(cfg)]:
-            LOG.warning(line)
+        if cfg["rl"] == "edpo":  # not lowered yet, and only what the user wrote
+            for line in [*misspelt(cfg, _known_keys()), *without_effect(cfg)]:
+                LOG.warning(line)
         cfg.update(rl="dpo", trainer_cls=TRAINER, **lowered_packing(cfg))
-        absent = [key for key in cfg if key.startswith(PREFIX) and cfg[key] is None]
+        absent = [
+            key for key in cfg if str(key).startswith(PREFIX) and cfg[key] is None
+        ]
         lowered = [key for key in LOWERED if cfg.get(key) is not None]
         for key in [*lowered, *absent]:
             del cfg[key]
@@ -116,7 +119,7 @@ class EDPOPlugin(BasePlugin):
 
             from .rows import check_recipe_model
 
-            if not _has_accelerator():
+            if not (cfg.merge_lora or _has_accelerator()):
                 check_without_gpu(cfg)
             check_recipe_model(cfg)
             set_seed(42 if cfg.seed is None else cfg.seed)  # 42: transformers'

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from .args import LOWERED, MOVING, PREFIX, EDPOArgs, Numbers, lowered_packing
+from .args import LOWERED, PREFIX, Bounds, EDPOArgs, Moving, lowered_packing
 from .entries import check_entries
 from .errors import refuse
 from .loss_types import LossSettings
@@ -63,10 +63,11 @@ NEEDS_GPU = {
 FILES = {
     "base_model": ("config.json", "name a folder with a model, or one on the hub"),
     "lora_model_dir": ("adapter_config.json", "name the folder of a saved adapter"),
-    "resume_from_checkpoint": ("", "name a checkpoint, or remove it to start anew"),
     "deepspeed": ("", "`axolotl fetch deepspeed_configs` gets those of axolotl"),
     "chat_template_jinja": ("", "a template would have `{`, this is taken for a file"),
 }
+# Keys with lines of their own.
+SECTIONS = ("trl", "peft", "qat", "accelerator_config", "fsdp_config")
 # Keys that split a model or a sequence: allowed up to 1.
 SPLITTING = (
     "context_parallel_size",
@@ -89,12 +90,13 @@ def check_recipe(recipe: Mapping[str, Any]) -> float | None:
         ValueError: One line with key, value and what to set.
     """
     recipe = {**recipe, **lowered_packing(recipe)}
+    _check_sections(recipe)
     check_own_keys(recipe)
     beta = _common_beta(recipe)
     own = {key: recipe[key] for key in EDPOArgs.model_fields if key in recipe}
     own = {key: value for key, value in own.items() if value is not None}
     _check_values({**own, "beta": beta})
-    _check_values(recipe, model=Numbers)
+    recipe |= _check_values(recipe, model=Bounds)
     _check_unsupported(recipe)
     _check_loss(recipe)
     check_entries(recipe)
@@ -148,6 +150,12 @@ def check_foreign_recipe(recipe: Mapping[str, Any]) -> None:
             )
 
 
+def _check_sections(recipe: Mapping[str, Any]) -> None:
+    for key in SECTIONS:
+        if (value := recipe.get(key)) and not isinstance(value, Mapping):
+            raise ValueError(f"`{key}: {value}`: lines with keys of its own are due")
+
+
 def _common_beta(recipe: Mapping[str, Any]) -> Any:
     """The one value of all keys that mean β; two that disagree are refused."""
     trl = recipe.get("trl") or {}
@@ -169,18 +177,20 @@ def _common_beta(recipe: Mapping[str, Any]) -> Any:
 def _check_values(
     values: Mapping[str, Any],
     name: str | None = None,
+    above: str = "",
     model: type[BaseModel] = EDPOArgs,
-) -> None:
-    """Validates options; pydantic's report becomes one line."""
+) -> dict[str, Any]:
+    """Validates options, and returns them; pydantic's report becomes one line."""
     try:
-        model.model_validate(dict(values))
+        return model.model_validate(dict(values)).model_dump(exclude_none=True)
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])
         description = model.model_fields[key].description
         written = {lowered: key for key, lowered in LOWERED.items()}.get(key, key)
         raise ValueError(
-            f"`{name or written}: {first['input']}`: {first['msg']}. {description}."
+            f"`{name or above + written}: {first['input']}`: {first['msg']}. "
+            f"{description}."
         ) from None
 
 
@@ -198,12 +208,10 @@ def _check_unsupported(recipe: Mapping[str, Any]) -> None:
 
 def _check_loss(recipe: Mapping[str, Any]) -> None:
     types = recipe.get("dpo_loss_type") or ["sigmoid"]
-    types = [types] if isinstance(types, str) else types
-    weights = recipe.get("dpo_loss_weights") or [1.0] * len(types)
     LossSettings(
         tuple(types),
-        tuple(float(weight) for weight in weights),
-        float(recipe.get("dpo_label_smoothing") or 0),
+        tuple(recipe.get("dpo_loss_weights") or [1.0] * len(types)),
+        recipe.get("dpo_label_smoothing") or 0.0,
         bool(recipe.get("dpo_use_weighting")),
     )
 
@@ -250,16 +258,10 @@ def _check_adapter(recipe: Mapping[str, Any]) -> None:
 
 def _check_moving(recipe: Mapping[str, Any]) -> None:
     """A reference that follows the policy is a model of its own."""
-    sync, mixup, every = ((recipe.get("trl") or {}).get(key) for key in MOVING)
-    if not sync:
-        return
-    if recipe.get("adapter"):
+    moving = _check_values(recipe.get("trl") or {}, above="trl.", model=Moving)
+    if moving.get("sync_ref_model") and recipe.get("adapter"):
         remedy = "remove it: the reference is the policy without its adapter"
-        refuse("trl.sync_ref_model", sync, remedy)
-    if mixup is not None and not 0 < mixup <= 1:
-        refuse("trl.ref_model_mixup_alpha", mixup, "set a number above 0, up to 1")
-    if every is not None and every < 1:
-        refuse("trl.ref_model_sync_steps", every, "set a number of steps, at least 1")
+        refuse("trl.sync_ref_model", True, remedy)
 
 
 def _check_ignored(recipe: Mapping[str, Any]) -> None:
@@ -315,7 +317,7 @@ def _check_fsdp(recipe: Mapping[str, Any]) -> None:
         return
     own = options.get("fsdp_version") or options.get("version")
     version = recipe.get("fsdp_version") or own or 1
-    if int(version) != 2:
+    if str(version) != "2":
         remedy = "set `fsdp_version: 2`: FSDP 1 flattens the head that is read"
         refuse("fsdp_version", version, remedy)
     saved = recipe.get("lora_modules_to_save")

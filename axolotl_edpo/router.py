@@ -90,6 +90,15 @@ def router_loss(
     return average(router_logits, model.num_experts, model.num_experts_per_tok, copies)
 
 
+def warn_of_reentrance() -> None:
+    """Says once why a router loss has no gradient, which TRL's has not either."""
+    LOG.warning_once(
+        "`use_reentrant: true` takes the gradient from the router loss of a mixture of "
+        "experts: it is logged and trains nothing. Set `gradient_checkpointing_kwargs: "
+        "{use_reentrant: false}` (with an adapter, TRL forces it under ZeRO-3)."
+    )
+
+
 def _average(model: PreTrainedModel) -> Callable[..., Any] | None:
     """The function of the module that defines the model; FSDP2 gives it a new class."""
     modules = (sys.modules[kind.__module__] for kind in type(model).__mro__)

@@ -132,7 +132,8 @@ class PairRun(PairFeed):
                 self.lr_scheduler.load_state_dict(state)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """As transformers', but refuses a checkpoint that it could not go on from."""
+        """As transformers', but refuses what it could not go on from, or not train."""
+        guard.require_trainable(self.model)
         if isinstance(resume_from_checkpoint, str | Path):
             checkpoint.require_complete(Path(resume_from_checkpoint))
             if self.is_deepspeed_enabled:
@@ -157,9 +158,19 @@ class PairRun(PairFeed):
                 self._stop(f"the loss of {broken} of the step's pairs is")
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """As transformers'; stops before the optimizer takes what is not finite."""
+        """As transformers'; stops before the optimizer takes what is not finite.
+
+        DeepSpeed's has taken it, and its norm does not say so: there the weights do.
+        """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         accelerator = self.accelerator
+        if self.is_deepspeed_enabled:
+            weights = accelerator.unwrap_model(model).parameters()
+            trained = [weight for weight in weights if weight.requires_grad]
+            flags = guard.nan_flags(trained, accelerator.device)
+            if int(self._sum_over_ranks(flags.sum())):
+                self._stop("the gradient is")
+            return norm
         # of fp16, whose scaler has the optimizer skip the step
         skips = accelerator.scaler or accelerator.optimizer_step_was_skipped
         if norm is not None and not skips and guard.not_finite(norm):

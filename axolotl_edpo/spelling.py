@@ -33,7 +33,8 @@ def misspelt(recipe: Mapping[str, Any], known: Collection[str]) -> list[str]:
             `_` or `x-` are nobody's: they hold YAML anchors.
 
     Returns:
-        A line for each key that could be another one, misspelt.
+        A line for each key that could be another one, misspelt; without its value,
+        which may be a secret.
 
     Raises:
         ValueError: If a key is certainly another one: a single letter is missing, too
@@ -48,12 +49,11 @@ def misspelt(recipe: Mapping[str, Any], known: Collection[str]) -> list[str]:
             continue
         if _one_slip(key, near[0]) and near[0] not in recipe:
             raise ValueError(
-                f"`{key}: {recipe[key]}` is not an option of axolotl: did you mean "
-                f"`{near[0]}`?"
+                f"`{key}` is not an option of axolotl: did you mean `{near[0]}`?"
             )
         lines.append(
-            f"`{key}: {recipe[key]}` is not an option of axolotl and has no effect: "
-            f"did you mean `{near[0]}`?"
+            f"`{key}` is not an option of axolotl and has no effect: did you mean "
+            f"`{near[0]}`?"
         )
     return lines
 

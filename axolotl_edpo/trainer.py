@@ -25,7 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl.models.utils import disable_gradient_checkpointing
 
-from . import backbone, engine, guard, loss
+from . import backbone, engine, loss
 from .batch import (
     Completions,
     chosen_minus_rejected,
@@ -38,7 +38,12 @@ from .head import Head
 from .logprobs import TokenStats, logits_stats, token_stats
 from .loss_types import Answers, LossSettings, wpo_weights
 from .metrics import WeightedMeans
-from .router import collected_router_logits, has_router_loss, router_loss
+from .router import (
+    collected_router_logits,
+    has_router_loss,
+    router_loss,
+    warn_of_reentrance,
+)
 from .rows import RowSettings
 from .run import PairRun
 
@@ -151,14 +156,13 @@ class EDPOTrainer(PairRun):
         """What axolotl and TRL leave open in policy and reference.
 
         Raises:
-            ValueError: If nothing trains, or a router loss is not known.
+            ValueError: If a router loss is not known.
         """
         if isinstance(self.model, PeftModel):
             # axolotl ends by saving the model below the adapter as well: a copy of
             # `base_model` under names nothing reads, which fails where weights are tied
             below: Any = backbone.causal_lm(self.model)
             below.save_pretrained = self.model.save_pretrained
-        guard.require_trainable(self.model)
         if self.aux_loss_enabled:
             lm = backbone.causal_lm(self.model)
             self.aux_loss_enabled: bool = has_router_loss(lm)
@@ -364,6 +368,8 @@ class EDPOTrainer(PairRun):
             return *stats, router_loss(lm, collected[0], copies)
 
         *stats, routing = self._inside_forward(model, forward)
+        if routing is not None and self.model.training and not routing.requires_grad:
+            warn_of_reentrance()
         return TokenStats(*stats), routing
 
     @contextmanager

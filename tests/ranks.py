@@ -49,6 +49,17 @@ FSDP2 = {
 }
 
 
+class BrokenGradient(BasePlugin):
+    """In the second optimizer step, the gradient of one weight becomes NaN."""
+
+    def post_trainer_create(self, cfg, trainer) -> None:
+        def broken(gradient: torch.Tensor) -> torch.Tensor:
+            return gradient * float("nan") if trainer.state.global_step else gradient
+
+        *_, last = trainer.model.parameters()
+        last.register_hook(broken)
+
+
 class CpuRanks(BasePlugin):
     """Beside `axolotl_edpo.EDPOPlugin`, a recipe runs on CPU ranks."""
 

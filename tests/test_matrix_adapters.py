@@ -350,7 +350,7 @@ CELLS = [
     Adapter(
         "`unfrozen_parameters` that match nothing",
         {"unfrozen_parameters": ["layers.1."]},
-        refused="`unfrozen_parameters` matches no weight",
+        refused="no weight of the model trains",
         note="`rl: dpo` stops in its first backward pass",
     ),
     Adapter(

@@ -101,25 +101,25 @@ CELLS = [
     ),
     ours(
         "`leraning_rate: 1e-6`",
-        r"`leraning_rate: 1e-06`.*did you mean `learning_rate`",
+        r"`leraning_rate`.*did you mean `learning_rate`",
         note="one letter off a key that is not there itself; axolotl ignores such keys",
         leraning_rate=1e-6,
         learning_rate=None,
     ),
     ours(
         "`dpo_lable_smoothing: 0.1`",
-        r"`dpo_lable_smoothing: 0.1`.*did you mean `dpo_label_smoothing`",
+        r"`dpo_lable_smoothing`.*did you mean `dpo_label_smoothing`",
         dpo_lable_smoothing=0.1,
     ),
     warned(
         "`dataset:` beside `datasets:`",
-        r"`dataset: .*no effect: did you mean `datasets`",
+        r"`dataset`.*no effect: did you mean `datasets`",
         note="it may be an anchor",
         dataset=[],
     ),
     warned(
         "`lora_target_layers: [q_proj]`",
-        r"`lora_target_layers: .*no effect: did you mean `lora_target_linear`",
+        r"`lora_target_layers`.*no effect: did you mean `lora_target_linear`",
         note="near a key, and not near enough to be sure",
         lora_target_layers=["q_proj"],
     ),
@@ -277,7 +277,7 @@ CELLS = [
     ),
     ours(
         "`unfrozen_parameters` that match nothing",
-        r"`unfrozen_parameters` matches no weight",
+        r"no weight of the model trains.*`unfrozen_parameters`",
         "model",
         unfrozen_parameters=["modell.*"],
     ),
@@ -308,6 +308,7 @@ CELLS = [
     ours(
         "`resume_from_checkpoint`: no such folder",
         r"`resume_from_checkpoint: .*no-checkpoint`.*remove it to start anew",
+        "model",
         resume_from_checkpoint="{files}/no-checkpoint",
     ),
     theirs(
@@ -381,6 +382,14 @@ CELLS = [
         note="axolotl trains on its template's dummy message instead",
         datasets=data("no-answer.jsonl"),
         skip_prepare_dataset=True,
+    ),
+    warned(
+        "white space around answers, and a chat template that trims it",
+        r"of 2 of 40 answers in `chosen` axolotl left one character.*first begins '<",
+        note="axolotl leaves the last character of such an answer, also for `rl: dpo`",
+        datasets=data("spaced.jsonl"),
+        chat_template="llama3",
+        sequence_len=1024,
     ),
     ours(
         "every pair is longer than `sequence_len`",
@@ -485,6 +494,12 @@ def write_data(folder: Path, pairs: list[dict]) -> None:
         "no-text": [*texts[:3], {**texts[3], "rejected": ""}, *texts[4:]],
         "no-answer": [
             {**row, "rejected": [silent]} if i in (3, 17) else row
+            for i, row in enumerate(pairs)
+        ],
+        "spaced": [
+            {**row, "chosen": [{"role": "assistant", "content": " so \n"}]}
+            if i in (3, 17)
+            else row
             for i, row in enumerate(pairs)
         ],
         "all-same": [{**row, "rejected": row["chosen"]} for row in texts],
@@ -657,25 +672,31 @@ def rank(number: int, port: int, folder: Path, keys: dict) -> None:
     (folder / str(number) / "message").write_text(str(caught.value))
 
 
+INF, NAN = ({"base_model": "{files}/" + model} for model in ("inf", "nan"))
+NAN_GRADIENT = {"plugins": ["axolotl_edpo.EDPOPlugin", "ranks.BrokenGradient"]}
+
+
 @pytest.mark.parametrize(
-    ("engine", "model", "message"),
+    ("engine", "wrong", "message"),
     [
-        ("ddp", "inf", "the loss of 1 of the step's pairs is not finite"),
+        ("ddp", INF, "the loss of 1 of the step's pairs is not finite"),
         # the optimizer's step is in the backward
-        ("zero2", "inf", "the loss of 1 of the step's pairs is not finite"),
+        ("zero2", INF, "the loss of 1 of the step's pairs is not finite"),
+        ("zero2", NAN_GRADIENT, "the gradient is not finite in step 2"),
+        ("zero3", NAN_GRADIENT, "the gradient is not finite in step 2"),
         # a rank has half of every weight
-        ("zero3", "nan", "1 of 21 weights hold NaN"),
-        ("fsdp2", "nan", "1 of 21 weights hold NaN"),
+        ("zero3", NAN, "1 of 21 weights hold NaN"),
+        ("fsdp2", NAN, "1 of 21 weights hold NaN"),
     ],
 )
-def test_what_one_rank_finds_stops_all(engine, model, message, recipe, files, tmp_path):
+def test_what_one_rank_finds_stops_all(engine, wrong, message, recipe, files, tmp_path):
     multiprocessing.set_forkserver_preload(ranks.PRELOAD)
     config = tmp_path / "zero.json"
     stage = {"stage": 3 if engine == "zero3" else 2}
     config.write_text(json.dumps({**ranks.ZERO, "zero_optimization": stage}))
     engines = {"ddp": {}, "fsdp2": dict(fsdp_version=2, fsdp_config=ranks.FSDP2)}
     keys = recipe(
-        **placed({"base_model": f"{{files}}/{model}", **texts("texts.jsonl")}, files),
+        **placed({**wrong, **texts("texts.jsonl")}, files),
         **engines.get(engine, {"deepspeed": str(config)}),
         micro_batch_size=2,
         dataset_num_proc=0,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import matrix
 import pytest
 import tiny
+from axolotl.utils.logging import MultiProcessAdapter
 from matrix import Cell
 
 TITLE = "Models"
@@ -103,6 +104,17 @@ def test_a_model_trains_padded_and_packed_alike(cell, recipe, tmp_path):
         assert a["kl/beta"] == b["kl/beta"]
         assert ("aux_loss" in a) == ("aux_loss" in b) == cell.router
         assert a.get("aux_loss", 0) == pytest.approx(b.get("aux_loss", 0), rel=1e-5)
+
+
+def test_a_router_loss_without_gradient_is_said_once(recipe, tmp_path, caplog):
+    """Reentrant checkpointing runs its forward without one, also with TRL."""
+    MultiProcessAdapter.warning_once.cache_clear()
+    model = tiny.save_model(tmp_path / "model", "mixtral", **EXPERTS)
+    reentrant = {"use_reentrant": True}
+    keys = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=reentrant)
+    tiny.train(tmp_path, recipe(base_model=str(model), **keys, max_steps=2))
+    said = [r for r in caplog.records if "the router loss" in r.message]
+    assert len(said) == 1 and "trains nothing" in said[0].message
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])

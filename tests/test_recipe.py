@@ -104,6 +104,20 @@ WRONG = [
         {"datasets": [{**CHAT, "field_chosen": "yes"}], "test_datasets": [CHAT]},
         "`test_datasets: field_chosen: None`.*of `datasets:` at its place",
     ),
+    ({"trl": "x"}, "`trl: x`: lines with keys"),
+    ({"qat": True}, "`qat: True`: lines with keys"),
+    ({"trl": {"ref_model_sync_steps": "often"}}, "`trl.ref_model_sync_steps: often`"),
+    ({"context_parallel_size": "2"}, "`context_parallel_size: 2`"),
+    ({"tensor_parallel_size": "auto"}, "`tensor_parallel_size: auto`.*integer"),
+    ({"dpo_loss_weights": 1.0}, "`dpo_loss_weights: 1.0`.*list"),
+    ({"dpo_loss_type": [["sigmoid"]]}, r"`dpo_loss_type: \['sigmoid'\]`.*string"),
+    ({"dpo_label_smoothing": "abc"}, "`dpo_label_smoothing: abc`.*number"),
+    ({"fsdp_version": "v2", "fsdp_config": {"a": 1}}, "`fsdp_version: v2`.*integer"),
+    ({"val_set_size": 4}, "`val_set_size: 4`.*less than 1"),
+    (
+        {"datasets": [{**CHAT, "roles": ["user"]}]},
+        r"`datasets: roles: \['user'\]`.*ignored",
+    ),
     ({"tensor_parallel_size": 2}, r"`tensor_parallel_size: 2`"),
     ({"context_parallel_size": 2}, r"`context_parallel_size: 2`"),
     ({"lora_model_dir": "a"}, r"`lora_model_dir: a`.*adapter: lora"),
@@ -151,7 +165,7 @@ def test_a_wrong_recipe_is_one_line_with_key_value_and_remedy(keys, message):
         ({"fsdp_config": {"version": 2}}, None),
         ({"use_ray": True, "ray_num_workers": 4, "ddp": True}, None),
         ({"group_by_length": True, "early_stopping_patience": 3}, None),
-        ({"dpo_loss_type": "sigmoid", "dpo_label_smoothing": 0.1}, None),
+        ({"dpo_loss_type": ["sigmoid"], "dpo_label_smoothing": 0.1}, None),
     ],
 )
 def test_all_ways_to_write_beta_mean_the_same(keys, beta):
@@ -202,7 +216,7 @@ KNOWN = {"learning_rate", "datasets", "num_epochs", "lora_alpha", "beta"}
     + ["learning-rate", "Learning_rate"],
 )
 def test_a_key_one_slip_from_another_is_refused(key):
-    with pytest.raises(ValueError, match=rf"`{key}: 1`.*mean `learning_rate`"):
+    with pytest.raises(ValueError, match=rf"`{key}` is .*mean `learning_rate`"):
         misspelt({key: 1}, KNOWN)
     (line,) = misspelt({key: 1, "learning_rate": 2}, KNOWN)  # or an anchor
     assert "has no effect: did you mean `learning_rate`" in line
@@ -217,6 +231,6 @@ def test_keys_that_are_like_no_other_are_left_alone():
 def test_two_slips_are_a_warning():
     (line,) = misspelt({"lerning_rte": 1}, KNOWN)
     assert line == (
-        "`lerning_rte: 1` is not an option of axolotl and has no effect: "
+        "`lerning_rte` is not an option of axolotl and has no effect: "
         "did you mean `learning_rate`?"
     )

@@ -29,7 +29,7 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import disable_dropout_in_model
 
-from axolotl_edpo.args import HANDED_ON, MOVING
+from axolotl_edpo.args import HANDED_ON, Moving
 from axolotl_edpo.entries import FIELDS, IGNORED
 from axolotl_edpo.loss_types import LOSSES, REFUSED, SFT
 
@@ -190,11 +190,11 @@ def test_a_router_loss_is_asked_for_and_averaged_where_it_was():
 
 def test_trl_lets_the_reference_follow_and_axolotl_says_so_to_grpo_only():
     text = source(DPOTrainer.__init__)
-    assert "SyncRefModelCallback(ref_model=self.ref_model" in text, "plugin.py: MOVING"
+    assert "SyncRefModelCallback(ref_model=self.ref_model" in text, "args.py: Moving"
     text = source(DPOStrategy.set_training_args_kwargs)
-    assert "sync_ref_model" not in text, "plugin.py: MOVING is axolotl's own now"
+    assert "sync_ref_model" not in text, "args.py: Moving is axolotl's own now"
     names = inspect.signature(DPOConfig).parameters
-    assert set(MOVING) <= names.keys(), "args.py: MOVING"
+    assert Moving.model_fields.keys() <= names.keys(), "args.py: Moving"
 
 
 def test_optimizer_and_schedule_are_loaded_under_every_engine():
