@@ -91,7 +91,8 @@ class PairFeed(AxolotlDPOTrainer):
         collator = self.collators["train"]
         laid = collator.deal(step) if self.rows.deals else [*map(collator, step)]
         held = [(pairs_in(batch), batch["chosen_tokens"]) for batch in laid]
-        return laid, self._sum_over_ranks(torch.tensor(held).sum(dim=0))
+        whole = self._sum_over_ranks(torch.tensor(held).sum(dim=0))
+        return laid, whole.clamp(min=1)  # both are divisors
 
     def _get_num_items_in_batch(self, batch_samples, device) -> None:
         """Nothing: pairs are counted when it is known which are counted."""
