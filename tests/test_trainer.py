@@ -96,16 +96,21 @@ def test_evaluation_uses_the_current_beta_and_never_changes_it(recipe, parts, tm
     assert betas == after  # step 0: before training
 
 
+@pytest.mark.parametrize("adapter", [{}, NF4], ids=["full", "qlora"])
 def test_evaluation_without_a_reference_says_so_and_gives_zeros(
-    recipe, parts, tmp_path, caplog
+    recipe, parts, tmp_path, caplog, adapter
 ):
-    """What `axolotl evaluate` does under full fine-tuning."""
+    """What `axolotl evaluate` does without `lora_model_dir`."""
     from axolotl.cli.args import TrainerCliArgs
     from axolotl.cli.config import load_cfg
     from axolotl.common.datasets import load_preference_datasets
     from axolotl.evaluate import evaluate
 
-    keys = recipe(bf16=True, test_datasets=tiny.dataset(parts["eval"]))
+    # in evaluation bitsandbytes packs 4-bit weights for some processors, in blocks
+    sizes = dict(hidden_size=64, head_dim=32, intermediate_size=128)
+    model = tiny.save_model(tmp_path / "wide", **sizes)
+    keys = recipe(base_model=str(model), **{"bf16": True, **adapter})
+    keys["test_datasets"] = tiny.dataset(parts["eval"])
     cfg = load_cfg(str(tiny.write(tmp_path, keys)))
     meta = load_preference_datasets(cfg=cfg, cli_args=TrainerCliArgs())
     metrics = evaluate(cfg=cfg, dataset_meta=meta)
