@@ -47,7 +47,7 @@ def check_entries(recipe: Mapping[str, Any]) -> None:
 def _check_form(recipe: Mapping[str, Any]) -> None:
     """What axolotl meets with an error of Python's, or of a library's."""
     for key in ("datasets", "test_datasets"):
-        entries = recipe.get(key) or []
+        entries: Any = _entries(recipe, key)
         if isinstance(entries, str | Mapping):
             raise ValueError(f"`{key}: {entries}`: a list of entries `- path:` is due")
         for entry in entries:
@@ -75,20 +75,22 @@ def _is_default(key: str, entry: Mapping[str, Any], recipe: Mapping[str, Any]) -
     value = entry[key]
     if "shards" in key:
         return value == 1
-    if not _has_chat_template(entry):
+    if not has_chat_template(entry):
         return True
     if key in ("roles", "message_property_mappings"):
-        if not isinstance(value, Mapping):
-            return False
-    if key == "roles":
-        return all(role in names for role, names in value.items())
-    if key == "message_property_mappings":
-        return all(value.get(name, name) == name for name in ("role", "content"))
+        return isinstance(value, Mapping) and _maps_to_itself(key, value)
     default = "tokenizer_default" if key == "chat_template" else key.split("_")[-1]
     return value == (recipe.get(key) or default)
 
 
-def _has_chat_template(entry: Mapping[str, Any]) -> bool:
+def _maps_to_itself(key: str, names: Mapping[str, Any]) -> bool:
+    if key == "roles":
+        return all(role in others for role, others in names.items())
+    return all(names.get(name, name) == name for name in ("role", "content"))
+
+
+def has_chat_template(entry: Mapping[str, Any]) -> bool:
+    """Whether axolotl writes this entry's messages with a chat template."""
     return str(entry.get("type")).startswith("chat_template")
 
 
@@ -97,7 +99,7 @@ def _check_test_datasets(recipe: Mapping[str, Any]) -> None:
     trained = _entries(recipe, "datasets")
     for place, entry in enumerate(_entries(recipe, "test_datasets")):
         read: Mapping[str, Any] = trained[place] if place < len(trained) else {}
-        options = FIELDS if _has_chat_template(entry) else {}
+        options = FIELDS if has_chat_template(entry) else {}
         if isinstance(entry.get("type"), Mapping):
             options = {"type": ""}
         for key, default in options.items():

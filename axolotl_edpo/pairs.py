@@ -17,6 +17,8 @@ from axolotl.utils.data.shared import load_dataset_with_config
 from axolotl.utils.logging import get_logger
 from datasets import Dataset, Value
 
+from .entries import has_chat_template
+
 LOG = get_logger(__name__)
 
 IDS = ["prompt_ids", "chosen_ids", "rejected_ids"]
@@ -57,13 +59,17 @@ def load(cfg: Any) -> TrainDatasetMeta:
 def _unlike_its_type(cfg: Any, found: str) -> str:
     """The refusal of data whose rows are not what `type` takes them for."""
     sets = []
-    for entry in [*cfg.datasets, *(cfg.test_datasets or [])]:
+    for entry in _entries(cfg):
         columns = load_dataset_with_config(entry, cfg.hf_use_auth_token).column_names
         sets.append(f"{entry.path} (`type: {entry.type}`) has {', '.join(columns)}")
     return (
         f"`datasets`: a row is not as its `type` takes it ({found}); "
         f"{'; '.join(sets)}: set another `type`, or its `field_*` keys"
     )
+
+
+def _entries(cfg: Any) -> list[Any]:
+    return [*(cfg.datasets or []), *(cfg.test_datasets or [])]
 
 
 def _check_texts(key: str, dataset: Dataset, cfg: Any) -> None:
@@ -96,8 +102,7 @@ def _warn_of_cut_answers(key: str, dataset: Dataset, column: str, cfg: Any) -> N
     Its `chat_template` types look for the answer in what the template wrote, and do not
     find it where the template trims white space around it.
     """
-    entries = [*(cfg.datasets or []), *(cfg.test_datasets or [])]
-    if not any(str(entry.type).startswith("chat_template") for entry in entries):
+    if not any(map(has_chat_template, _entries(cfg))):
         return
     rows = _rows(dataset, column, lambda texts: pc.equal(pc.utf8_length(texts), 1))
     if len(rows):

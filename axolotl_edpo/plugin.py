@@ -127,11 +127,13 @@ class EDPOPlugin(BasePlugin):
     def add_callbacks_post_trainer(self, cfg, trainer) -> list:
         """What ends a run early, which axolotl adds to supervised training only."""
         callbacks: list = []
-        if cfg.trainer_cls == TRAINER and cfg.early_stopping_patience:
+        if cfg.trainer_cls != TRAINER:
+            return callbacks
+        if cfg.early_stopping_patience:
             from transformers import EarlyStoppingCallback
 
             callbacks.append(EarlyStoppingCallback(cfg.early_stopping_patience))
-        if cfg.trainer_cls == TRAINER and cfg.loss_watchdog_threshold is not None:
+        if cfg.loss_watchdog_threshold is not None:
             from axolotl.utils.callbacks import LossWatchDogCallback
 
             callbacks.append(LossWatchDogCallback(cfg))

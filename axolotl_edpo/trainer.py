@@ -303,11 +303,12 @@ class EDPOTrainer(PairRun):
         else:
             # engines average gradients over ranks; the divisors count all ranks' pairs
             whole = tuple(num_items_in_batch / self.accelerator.num_processes)
+        total = self._total(pairs, *whole)
         if routing is None:
-            return self._total(pairs, *whole)
+            return total
         self._means[mode].add("aux_loss", routing.expand(len(pairs.steps)))
         share = len(pairs.steps) / whole[0]
-        return self._total(pairs, *whole) + self.router_aux_loss_coef * share * routing
+        return total + self.router_aux_loss_coef * share * routing
 
     def _total(self, pairs: Pairs, count, chosen_tokens) -> torch.Tensor:
         """Loss of pairs, as part of a mean over so many pairs and chosen tokens."""

@@ -8,7 +8,8 @@ import pytest
 import ranks
 import tiny
 import torch
-from test_trainer import LORA, NF4, weights
+from test_trainer import weights
+from tiny import LORA, NF4
 from torch.multiprocessing import ProcessRaisedException
 
 from axolotl_edpo.loss import next_beta
@@ -51,8 +52,7 @@ def parts(parts):
     }
     more["tied"] = tiny.save_model(folder / "tied", tie_word_embeddings=True)
     more["windows"] = tiny.save_model(folder / "windows", "mistral", sliding_window=16)
-    experts = dict(num_local_experts=4, num_experts_per_tok=2)
-    more["experts"] = tiny.save_model(folder / "experts", "mixtral", **experts)
+    more["experts"] = tiny.save_model(folder / "experts", "mixtral", **tiny.EXPERTS)
     more["wide"] = tiny.save_model(folder / "wide", hidden_size=64)
     return {**parts, **more}
 

@@ -15,11 +15,10 @@ from axolotl.utils.schemas.peft import LoraConfig
 from matrix import Cell
 from peft import PeftModel, PeftType, get_peft_model_state_dict
 from safetensors.torch import load_file
+from tiny import LORA, NF4
 from transformers import AutoModelForCausalLM
 
-LORA = dict(adapter="lora", lora_r=4, lora_alpha=8, lora_target_linear=True)
 CHOSEN = {**LORA, "lora_target_linear": None}  # beside `lora_target_modules`
-QLORA = {**LORA, "adapter": "qlora", "load_in_4bit": True, "bf16": True}
 INT4 = dict(weight_dtype="int4", activation_dtype="int8", group_size=32)
 KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
 LETTERS = tiny.byte_tokenizer().convert_tokens_to_ids(["a", "e", "s"])
@@ -92,13 +91,13 @@ CELLS = [
     Adapter("`adapter: lora`, `lora_target_linear`", LORA, packed=True),
     Adapter(
         "`adapter: qlora` (NF4)",
-        QLORA,
+        NF4,
         took=lambda t: linear_type(t) == "Linear4bit",
         packed=True,
     ),
     Adapter(
         "`adapter: qlora`, `bnb_config_kwargs: {bnb_4bit_quant_type: fp4}`",
-        QLORA | {"bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"}},
+        NF4 | {"bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"}},
         took=lambda t: (
             layer(t, "self_attn.q_proj").base_layer.weight.quant_type == "fp4"
         ),
@@ -123,7 +122,7 @@ CELLS = [
     ),
     Adapter(
         "DoRA over NF4",
-        QLORA | {"peft_use_dora": True},
+        NF4 | {"peft_use_dora": True},
         trains=(LOW_RANK, MAGNITUDE),
     ),
     Adapter(
@@ -184,7 +183,7 @@ CELLS = [
     ),
     Adapter(
         "the same over NF4",
-        QLORA | {"lora_modules_to_save": ["embed_tokens", "lm_head"]},
+        NF4 | {"lora_modules_to_save": ["embed_tokens", "lm_head"]},
         trains=(LOW_RANK, HEAD, EMBEDDING),
     ),
     Adapter(
@@ -280,7 +279,7 @@ CELLS = [
         },
         note="what the adapter is made of comes from its own config",
     ),
-    Adapter("`lora_model_dir` over NF4", QLORA, start=QLORA),
+    Adapter("`lora_model_dir` over NF4", NF4, start=NF4),
     Adapter(
         "`lora_model_dir` of an adapter with `lora_target_parameters`",
         LORA,

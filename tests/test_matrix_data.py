@@ -713,14 +713,7 @@ WRITERS = {
     ".csv": Dataset.to_csv,
     "": Dataset.save_to_disk,
 }
-DPO = dict(
-    rl="dpo",
-    rl_beta=0.1,
-    plugins=None,
-    beta=None,
-    edpo_epsilon=None,
-    dataset_prepared_path="prepared-by-dpo",
-)
+DPO = {**tiny.DPO, "dataset_prepared_path": "prepared-by-dpo"}
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ import tiny
 from matrix import Cell
 from safetensors.torch import load_file, save_file
 from test_cli import command
+from tiny import LORA
 from torch.multiprocessing import start_processes
 from transformers import (
     AutoModelForMaskedLM,
@@ -89,7 +90,6 @@ def texts(file: str) -> dict:
     return {"datasets": [entry], "skip_prepare_dataset": True}
 
 
-LORA = dict(adapter="lora", lora_r=4, lora_alpha=8, lora_target_linear=True)
 JINJA = dict(chat_template="jinja")
 
 CELLS = [

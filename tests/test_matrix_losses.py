@@ -146,10 +146,7 @@ def test_with_a_tiny_epsilon_a_loss_is_trls_own(cell, recipe, tmp_path):
     keys = dict(micro_batch_size=8, gradient_accumulation_steps=1, max_steps=4)
     own = recipe(**keys, **cell.keys, edpo_epsilon=1e-9)
     ours = tiny.train(tmp_path, own)
-    gone = dict.fromkeys(("plugins", "edpo_epsilon", "beta"))
-    trls = tiny.train(
-        tmp_path, recipe(**keys, **cell.keys, **gone, rl="dpo", rl_beta=0.1)
-    )
+    trls = tiny.train(tmp_path, recipe(**keys, **cell.keys, **tiny.DPO))
     rows = zip(tiny.logs(ours, "loss"), tiny.logs(trls, "loss"), strict=True)
     for a, b in rows:
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5, abs=1e-5)

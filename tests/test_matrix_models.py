@@ -7,6 +7,7 @@ import pytest
 import tiny
 from axolotl.utils.logging import MultiProcessAdapter
 from matrix import Cell
+from tiny import EXPERTS
 
 TITLE = "Models"
 INTRO = """
@@ -15,7 +16,6 @@ same; where a model cannot be packed, `sample_packing: auto` pads it.
 """
 HYBRID = "`sample_packing: true` is refused, as its layers carry a state; `auto` pads"
 ROUTER = "the router loss of each micro-batch is kept, packed as padded"
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 WINDOW = {"sliding_window": 24}
 MAMBA = {
     "mamba_d_ssm": 32,
@@ -123,9 +123,8 @@ def test_the_router_loss_is_that_of_plain_dpo(kind, recipe, tmp_path):
     model = tiny.save_model(tmp_path / "model", kind, **EXPERTS)
     attention = "eager" if kind == "gpt_oss" else "sdpa"
     keys = dict(base_model=str(model), attn_implementation=attention, max_steps=2)
-    plain = dict(rl="dpo", rl_beta=0.1, plugins=None, beta=None, edpo_epsilon=None)
     ours = tiny.train(tmp_path, recipe(**keys, edpo_epsilon=1e-9))
-    trls = tiny.train(tmp_path, recipe(**{**keys, **plain}))
+    trls = tiny.train(tmp_path, recipe(**keys, **tiny.DPO))
     for a, b in zip(tiny.logs(ours), tiny.logs(trls, "loss"), strict=True):
         for name in ("loss", "aux_loss", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-4), name

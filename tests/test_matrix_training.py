@@ -34,6 +34,7 @@ from axolotl.utils.schemas.training import HyperparametersConfig, JaggedLRConfig
 from matrix import Cell
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import LORA
 from transformers import SchedulerType
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.training_args import OptimizerNames
@@ -49,7 +50,6 @@ only and TRL's trainer takes it as well, `rl: edpo` hands it on; where nothing w
 take it and weights would be others, it is refused. `rl: dpo` ignores both.
 """
 
-LORA = dict(adapter="lora", lora_r=4, lora_alpha=8, lora_target_linear=True)
 GPU = "a GPU"
 RATE = 1e-3  # of `tiny.recipe`
 BETA = 0.1

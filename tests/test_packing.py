@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import tiny
 import torch
-from test_trainer import LORA, NF4, assert_same_weights
+from test_trainer import assert_same_weights
+from tiny import LORA, NF4
 
 from axolotl_edpo.batch import chosen_minus_rejected, sum_per_sequence
 from axolotl_edpo.rows import RowSettings
@@ -331,7 +332,7 @@ def test_an_attention_without_boundaries_is_refused(recipe, tmp_path, monkeypatc
 
 
 def test_plain_dpo_is_the_same_to_the_bit_after_a_packed_run(recipe, tmp_path):
-    dpo = dict(rl="dpo", plugins=None, beta=None, edpo_epsilon=None, max_steps=2)
+    dpo = {**tiny.DPO, "max_steps": 2}
     before = tiny.logs(tiny.train(tmp_path, recipe(**dpo)), "loss")
     tiny.train(tmp_path, recipe(sample_packing=True, max_steps=1))
     after = tiny.logs(tiny.train(tmp_path, recipe(**dpo)), "loss")

@@ -14,11 +14,9 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import LORA, NF4
 
 from axolotl_edpo.controller import BetaController
-
-LORA = dict(adapter="lora", lora_r=4, lora_alpha=8, lora_target_linear=True)
-NF4 = {**LORA, "adapter": "qlora", "load_in_4bit": True, "bf16": True}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -290,10 +288,7 @@ if __name__ == "__main__":
 
 def test_a_checkpoint_of_plain_dpo_resumes_with_a_warning(recipe, tmp_path, caplog):
     keys = dict(num_epochs=2, save_steps=5, save_strategy="steps")
-    dpo = recipe(**keys, max_steps=5, rl="dpo", rl_beta=0.1)
-    for key in ("plugins", "beta", "edpo_epsilon"):
-        del dpo[key]
-    tiny.train(tmp_path, dpo)
+    tiny.train(tmp_path, recipe(**keys, **tiny.DPO, max_steps=5))
     checkpoint = str(tmp_path / "out" / "checkpoint-5")
     trainer = tiny.train(tmp_path, recipe(**keys, resume_from_checkpoint=checkpoint))
     assert "holds no ε-DPO state" in caplog.text
@@ -406,5 +401,4 @@ def test_micro_batches_do_not_collect_garbage(recipe, tmp_path, monkeypatch):
         return len(calls)
 
     assert count(4) == count(2)
-    dpo = dict(rl="dpo", plugins=None, beta=None, edpo_epsilon=None)
-    assert count(4, **dpo) == count(2, **dpo) + 2 * 2
+    assert count(4, **tiny.DPO) == count(2, **tiny.DPO) + 2 * 2

@@ -31,6 +31,12 @@ SIZES = dict(
     eos_token_id=1,
     pad_token_id=2,
 )
+# What recipes of tests add or, with None, remove.
+LORA = dict(adapter="lora", lora_r=4, lora_alpha=8, lora_target_linear=True)
+NF4 = {**LORA, "adapter": "qlora", "load_in_4bit": True, "bf16": True}
+DPO = dict(rl="dpo", rl_beta=0.1, plugins=None, beta=None, edpo_epsilon=None)
+# Of a mixture of experts, beside SIZES.
+EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
 
 
 def reference_tokenizer() -> PreTrainedTokenizerFast:
