@@ -20,6 +20,9 @@ Files, in reading order:
     guard.py       numbers that are not finite stop a run
     rows.py        how a recipe wants its rows, and whether its model can
     feed.py        the trainer's data side: every pair once, in rows
+    store.py       hidden states on disk, in files that check themselves
+    precompute.py  the pass that fills them, on all ranks
+    reference.py   the trainer's reference: a model, a switched-off adapter, a cache
     run.py         the trainer's state: β, checkpoints, the stop
     trainer.py     the walk from a batch to the loss
     versions.py    the releases this was tested with

@@ -70,6 +70,13 @@ class EDPOArgs(BaseModel):
         description="Whether a prompt is in a packed row once, for chosen and rejected "
         "(`auto`: where pairs are packed or padding-free and the model can)",
     )
+    edpo_reference_cache: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder of the reference's hidden states, which runs may share; "
+        "with `precompute_ref_log_probs: true` (absent: `edpo_reference` in "
+        "`dataset_prepared_path`)",
+    )
     edpo_sample_packing: Switch = Field(
         default=False,
         description="What `sample_packing` becomes, which axolotl refuses beside `rl`: "

@@ -223,12 +223,11 @@ def shared_reference_head(model: nn.Module) -> tuple[list[nn.Module], Head]:
 
 
 @contextmanager
-def whole_head(model: PreTrainedModel) -> Iterator[Head]:
+def whole_head(head: Head) -> Iterator[Head]:
     """The head of a frozen model, outside its forward, gathered from all ranks.
 
     ZeRO-3 keeps an empty weight there, FSDP2 a shard; the whole one is let go on exit.
     """
-    head = head_of(model)
     if not isinstance(head.weight, torch.Tensor):
         yield head
         return

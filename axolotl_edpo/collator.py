@@ -16,7 +16,7 @@ from .batch import Completions, deal, pack, select_completions, shared_starts
 
 @dataclass
 class Examples:
-    """Pairs of a micro-batch, before they are laid in rows.
+    """Pairs of a micro-batch, as the data loader hands them over.
 
     A class of its own: accelerate would walk through a list.
     """
@@ -58,11 +58,11 @@ class PairCollator(DataCollatorForPreference):
         Returns:
             The model's inputs, the fields of `Completions`, `chosen_tokens`: how many
             of the scored tokens are chosen, and `num_tokens`: tokens of all sequences,
-            whether padded, packed or shared.
+            whether padded, packed or shared; and the `examples`.
         """
         if not examples:
             return self._blank()
-        return self._finish(super().torch_call(examples))
+        return self._finish(super().torch_call(examples), examples)
 
     def deal(self, step: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         """The pairs of an optimizer step over its micro-batches, evenly by tokens.
@@ -79,7 +79,10 @@ class PairCollator(DataCollatorForPreference):
         padded = super().torch_call(pairs)
         dealt = deal(self._tokens(padded).tolist(), len(step))
         return [
-            self._finish(_rows(padded, own)) if own else self._blank() for own in dealt
+            self._finish(_rows(padded, own), [pairs[i] for i in own])
+            if own
+            else self._blank()
+            for own in dealt
         ]
 
     def _blank(self) -> dict[str, Any]:
@@ -88,7 +91,8 @@ class PairCollator(DataCollatorForPreference):
             [{"prompt_ids": token, "chosen_ids": token, "rejected_ids": token}]
         )
         nothing = {name: batch[name][:0] for name in Completions._fields}
-        return {**batch, **nothing, "chosen_tokens": 0, "num_tokens": 0}
+        counts = {"chosen_tokens": 0, "num_tokens": 0}
+        return {**batch, **nothing, **counts, "examples": Examples([])}
 
     def _tokens(self, padded: dict[str, torch.Tensor]) -> torch.Tensor:
         """Tokens of a pair in a packed row; shape (pairs,)."""
@@ -98,11 +102,16 @@ class PairCollator(DataCollatorForPreference):
             tokens -= shared_starts(padded["input_ids"], padded["attention_mask"])
         return tokens
 
-    def _finish(self, padded: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def _finish(
+        self, padded: dict[str, torch.Tensor], pairs: list[dict[str, Any]]
+    ) -> dict[str, Any]:
         batch = self._lay(padded)
-        chosen = int(batch["lengths"].chunk(2)[0].sum())
-        num_tokens = int(padded["attention_mask"].sum())
-        return {**batch, "chosen_tokens": chosen, "num_tokens": num_tokens}
+        return {
+            **batch,
+            "chosen_tokens": int(batch["lengths"].chunk(2)[0].sum()),
+            "num_tokens": int(padded["attention_mask"].sum()),
+            "examples": Examples(pairs),
+        }
 
     def _lay(self, padded: dict[str, torch.Tensor]) -> dict[str, Any]:
         if self.packs:

@@ -18,6 +18,7 @@ import accelerate.accelerator
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from trl.models.utils import _ForwardRedirection
 
@@ -83,6 +84,12 @@ def shard(accelerator: Accelerator, reference: nn.Module) -> nn.Module:
     """
     # axolotl replaces it there: ranks that loaded no weights get those of rank 0
     return accelerate.accelerator.fsdp2_prepare_model(accelerator, reference)
+
+
+def reshard(model: nn.Module) -> None:
+    """Lets go of weights that FSDP2 keeps whole after a forward."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 @contextmanager

@@ -92,6 +92,7 @@ class PairFeed(AxolotlDPOTrainer):
         laid = collator.deal(step) if self.rows.deals else [*map(collator, step)]
         held = [(pairs_in(batch), batch["chosen_tokens"]) for batch in laid]
         whole = self._sum_over_ranks(torch.tensor(held).sum(dim=0))
+        self._ahead(self.model_wrapped, laid)
         return laid, whole.clamp(min=1)  # both are divisors
 
     def _get_num_items_in_batch(self, batch_samples, device) -> None:
@@ -101,7 +102,11 @@ class PairFeed(AxolotlDPOTrainer):
         """As TRL's, over the batch laid in rows."""
         self._try_out_once(model)
         batch = self.collators["eval"](self._once(inputs["examples"].pairs))
+        self._ahead(model, [batch])
         return super().prediction_step(model, batch, *args, **kwargs)
+
+    def _ahead(self, model: nn.Module, batches: list[dict[str, Any]]) -> None:
+        """Nothing: for whoever has something to do before these batches run."""
 
     def _try_out_once(self, model: nn.Module) -> None:
         if not self._tried:

@@ -192,11 +192,40 @@ def long_pairs(dataset: Dataset, max_length: int) -> int:
     """
     count = 0
     for table in _tables(dataset, IDS):
-        prompt, chosen, rejected = (
-            pc.list_value_length(table[name]).to_numpy() for name in IDS
-        )
+        prompt, chosen, rejected = _lengths(table)
         count += int((prompt + chosen.clip(rejected) > max_length).sum())
     return count
+
+
+def scored_lengths(dataset: Dataset, max_length: int | None) -> np.ndarray:
+    """Tokens of both answers that are scored, of each pair; shape (pairs,).
+
+    Args:
+        dataset: Tokenized, with `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        max_length: Tokens that a sequence keeps; None: all.
+    """
+    found = []
+    for table in _tables(dataset, IDS):
+        prompt, *answers = _lengths(table)
+        room = np.iinfo(int).max if max_length is None else max_length - prompt
+        unseen = prompt == 0  # no position predicts the first token of a sequence
+        found.append(sum(np.minimum(answer, room) - unseen for answer in answers))
+    return np.concatenate(found)
+
+
+def token_rows(dataset: Dataset) -> Iterator[list[np.ndarray]]:
+    """Tokens of prompt, chosen and rejected of each pair."""
+    for table in _tables(dataset, IDS):
+        columns = [table[name].combine_chunks() for name in IDS]
+        ends = [column.offsets.to_numpy() for column in columns]
+        flat = [column.values.to_numpy() for column in columns]
+        for row in range(len(table)):
+            yield [x[e[row] : e[row + 1]] for x, e in zip(flat, ends, strict=True)]
+
+
+def _lengths(table: Any) -> list[np.ndarray]:
+    """Tokens of prompts, chosen and rejected, each of shape (pairs,)."""
+    return [pc.list_value_length(table[name]).to_numpy() for name in IDS]
 
 
 def _tables(dataset: Dataset, columns: list[str]) -> Iterator[Any]:

@@ -89,12 +89,14 @@ class EDPOPlugin(BasePlugin):
         """What TRL and transformers are told otherwise than the recipe says.
 
         TRL 1.9 switches its own `padding_free` off with a warning; rows are laid by
-        `PairCollator`. axolotl does not hand on all that TRL takes. And a recipe with
+        `PairCollator`. What it precomputes are two numbers per pair; `PairReference`
+        caches more. axolotl does not hand on all that TRL takes. And a recipe with
         `bf16: true` may run without an accelerator.
         """
         if cfg.trainer_cls != TRAINER:
             return {}
-        told: dict = {"padding_free": False, **handed_on(cfg)}
+        ours = {"padding_free": False, "precompute_ref_log_probs": False}
+        told: dict = {**ours, **handed_on(cfg)}
         return told if _has_accelerator() else told | {"use_cpu": True}
 
     def load_datasets(self, cfg, preprocess: bool = False):

@@ -19,8 +19,6 @@ SUPERVISED = "remove it: axolotl gives it to supervised training only"
 # Recipe keys that would change the loss or the batch in a way this version does not
 # compute, or that would do nothing: key -> what to set instead.
 UNSUPPORTED = {
-    "precompute_ref_log_probs": "remove it: ε-DPO needs the reference's logits over "
-    "the whole vocabulary, not two log-probabilities",
     "reference_free": "remove it: ε-DPO compares policy and reference",
     "dpo_norm_loss": "remove it",
     "fsdp": "set `fsdp_version: 2` and `fsdp_config:`",
@@ -74,6 +72,7 @@ SPLITTING = (
     "sequence_parallel_degree",
     "tensor_parallel_size",
 )
+CACHE = "edpo_reference_cache"
 BETA_KEYS = ("beta", "rl_beta", "dpo_beta", "trl.beta")
 
 
@@ -103,6 +102,7 @@ def check_recipe(recipe: Mapping[str, Any]) -> float | None:
     _check_precision(recipe)
     _check_adapter(recipe)
     _check_moving(recipe)
+    _check_cache(recipe)
     _check_ignored(recipe)
     _check_qat(recipe)
     _check_sharing(recipe)
@@ -262,6 +262,21 @@ def _check_moving(recipe: Mapping[str, Any]) -> None:
     if moving.get("sync_ref_model") and recipe.get("adapter"):
         remedy = "remove it: the reference is the policy without its adapter"
         refuse("trl.sync_ref_model", True, remedy)
+
+
+def _check_cache(recipe: Mapping[str, Any]) -> None:
+    """A cache is of a reference that stays as it is."""
+    precompute, folder = map(recipe.get, ("precompute_ref_log_probs", CACHE))
+    if precompute not in (None, True, False):
+        raise ValueError(f"`precompute_ref_log_probs: {precompute}`: true or false")
+    if precompute and (recipe.get("trl") or {}).get("sync_ref_model"):
+        remedy = "remove it, or `trl.sync_ref_model`: a reference that moves has no "
+        refuse("precompute_ref_log_probs", True, remedy + "hidden states to keep")
+    if folder and not precompute:
+        remedy = "set `precompute_ref_log_probs: true` beside it, or remove it"
+        refuse(CACHE, folder, remedy)
+    if folder and Path(folder).exists() and not Path(folder).is_dir():
+        refuse(CACHE, folder, "name a folder: this is a file")
 
 
 def _check_ignored(recipe: Mapping[str, Any]) -> None:

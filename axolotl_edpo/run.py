@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from axolotl.utils.logging import get_logger
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import checkpoint, guard
 from .controller import BetaController, ControllerSettings
-from .feed import PairFeed
+from .reference import PairReference
 
 LOG = get_logger(__name__)
 
@@ -39,7 +39,7 @@ class BetaCallback(TrainerCallback):
         self._trainer.advance_beta()
 
 
-class PairRun(PairFeed):
+class PairRun(PairReference):
     """The trainer's state.
 
     Attributes:
@@ -53,10 +53,6 @@ class PairRun(PairFeed):
     def _start_run(self, settings: ControllerSettings) -> None:
         self.controller = BetaController(settings)
         self.add_callback(BetaCallback(self))
-
-    def _own_reference(self) -> PreTrainedModel:
-        """The reference that is a model of its own, without its engine."""
-        return self.accelerator.unwrap_model(self.ref_model)
 
     def restore_beta(self, resumed: bool) -> None:
         """At the start of a run: β of the checkpoint, or β₀.

@@ -8,11 +8,8 @@ loading, data, evaluation and saving are axolotl's, TRL's and transformers' own;
 overridden here calls super().
 """
 
-import copy
-import functools
 import textwrap
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,21 +20,19 @@ from axolotl.utils.logging import get_logger
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
-from trl.models.utils import disable_gradient_checkpointing
 
 from . import backbone, engine, loss
 from .batch import (
     Completions,
     chosen_minus_rejected,
     completions_of,
-    model_inputs,
     sum_per_sequence,
 )
 from .controller import ControllerSettings
-from .head import Head
 from .logprobs import TokenStats, logits_stats, token_stats
 from .loss_types import Answers, LossSettings, wpo_weights
 from .metrics import WeightedMeans
+from .precompute import CacheSettings
 from .router import (
     collected_router_logits,
     has_router_loss,
@@ -79,6 +74,8 @@ class EDPOTrainer(PairRun):
         settings: β₀, ε and the mean; by default those of the axolotl recipe.
         rows: How pairs are laid in rows; by default as the axolotl recipe says, or,
             with `settings` of one's own, padded.
+        cache: Where the reference's hidden states are kept; by default as the recipe
+            says, or, with `settings` of one's own, nowhere.
         **kwargs: As AxolotlDPOTrainer takes them.
     """
 
@@ -107,6 +104,7 @@ class EDPOTrainer(PairRun):
         peft_config=None,
         settings: ControllerSettings | None = None,
         rows: RowSettings | None = None,
+        cache: CacheSettings | None = None,
         **kwargs,
     ):
         # whoever passes settings is no recipe of axolotl's
@@ -117,6 +115,7 @@ class EDPOTrainer(PairRun):
             args.pad_to_multiple_of = data_collator.pad_to_multiple_of
             data_collator = None
         rows = rows or (RowSettings() if cfg is None else RowSettings.of(cfg))
+        self._cache = cache if cfg is None else CacheSettings.of(cfg)
         continued = cfg is not None and cfg.adapter and cfg.lora_model_dir
         if continued:
             model = PeftModel.from_pretrained(
@@ -136,7 +135,6 @@ class EDPOTrainer(PairRun):
         if continued:
             self._settle_reference_adapter(evaluating=peft_config is None)
         self._settle_models()
-        self._reads_head = True
         self._start_feed(rows, self._models())
         self._start_run(
             settings
@@ -169,25 +167,6 @@ class EDPOTrainer(PairRun):
         if self.args.disable_dropout:
             for lm in self._models():
                 backbone.disable_attention_dropout(lm)
-
-    @staticmethod
-    def _base_reference(
-        model: PreTrainedModel, ref_model: PreTrainedModel | None
-    ) -> PreTrainedModel:
-        """The reference of a recipe without adapter: the policy as it starts."""
-        if ref_model is None:
-            LOG.warning(
-                "`axolotl evaluate` hands over no reference: `base_model` is compared "
-                "with itself, so rewards and steps are 0. To compare an adapter with "
-                "the model below it, add `--lora-model-dir`."
-            )
-            return copy.deepcopy(model)
-        if backbone.copy_embeddings(model, ref_model):
-            LOG.warning(
-                "Policy and reference were loaded with different embeddings, as "
-                "tokens were added to both: the reference takes the policy's."
-            )
-        return ref_model
 
     def try_out(self, model: nn.Module) -> None:
         """As PairFeed's; also finds out whether the head op can take the head."""
@@ -245,29 +224,6 @@ class EDPOTrainer(PairRun):
         if self._compile_keywords:
             for lm in self._models():
                 backbone.compile_layers(lm.base_model, self._compile_keywords)
-
-    def _settle_reference_adapter(self, evaluating: bool) -> None:
-        """The reference of an adapter that is trained further is its own start.
-
-        `axolotl evaluate` trains nothing: there the adapter is compared with the
-        model below it. The copy is not saved: a checkpoint that holds two adapters
-        resumes neither (transformers then loads the sub-directories only).
-        """
-        copied = backbone.REFERENCE_ADAPTER in self.model.peft_config
-        if evaluating:
-            if copied:
-                self.model.delete_adapter(backbone.REFERENCE_ADAPTER)
-            return
-        if not copied:
-            raise ValueError(
-                "`lora_model_dir` holds an adapter with `lora_target_parameters`, of "
-                "which PEFT cannot hold a second as reference: merge it with `axolotl "
-                "merge-lora` and train from there"
-            )
-        backbone.copy_to_reference_adapter(self.model)
-        self.model.save_pretrained = functools.partial(
-            self.model.save_pretrained, selected_adapters=["default"]
-        )
 
     # --- loss --------------------------------------------------------------------
 
@@ -331,7 +287,7 @@ class EDPOTrainer(PairRun):
 
         def made(unwrapped: nn.Module) -> TokenStats:
             own = self._positions(unwrapped, inputs, completions)
-            return logits_stats(own, reference, y, epsilon, collision=weighted)
+            return logits_stats(own, reference(own), y, epsilon, collision=weighted)
 
         def read(unwrapped: nn.Module) -> TokenStats:
             modules, head = others or backbone.shared_reference_head(unwrapped)
@@ -340,7 +296,7 @@ class EDPOTrainer(PairRun):
                 [*dict.fromkeys([*backbone.head_modules(lm), *modules])],
                 lambda own: token_stats(
                     own,
-                    reference,
+                    reference(own),
                     backbone.head_of(lm),
                     head,
                     y,
@@ -372,41 +328,6 @@ class EDPOTrainer(PairRun):
         if routing is not None and self.model.training and not routing.requires_grad:
             warn_of_reentrance()
         return TokenStats(*stats), routing
-
-    @contextmanager
-    def _separate_reference_head(self) -> Iterator[tuple[list[nn.Module], Head] | None]:
-        """The head of a reference model of its own, without modules to run inside."""
-        if self.ref_model is None:
-            yield None
-            return
-        with backbone.whole_head(self._own_reference()) as head:
-            yield [], head
-
-    def _reference(self, model, inputs, completions: Completions) -> torch.Tensor:
-        """Hidden states or logits of the reference, without gradient."""
-
-        def forward(unwrapped: nn.Module) -> torch.Tensor:
-            return self._positions(unwrapped, inputs, completions)
-
-        with (
-            torch.no_grad(),
-            disable_gradient_checkpointing(
-                self.model, self.args.gradient_checkpointing_kwargs
-            ),
-        ):
-            if self.ref_model is not None:
-                return self._inside_forward(self.ref_model, forward)
-            with backbone.reference_adapter(self.accelerator.unwrap_model(model)):
-                return self._inside_forward(model, forward)
-
-    def _positions(self, model, inputs, completions: Completions) -> torch.Tensor:
-        """Hidden states or logits at the positions that predict a completion token."""
-        lm = backbone.causal_lm(model)
-        if self._reads_head:
-            read = backbone.completion_hidden
-        else:
-            read = backbone.completion_logits
-        return read(lm, model_inputs(inputs), completions)
 
     def _judge(self, stats: TokenStats, completions: Completions) -> Pairs:
         """Steps, betas and losses of a batch's pairs."""

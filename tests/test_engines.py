@@ -96,6 +96,7 @@ class Runs:
         return self._run(folder, count, {**engine(folder, name), **keys})
 
     def _run(self, folder, count, keys):
+        probe = keys.pop("probe", None)
         recipe = tiny.recipe(
             folder,
             self.parts[keys.pop("model", "model")],
@@ -103,7 +104,7 @@ class Runs:
             **{**COMMON, "dataset_prepared_path": self.parts["prepared"], **keys},
         )
         recipe["dataset_prepared_path"] = str(recipe["dataset_prepared_path"])
-        results = ranks.run(folder, recipe, count)
+        results = ranks.run(folder, recipe, count, probe)
         return [{**result, "out": recipe["output_dir"]} for result in results]
 
 
@@ -154,6 +155,33 @@ def test_two_ranks_train_as_one_process(runs, name, adapter):
     assert len(series(single[0], "loss")) == 10 and single[0]["beta"] != 0.1
     assert_same_run(pair, single)
     assert_same_weights(pair, single, atol=1e-6)
+
+
+CACHED = {"precompute_ref_log_probs": True}
+
+
+def kept(train):
+    """The probe: what of a reference of its own is left on this rank."""
+    trainer = train()
+    head = trainer._kept_head
+    return trainer, {"model": trainer.ref_model is not None, "head": head is not None}
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter"),
+    [
+        *((name, {}) for name in ENGINES),
+        *((name, adapter) for name in SHARDING for adapter in (LORA, HEAD_LORA)),
+    ],
+)
+def test_a_cache_changes_nothing(runs, name, adapter, tmp_path):
+    """Each rank computes a part of it; what every rank reads was another's, too."""
+    single = runs.single(**PACKED, **adapter)
+    cache = dict(CACHED, edpo_reference_cache=str(tmp_path / "cache"))
+    pair = runs.double(name, probe="test_engines:kept", **PACKED, **adapter, **cache)
+    assert_same_run(pair, single)
+    assert_same_weights(pair, single, atol=1e-6)
+    assert [(run["model"], run["head"]) for run in pair] == [(False, not adapter)] * 2
 
 
 @pytest.mark.parametrize("adapter", [{}, HEAD_LORA], ids=["full", "lora"])

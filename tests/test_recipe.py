@@ -31,7 +31,23 @@ WRONG = [
     ),
     ({"edpo_prefix_sharing": "on"}, r"`edpo_prefix_sharing: on`.*true, false or auto"),
     ({"edpo_prefix_sharing": True}, r"`edpo_prefix_sharing: True`.*dpo_padding_free"),
-    ({"precompute_ref_log_probs": True}, r"`precompute_ref_log_probs: True`"),
+    (
+        {"precompute_ref_log_probs": True, "trl": {"sync_ref_model": True}},
+        r"`precompute_ref_log_probs: True`.*`trl.sync_ref_model`",
+    ),
+    ({"precompute_ref_log_probs": "yes, please"}, r"true or false"),
+    (
+        {"edpo_reference_cache": "cache"},
+        r"`edpo_reference_cache: cache`.*set `precompute_ref_log_probs: true`",
+    ),
+    (
+        {"precompute_ref_log_probs": True, "edpo_reference_cache": __file__},
+        r"`edpo_reference_cache: .*test_recipe.py`.*this is a file",
+    ),
+    (
+        {"precompute_ref_log_probs": True, "edpo_reference_cache": 3},
+        r"`edpo_reference_cache: 3`.*string",
+    ),
     ({"reference_free": True}, r"`reference_free: True`"),
     ({"dpo_label_smoothing": 0.5}, r"`dpo_label_smoothing: 0.5`.*below 0.5"),
     ({"fsdp": ["full_shard"]}, "`fsdp: .*`fsdp_version: 2`"),

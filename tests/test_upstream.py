@@ -138,7 +138,7 @@ def test_the_forward_redirection_restores_before_it_calls():
 def test_adapters_are_saved_through_the_trainers_model():
     assert "trainer.model.save_pretrained(cfg.output_dir)" in source(
         save_trained_model
-    ), "trainer.py: _settle_reference_adapter"
+    ), "reference.py: _settle_reference_adapter"
 
 
 def test_axolotl_refuses_packing_beside_rl_before_a_plugin_is_asked():

@@ -1,0 +1,356 @@
+"""`PairReference`: the trainer's reference, live or from a cache.
+
+    a model of its own     full fine-tuning
+    the policy's weights   without its adapter, or with the adapter as it started
+    a cache                its hidden states, precomputed (`precompute_ref_log_probs`);
+                           a model of its own is then let go, but for its head
+
+Policy and reference are the same function until the first update that changes a
+weight, so every difference of logits is exactly 0 until then. Hidden states that were
+computed in other rows differ by rounding, whose sign would decide. So as long as the
+policy is what it was, its own hidden states stand for the reference's.
+"""
+
+import copy
+import gc
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+from axolotl.utils.logging import get_logger
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedModel
+from trl.models.utils import disable_gradient_checkpointing
+
+from . import backbone, engine, precompute
+from .batch import Completions, completions_of, model_inputs
+from .errors import refuse
+from .feed import PairFeed
+from .head import Head, as_autocast
+from .precompute import CacheSettings
+from .store import Store
+
+LOG = get_logger(__name__)
+
+# Largest relative distance of cached hidden states from live ones that is rounding.
+TOLERANCE = 0.1
+
+
+class Reading:
+    """Hidden states of a batch's completions, read in the background.
+
+    Args:
+        store: Holds them.
+        pairs: Digests of the batch's pairs.
+        then: The reading of the batch that comes next, started when this one is done:
+            no more than two are in memory.
+    """
+
+    _reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reference-cache")
+    _future: Future | None = None
+
+    def __init__(self, store: Store, pairs: list[bytes], then: "Reading | None"):
+        self._store, self._pairs, self._then = store, pairs, then
+
+    def start(self) -> None:
+        """Begins to read, if nobody has."""
+        if self._future is None:
+            self._future = self._reader.submit(self._read)
+
+    def result(self, like: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Waits for it, once.
+
+        Args:
+            like: Whose width, dtype and device are due, if there are no pairs.
+
+        Returns:
+            Shape (tokens, hidden), all chosen, then all rejected, and the seconds that
+            were waited.
+
+        Raises:
+            ValueError: If a file was damaged since it was opened.
+        """
+        self.start()
+        before = perf_counter()
+        answers = self._future.result()  # type: ignore[union-attr]
+        self._future = None
+        waited = perf_counter() - before
+        if self._then is not None:
+            self._then.start()
+        if not answers:
+            return like.detach()[:0], waited
+        return torch.cat(answers).to(like.device), waited
+
+    def _read(self) -> list[torch.Tensor]:
+        both = [self._store.read(pair) for pair in self._pairs]
+        return [answer for answers in zip(*both, strict=True) for answer in answers]
+
+
+class PairReference(PairFeed):
+    """The reference side of the trainer.
+
+    Attributes:
+        ref_model: A reference that is a model of its own, as its engine wraps it.
+        store: The cache, once it is filled.
+        waited: Seconds that training waited for the cache.
+    """
+
+    ref_model: Any
+    store: Store | None = None
+    waited: float = 0.0
+    _reads_head = True
+    _cache: CacheSettings | None = None
+    _kept_head: Head | None = None
+    _probe: list[dict[str, Any]]
+    _start: torch.Tensor | None = None
+    _seen_at = -1
+
+    # --- what it is ----------------------------------------------------------------
+
+    def _own_reference(self) -> PreTrainedModel:
+        """The reference that is a model of its own, without its engine."""
+        return self.accelerator.unwrap_model(self.ref_model)
+
+    @staticmethod
+    def _base_reference(
+        model: PreTrainedModel, ref_model: PreTrainedModel | None
+    ) -> PreTrainedModel:
+        """The reference of a recipe without adapter: the policy as it starts."""
+        if ref_model is None:
+            LOG.warning(
+                "`axolotl evaluate` hands over no reference: `base_model` is compared "
+                "with itself, so rewards and steps are 0. To compare an adapter with "
+                "the model below it, add `--lora-model-dir`."
+            )
+            return copy.deepcopy(model)
+        if backbone.copy_embeddings(model, ref_model):
+            LOG.warning(
+                "Policy and reference were loaded with different embeddings, as "
+                "tokens were added to both: the reference takes the policy's."
+            )
+        return ref_model
+
+    def _settle_reference_adapter(self, evaluating: bool) -> None:
+        """The reference of an adapter that is trained further is its own start.
+
+        `axolotl evaluate` trains nothing: there the adapter is compared with the
+        model below it. The copy is not saved: a checkpoint that holds two adapters
+        resumes neither (transformers then loads the sub-directories only).
+        """
+        copied = backbone.REFERENCE_ADAPTER in self.model.peft_config
+        if evaluating:
+            if copied:
+                self.model.delete_adapter(backbone.REFERENCE_ADAPTER)
+            return
+        if not copied:
+            raise ValueError(
+                "`lora_model_dir` holds an adapter with `lora_target_parameters`, of "
+                "which PEFT cannot hold a second as reference: merge it with `axolotl "
+                "merge-lora` and train from there"
+            )
+        backbone.copy_to_reference_adapter(self.model)
+        self.model.save_pretrained = partial(
+            self.model.save_pretrained, selected_adapters=["default"]
+        )
+
+    # --- what it says --------------------------------------------------------------
+
+    def _positions(self, model, inputs, completions: Completions) -> torch.Tensor:
+        """Hidden states or logits at the positions that predict a completion token."""
+        lm, inputs = backbone.causal_lm(model), model_inputs(inputs)
+        if not self._reads_head:
+            return backbone.completion_logits(lm, inputs, completions)
+        return as_autocast(backbone.completion_hidden(lm, inputs, completions))
+
+    def _reference(
+        self, model, inputs, completions: Completions
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Hidden states or logits of the reference, given the policy's.
+
+        A cache is asked when these are there: by then it has read them.
+        """
+        if self.store is None:
+            live = self._live_reference(model, inputs, completions)
+            return lambda own: live
+        if self._start is not None:
+            return torch.Tensor.detach
+
+        def cached(own: torch.Tensor) -> torch.Tensor:
+            hidden, waited = inputs["reading"].result(own)
+            self.waited += waited
+            return hidden
+
+        return cached
+
+    def _live_reference(self, model, inputs, completions: Completions) -> torch.Tensor:
+        with self._without_gradient():
+            if self.ref_model is not None:
+                return self._run(self.ref_model, inputs, completions)
+            with backbone.reference_adapter(self.accelerator.unwrap_model(model)):
+                return self._run(model, inputs, completions)
+
+    def _run(self, model, inputs, completions: Completions) -> torch.Tensor:
+        return self._inside_forward(
+            model, lambda unwrapped: self._positions(unwrapped, inputs, completions)
+        )
+
+    @contextmanager
+    def _without_gradient(self) -> Iterator[None]:
+        kwargs = self.args.gradient_checkpointing_kwargs
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, kwargs):
+            yield
+
+    @contextmanager
+    def _separate_reference_head(self) -> Iterator[tuple[list[nn.Module], Head] | None]:
+        """The head of a reference of its own, without modules to run inside."""
+        head = self._kept_head
+        if self.ref_model is not None:
+            head = backbone.head_of(self._own_reference())
+        if head is None:
+            yield None
+            return
+        with backbone.whole_head(head) as whole:
+            yield [], whole
+
+    # --- cache ---------------------------------------------------------------------
+
+    def _ahead(self, model, batches: list[dict[str, Any]]) -> None:
+        """Begins to read what these batches need; before the first, fills the cache.
+
+        Raises:
+            ValueError: If a pair is not in the cache.
+        """
+        if self._cache is None:
+            return
+        if self.store is None:
+            self.store = self._precompute(model, self._cache)
+        if self._policy_is_reference(model):
+            return
+        reading = None
+        for batch in reversed(batches):
+            pairs = [*map(precompute.pair_digest, batch["examples"].pairs)]
+            if not all(pair in self.store for pair in pairs):
+                raise ValueError(
+                    f"`{precompute.KEY}: true`: a pair is in no data set of the "
+                    f"recipe, and so not in the cache: remove `{precompute.KEY}`"
+                )
+            batch["reading"] = reading = Reading(self.store, pairs, then=reading)
+        if reading is not None:
+            reading.start()
+
+    def _precompute(self, model: nn.Module, cache: CacheSettings) -> Store:
+        """Fills the cache; a reference of its own is then let go.
+
+        Args:
+            model: The policy, as its engine wraps it.
+            cache: What the recipe says of it.
+
+        Raises:
+            ValueError: If the cache cannot be made, or is not this reference's.
+        """
+        policy, max_length = self.accelerator.unwrap_model(model), self.args.max_length
+        config = backbone.causal_lm(policy).config
+        require_cacheable(config, self._reads_head, max_length)
+        pairs = precompute.pairs_of(self._datasets(), max_length)
+        hidden_of = partial(self._hidden_of, model)
+        # first of all: to look at 4-bit weights changes how some processors round
+        separate = None if self.ref_model is None else self._own_reference()
+        weights = precompute.weights_digest(separate or policy)
+        self._probe = [pairs[-1].example()]
+        self._start = live = torch.cat(hidden_of(self._probe)[0])
+        truncation = [max_length, self.args.truncation_mode]
+        told = {"weights": weights, "truncation": truncation, **cache.more}
+        store = Store(cache.folder, precompute.identity_of(config, live, **told))
+        batch = self.args.per_device_train_batch_size
+        precompute.Pass(store, self.accelerator, hidden_of, batch).fill(pairs, live)
+        _require_equal(store, pairs[-1].digest, live)
+        self._let_go(policy)
+        return store
+
+    def _datasets(self) -> list[Dataset]:
+        """The recipe's."""
+        evaluation: Any = self.eval_dataset
+        several = evaluation.values() if isinstance(evaluation, dict) else [evaluation]
+        return [data for data in (self.train_dataset, *several) if data is not None]
+
+    def _hidden_of(
+        self, model, pairs: list[dict[str, Any]]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The live reference's, of chosen and rejected of each pair."""
+        batch = self._laid(pairs)
+        hidden = self._live_reference(model, batch, completions_of(batch)).cpu()
+        answers = hidden.split(batch["lengths"].tolist())
+        return [*zip(answers[: len(pairs)], answers[len(pairs) :], strict=True)]
+
+    def _laid(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._prepare_inputs(self.collators["train"](pairs))
+
+    def _policy_is_reference(self, model) -> bool:
+        """Whether no weight has changed since they were the same; on every rank.
+
+        Looks once per optimizer step at one pair, to the last bit, until it is not.
+        """
+        step = self.state.global_step
+        if self._start is not None and step != self._seen_at:
+            self._seen_at, batch = step, self._laid(self._probe)
+            with self._without_gradient():
+                own = self._run(model, batch, completions_of(batch)).cpu()
+            changed = torch.tensor(int(not torch.equal(own, self._start)))
+            if self._sum_over_ranks(changed):
+                self._start = None
+        return self._start is not None
+
+    def _let_go(self, policy: nn.Module) -> None:
+        """Frees a reference of its own; its head stays where the policy's trains."""
+        if self.ref_model is None:
+            return
+        _, head = backbone.shared_reference_head(policy)
+        if any(tensor.requires_grad for tensor in head.tensors):
+            engine.reshard(self.ref_model)
+            self._kept_head = backbone.head_of(self._own_reference())
+        models = self.accelerator._models
+        models[:] = [model for model in models if model is not self.ref_model]
+        self.ref_model = None
+        gc.collect()
+
+
+def require_cacheable(config: Any, reads_head: bool, max_length: int | None) -> None:
+    """Refuses models whose hidden states are not enough, or depend on other pairs.
+
+    Raises:
+        ValueError: Names the reason.
+    """
+    if not reads_head:
+        refuse(
+            precompute.KEY,
+            True,
+            "remove it: the head of this `base_model` cannot be read, and logits over "
+            "the whole vocabulary would have to be kept",
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings")
+    original = original or config.max_position_embeddings
+    stretches = rope.get("rope_type") in ("dynamic", "longrope")
+    if stretches and not (max_length and max_length <= original):
+        refuse(
+            precompute.KEY,
+            True,
+            f"remove it, or set `sequence_len` up to {original}: beyond that the "
+            "positions of this `base_model` depend on the longest sequence of a batch",
+        )
+
+
+def _require_equal(store: Store, pair: bytes, live: torch.Tensor) -> None:
+    """The last guard against a cache of something else."""
+    cached = torch.cat(store.read(pair)).float()
+    distance = float((cached - live.float()).norm() / live.float().norm())
+    if not distance < TOLERANCE:
+        raise ValueError(
+            f"{store.folder}: its hidden states are {distance:.0%} away from those of "
+            "this reference: remove the folder, and it is computed anew"
+        )
