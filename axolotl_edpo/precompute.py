@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 import xxhash
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.utils.logging import get_logger
@@ -114,10 +114,12 @@ def weights_digest(reference: nn.Module, leave_out: str = "default") -> str:
         reference: Without its engine, sharded or not.
         leave_out: The adapter that trains.
     """
-    digest = xxhash.xxh3_128()
+    digest, first = xxhash.xxh3_128(), PartialState().is_main_process
     for name, tensor in reference.state_dict(keep_vars=True).items():
-        if isinstance(tensor, torch.Tensor) and leave_out not in name.split("."):
-            with gathered([tensor]) as (whole,):
+        if not isinstance(tensor, torch.Tensor) or leave_out in name.split("."):
+            continue
+        with gathered([tensor]) as (whole,):
+            if first:
                 digest.update(repr((tuple(whole.shape), whole.dtype)).encode())
                 digest.update(raw(whole))
     return _of_first(digest.hexdigest())

@@ -22,31 +22,50 @@ from axolotl_edpo.logprobs import token_stats
 EPSILON, PAIRS, VOCAB = 0.01, 240, 500
 
 
-@pytest.fixture(scope="module")
-def distances():
-    """For each of five steps: hidden states, heads and selection of all pairs."""
+def made(layers: int):
+    """A bf16 policy that is its reference, and 240 pairs of random tokens."""
     generator = torch.Generator().manual_seed(3)
+    sizes = dict(hidden_size=64, vocab_size=VOCAB, num_hidden_layers=layers)
     config = AutoConfig.for_model(
-        "llama",
-        **{**tiny.SIZES, "hidden_size": 64, "vocab_size": VOCAB},
-        initializer_range=0.12,
+        "llama", **{**tiny.SIZES, **sizes}, initializer_range=0.12
     )
     torch.manual_seed(3)
     reference = tiny.AutoModelForCausalLM.from_config(config).bfloat16()
     policy = tiny.AutoModelForCausalLM.from_config(config).bfloat16()
     policy.load_state_dict(reference.state_dict())
+    return policy, reference, oracle.batch([pair(generator) for _ in range(PAIRS)])
+
+
+def hidden_of(model, batch, at_once: int) -> torch.Tensor:
+    """Hidden states of all pairs, so many in a batch of their own."""
+    ids, attention, mask = batch
+    answers: list = [None] * (2 * PAIRS)
+    for start in range(0, PAIRS, at_once):
+        rows = torch.arange(start, start + at_once)
+        rows = torch.cat([rows, rows + PAIRS])
+        length = attention[rows].sum(dim=1).max()
+        own = ids[rows, :length], attention[rows, :length], mask[rows, :length]
+        selection = select_completions(own[0], own[2])
+        inputs = {"input_ids": own[0], "attention_mask": own[1]}
+        with torch.no_grad():
+            hidden = completion_hidden(model, inputs, selection)
+        for row, part in zip(
+            rows, hidden.split(selection.lengths.tolist()), strict=True
+        ):
+            answers[row] = part
+    return torch.cat(answers)
+
+
+@pytest.fixture(scope="module")
+def distances():
+    """For each of five steps: hidden states, heads and selection of all pairs."""
+    policy, reference, batch = made(layers=2)
+    selection = select_completions(batch[0], batch[2])
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0)
-    ids, attention, mask = oracle.batch([pair(generator) for _ in range(PAIRS)])
-    selection = select_completions(ids, mask)
-    inputs = {"input_ids": ids, "attention_mask": attention}
     found = []
     for _ in range(5):
-        train_step(policy, reference, optimizer, ids, attention, mask)
-        with torch.no_grad():
-            hidden = [
-                completion_hidden(model, inputs, selection)
-                for model in (policy, reference)
-            ]
+        train_step(policy, reference, optimizer, *batch)
+        hidden = [hidden_of(model, batch, PAIRS) for model in (policy, reference)]
         heads = [head_of(policy), head_of(reference)]
         copies = [type(h)(h.weight.detach().clone()) for h in heads]
         found.append((hidden, copies, selection))
@@ -148,3 +167,37 @@ def test_decisions_equal_the_float64_oracle(distances):
     assert mean["ours"] >= 0.999
     # the released formula on the same pairs; shown so that the difference is stated
     assert mean["released, bf16"] < 0.7
+
+
+@pytest.mark.parametrize("learning_rate", [1e-4, 1e-3])
+def test_a_cached_reference_decides_as_another_run_would(learning_rate):
+    """bf16 rounds otherwise in other rows; a cache is no more than other rows.
+
+    Two live runs, with all pairs in a batch and with each in its own, against the first
+    with the reference of the second.
+    """
+    policy, reference, batch = made(layers=8)
+    selection = select_completions(batch[0], batch[2])
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=0)
+    together, alone = (hidden_of(reference, batch, size) for size in (PAIRS, 1))
+    assert not torch.equal(together, alone)
+    runs, cached = [], []
+    for _ in range(5):
+        train_step(policy, reference, optimizer, *batch)
+        heads = head_of(policy), head_of(reference)
+        own = hidden_of(policy, batch, PAIRS)
+        live, other, from_cache = (
+            our_steps(hidden, heads, selection)
+            for hidden in (
+                (own, together),
+                (hidden_of(policy, batch, 1), alone),
+                (own, alone),
+            )
+        )
+        assert (live != 0).float().mean() > 0.5
+        runs.append((live == other).float().mean().item())
+        cached.append((live == from_cache).float().mean().item())
+    print(
+        f"two runs {[f'{x:.1%}' for x in runs]}, cached {[f'{x:.1%}' for x in cached]}"
+    )
+    assert sum(cached) / 5 >= sum(runs) / 5 - 0.01

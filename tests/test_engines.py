@@ -261,10 +261,11 @@ def test_a_reference_that_moves_goes_on_from_a_checkpoint(runs, name):
     assert_same_run(runs.double(name, **PACKED, **keys, **start), whole)
 
 
+@pytest.mark.parametrize("cache", [{}, CACHED], ids=["live", "cached"])
 @pytest.mark.parametrize("name", ["ddp", "zero2", "zero3"])
-def test_qlora_trains_as_one_process(runs, name):
+def test_qlora_trains_as_one_process(runs, name, cache):
     """As far as bf16 tells: DeepSpeed keeps the adapter in it."""
-    keys = dict(model="wide", **NF4, max_steps=4)
+    keys = dict(model="wide", **NF4, max_steps=4, **cache)
     single, pair = runs.single(**keys), runs.double(name, **keys)
     assert_same_beta(pair)
     for metric, close in (("loss", 5e-3), ("kl/beta", 3e-3), ("kl/policy_ref", 5e-3)):

@@ -281,6 +281,17 @@ CELLS = [
         "model",
         unfrozen_parameters=["modell.*"],
     ),
+    ours(
+        "`precompute_ref_log_probs` with `trl.sync_ref_model`",
+        r"`precompute_ref_log_probs: True`.*remove it, or `trl.sync_ref_model`",
+        precompute_ref_log_probs=True,
+        trl={"sync_ref_model": True},
+    ),
+    ours(
+        "`edpo_reference_cache` without `precompute_ref_log_probs`",
+        r"`edpo_reference_cache: .*cache`.*set `precompute_ref_log_probs: true`",
+        edpo_reference_cache="{files}/cache",
+    ),
     # files
     ours(
         "`base_model`: no such folder",

@@ -646,6 +646,15 @@ def shows_collection(run: Any) -> None:
     assert run.collections >= 3  # one per step, one at the end
 
 
+def shows_cache(folder: str, head: bool) -> Callable[[Any], None]:
+    def shows(run: Any) -> None:
+        trainer = run.trainer
+        assert trainer.store.folder.parent.name == folder and trainer.store.names()
+        assert trainer.ref_model is None and (trainer._kept_head is not None) == head
+
+    return shows
+
+
 def shows_trigger(run: Any) -> None:
     assert checkpoints(run) == [1]
     assert not (run.out / "axolotl_checkpoint.save").exists()
@@ -813,6 +822,18 @@ OPTIONS = [
         {"dynamic_checkpoint": {"enabled": True, "check_interval": 1}},
         shows=shows_trigger,
     ),
+    Option(
+        "`precompute_ref_log_probs`",
+        {"precompute_ref_log_probs": True},
+        shows=shows_cache("edpo_reference", head=True),
+        note="The reference's hidden states are kept, and its model is not. Not with "
+        "`trl.sync_ref_model`.",
+    ),
+    Option(
+        "`precompute_ref_log_probs`, `edpo_reference_cache`, LoRA",
+        {**LORA, "precompute_ref_log_probs": True, "edpo_reference_cache": "cache"},
+        shows=shows_cache("cache", head=False),
+    ),
     Option("model card", shows=shows_card),
     Option("`use_tensorboard`", {"use_tensorboard": True}, shows=shows_tensorboard),
     Option(
@@ -862,6 +883,8 @@ def run(recipe, few, tmp_path, monkeypatch):
         keys = {"max_steps": option.steps, **option.keys}
         if "eval" in keys:
             keys |= {"test_datasets": few["eval"], "eval_steps": keys.pop("eval")}
+        if "edpo_reference_cache" in keys:
+            keys["edpo_reference_cache"] = str(tmp_path / keys["edpo_reference_cache"])
         out = tmp_path / "out"
         if "dynamic_checkpoint" in keys:
             out.mkdir()

@@ -1,0 +1,160 @@
+"""Hidden states on disk: what was written is read, and anything else is damage."""
+
+import os
+import time
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from axolotl_edpo.store import (
+    ABANDONED_SECONDS,
+    Damaged,
+    Piece,
+    Store,
+    digest_of,
+    piece_name,
+    raw,
+)
+
+WIDTH = 8
+
+
+def states(*lengths: int, dtype=torch.bfloat16) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    return tuple(
+        torch.randn(length, WIDTH, generator=generator).to(dtype) for length in lengths
+    )
+
+
+PAIRS = [digest_of([[1, 2], [number], [number, 3]]) for number in range(3)]
+HIDDEN = [states(3, 5), states(1, 1), states(0, 4)]
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(tmp_path, "reference")
+    assert store.names() == []
+    store.write(PAIRS, HIDDEN)
+    return store
+
+
+def test_what_was_written_is_read_to_the_bit_without_loading_it(store):
+    store.open(store.names())
+    for pair, answers in zip(PAIRS, HIDDEN, strict=True):
+        for read, written in zip(store.read(pair), answers, strict=True):
+            assert read.dtype == torch.bfloat16 and torch.equal(read, written)
+    mapped = {store.read(pair)[1].untyped_storage().data_ptr() for pair in PAIRS}
+    assert len(mapped) == 1  # views of the file's only mapping
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_every_dtype_is_kept(tmp_path, dtype):
+    store = Store(tmp_path, "reference")
+    store.names()
+    store.write(PAIRS[:1], [states(2, 3, dtype=dtype)])
+    store.open(store.names())
+    assert store.read(PAIRS[0])[0].dtype == dtype
+
+
+def test_any_program_that_reads_safetensors_reads_a_piece(store):
+    (name,) = store.names()
+    with safe_open(store.folder / name, "pt") as file:
+        assert file.get_tensor("lengths").tolist() == [[3, 5], [1, 1], [0, 4]]
+        assert file.get_slice("hidden").get_shape() == [14, WIDTH]
+
+
+def test_a_pair_is_found_by_its_tokens_and_where_they_are():
+    pairs = [
+        ([1], [2], [3]),
+        ([1, 2], [], [3]),
+        ([], [1, 2], [3]),
+        ([1], [3], [2]),
+        ([1], [2], [3, 0]),
+    ]
+    assert len({digest_of(pair) for pair in pairs}) == len(pairs)
+
+
+def test_a_piece_has_the_name_of_its_pairs(store):
+    assert store.names() == [piece_name(PAIRS)] != [piece_name(PAIRS[::-1])]
+
+
+def test_what_is_missing_is_not_contained(store):
+    store.open(store.names())
+    assert PAIRS[0] in store and digest_of([[9]]) not in store
+
+
+def test_every_flipped_byte_of_a_file_is_found(store):
+    """But for those of the header's padding, which say nothing."""
+    (name,) = store.names()
+    path = store.folder / name
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    padding = header - len(whole[:header].rstrip(b" "))
+    unseen = []
+    for position in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[position] ^= 0x41
+        path.write_bytes(flipped)
+        if store.damage(name) is None:
+            unseen.append(position)
+    assert set(unseen) <= set(range(header - padding, header))
+    path.write_bytes(whole)
+    assert store.damage(name) is None
+
+
+@pytest.mark.parametrize("length", [0, 7, 8, 100, 500, -1])
+def test_a_truncated_file_is_found(store, length):
+    (name,) = store.names()
+    path = store.folder / name
+    path.write_bytes(path.read_bytes()[:length])
+    assert "cannot be read" in store.damage(name)
+    with pytest.raises(Damaged):
+        store.open([name])
+
+
+def test_a_piece_of_another_reference_is_damage(store, tmp_path):
+    other, (name,) = Store(tmp_path, "another"), store.names()
+    other.names()
+    (store.folder / name).rename(other.folder / name)
+    assert "checksum" in other.damage(name)
+
+
+def test_damage_since_it_was_opened_stops_whoever_reads(store):
+    (name,) = store.names()
+    store.open([name])
+    path = store.folder / name
+    with path.open("r+b") as file:
+        file.seek(path.read_bytes().index(raw(HIDDEN[2][1])))
+        file.write(b"damage")
+    store.read(PAIRS[0])
+    with pytest.raises(ValueError, match=f"{name} was damaged while it was in use"):
+        store.read(PAIRS[2])
+
+
+def test_a_piece_that_is_replaced_is_read_as_it_was(store):
+    """Another run computes it in other rows, where it is rounded otherwise."""
+    store.open(store.names())
+    rounded = [tuple(answer + 0.01 for answer in answers) for answers in HIDDEN]
+    store.write(PAIRS, rounded)
+    assert torch.equal(store.read(PAIRS[0])[0], HIDDEN[0][0])
+    assert store.damage(piece_name(PAIRS)) is None
+    store.open(store.names())
+    assert torch.equal(store.read(PAIRS[0])[0], rounded[0][0])
+
+
+def test_what_a_killed_run_began_is_removed_when_it_is_old(store):
+    young, old = (store.folder / f"{name}.partial" for name in ("young", "old"))
+    for partial in (young, old):
+        partial.write_bytes(b"begun")
+    before = time.time() - ABANDONED_SECONDS - 1
+    os.utime(old, (before, before))
+    assert store.names() == [piece_name(PAIRS)]
+    assert young.exists() and not old.exists()
+
+
+def test_a_verified_piece_knows_its_pairs(store):
+    (name,) = store.names()
+    piece = Piece.of(store.folder / name, "reference")
+    piece.verify()
+    assert piece.pairs == PAIRS and piece.starts.tolist() == [0, 8, 10]
