@@ -92,6 +92,9 @@ class PairFeed(AxolotlDPOTrainer):
         laid = collator.deal(step) if self.rows.deals else [*map(collator, step)]
         held = [(pairs_in(batch), batch["chosen_tokens"]) for batch in laid]
         whole = self._sum_over_ranks(torch.tensor(held).sum(dim=0))
+        # as every step does; where a model that evaluates has other kernels (4 bits on
+        # some processors), nothing may be computed with them before
+        self.model.train()
         self._ahead(self.model_wrapped, laid)
         return laid, whole.clamp(min=1)  # both are divisors
 

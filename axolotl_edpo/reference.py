@@ -105,7 +105,6 @@ class PairReference(PairFeed):
     waited: float = 0.0
     _reads_head = True
     _cache: CacheSettings | None = None
-    _weights: str | None = None
     _kept_head: Head | None = None
     _probe: list[dict[str, Any]]
     _start: torch.Tensor | None = None
@@ -220,18 +219,6 @@ class PairReference(PairFeed):
 
     # --- cache ---------------------------------------------------------------------
 
-    def _try_out_once(self, model: nn.Module) -> None:
-        """As PairFeed's; looks at the weights first.
-
-        For some processors, bitsandbytes packs 4-bit weights anew when a model first
-        evaluates, and undoes that to show them: a run would round otherwise.
-        """
-        if self._cache is not None and self._weights is None:
-            reference = model if self.ref_model is None else self.ref_model
-            unwrapped = self.accelerator.unwrap_model(reference)
-            self._weights = precompute.weights_digest(unwrapped)
-        super()._try_out_once(model)
-
     def _ahead(self, model, batches: list[dict[str, Any]]) -> None:
         """Begins to read what these batches need; before the first, fills the cache.
 
@@ -273,8 +260,12 @@ class PairReference(PairFeed):
         hidden_of = partial(self._hidden_of, model)
         self._probe = [pairs[-1].example()]
         self._start = live = torch.cat(hidden_of(self._probe)[0])
-        truncation = [max_length, self.args.truncation_mode]
-        told = {"weights": self._weights, "truncation": truncation, **cache.more}
+        separate = None if self.ref_model is None else self._own_reference()
+        told = {
+            "weights": precompute.weights_digest(separate or policy),
+            "truncation": [max_length, self.args.truncation_mode],
+            **cache.more,
+        }
         store = Store(cache.folder, precompute.identity_of(config, live, **told))
         batch = self.args.per_device_train_batch_size
         precompute.Pass(store, self.accelerator, hidden_of, batch).fill(pairs, live)

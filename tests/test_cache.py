@@ -4,7 +4,6 @@ import gc
 import weakref
 from pathlib import Path
 
-import bitsandbytes
 import pytest
 import tiny
 import torch
@@ -108,13 +107,6 @@ def runs(parts, tmp_path):
     return Runs(parts, tmp_path)
 
 
-@pytest.fixture
-def float32_kernels(monkeypatch):
-    """For some processors bitsandbytes has kernels that round to bf16: not these."""
-    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
-
-
-@pytest.mark.usefixtures("float32_kernels")
 @pytest.mark.parametrize("option", OPTIONS)
 def test_a_cache_changes_nothing(runs, option):
     """Steps and β exactly, weights within 1e-6; in the first step, too."""
@@ -242,7 +234,6 @@ def nudged(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.usefixtures("float32_kernels")
 @pytest.mark.parametrize("what", OTHERS)
 def test_another_reference_has_a_cache_of_its_own(runs, tmp_path, what):
     runs("first", max_steps=1, **ON)
