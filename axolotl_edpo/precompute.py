@@ -40,6 +40,8 @@ KEY, FOLDER = "precompute_ref_log_probs", "edpo_reference_cache"
 PIECE_TOKENS = 2**14
 # What a file holds beside its pairs' hidden states, at most: a header, and per pair
 PIECE_BYTES, PAIR_BYTES = 1024, 40
+# Recipe keys that change what a model computes from the same weights.
+COMPUTE_KEYS = ("qat", "fp8", "tf32")
 # Config keys that say nothing of what a model computes.
 _NOT_COMPUTED = ("_name_or_path", "transformers_version", "use_cache")
 
@@ -88,7 +90,7 @@ class CacheSettings(NamedTuple):
             return None
         prepared = Path(cfg.dataset_prepared_path or DEFAULT_DATASET_PREPARED_PATH)
         folder = Path(cfg.edpo_reference_cache or prepared / "edpo_reference")
-        return cls(folder, {"qat": str(cfg.qat)})
+        return cls(folder, {key: str(cfg.get(key)) for key in COMPUTE_KEYS})
 
 
 def pair_digest(pair: dict[str, Any]) -> bytes:

@@ -219,7 +219,7 @@ OTHERS = {
     "dtype": lambda folder: {"bf16": True},
     "attention": lambda folder: {"attn_implementation": "eager"},
     "truncation": lambda folder: {"sequence_len": 250},
-    "quantization": lambda folder: NF4_FLOAT32,
+    "4 bits": lambda folder: NF4_FLOAT32,
 }
 
 
@@ -242,6 +242,20 @@ def test_another_reference_has_a_cache_of_its_own(runs, tmp_path, what):
     after = runs.pieces()
     assert before.items() <= after.items() and len(after) == 2
     assert len({path.parent for path in after}) == 2
+
+
+@pytest.mark.parametrize("key", precompute.COMPUTE_KEYS)
+def test_the_precision_of_products_is_part_of_it(parts, recipe, tmp_path, key):
+    """They want a GPU, or a head that cannot be read: here only named."""
+    cfg = tiny.load_config(tmp_path, recipe(**ON))
+    config = tiny.AutoConfig.from_pretrained(parts["model"])
+
+    def identity(value) -> str:
+        cfg[key] = value
+        more = precompute.CacheSettings.of(cfg).more
+        return precompute.identity_of(config, torch.zeros(1, 32), **more)
+
+    assert identity(True) == identity(True) != identity(None)
 
 
 def test_another_tokenizer_or_template_makes_other_pairs(runs):
