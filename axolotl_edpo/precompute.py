@@ -212,15 +212,20 @@ class Pass:
             disable=self.rank > 0,
         )
         found = gather_object([(name, self.store.damage(name)) for name in own])
-        for name, damage in found:
-            if damage and self.rank == 0:
+        damaged = [(name, damage) for name, damage in found if damage]
+        self._together(self._discard, damaged if self.rank == 0 else [])
+        whole = [name for name, damage in found if not damage]
+        self._together(self._open_all, whole)
+
+    def _discard(self, damaged: Iterable[tuple[str, str]]) -> None:
+        """Looks again: since the first look, another run may have written them anew."""
+        for name, damage in damaged:
+            if self.store.damage(name):
                 LOG.warning(
                     f"{self.store.folder / name} is damaged: {damage}. Its pairs are "
                     "computed anew."
                 )
                 self.store.discard(name)
-        whole = [name for name, damage in found if not damage]
-        self._together(self._open_all, whole)
 
     def _open_all(self, names: Iterable[str]) -> None:
         try:

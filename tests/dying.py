@@ -1,7 +1,12 @@
-"""A rank that dies: a plugin of axolotl for tests of what the others do then.
+"""Ranks that die, disks that fill up, bytes that flip: plugins of axolotl for tests.
 
     plugins: [axolotl_edpo.EDPOPlugin, ranks.CpuRanks, dying.Dying]
-    dies: {rank: 1, step: 7}     # or `save: 6`, in the checkpoint of that step
+    dies: {rank: 1, step: 7}     # or `save: 6`, in the checkpoint of that step,
+                                 # or `piece: 30`, in that piece of a cache
+    plugins: [..., dying.FillingDisk]
+    fills: 5                     # the disk of a cache, after so many pieces
+    plugins: [..., dying.Flipping]
+    flips: 3                     # a bit in all pieces of a cache, after that step
 
 SIGKILL is what a rank gets that is out of memory, or whose machine is gone.
 """
@@ -9,13 +14,21 @@ SIGKILL is what a rank gets that is out of memory, or whose machine is gone.
 import os
 import signal
 import time
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 from axolotl.integrations.base import BasePlugin
 from transformers import Trainer, TrainerCallback
 
+from axolotl_edpo import precompute, store
+
 # longer than the others need for the rest of a tiny checkpoint
 OTHERS_GO_ON = 1.0
+# a pair or two of `tiny.save_pairs`
+SMALL_PIECE = 64
+# less than any such piece takes
+LEFT_ON_DISK = 4096
 
 
 class Dying(BasePlugin):
@@ -33,6 +46,8 @@ class Dying(BasePlugin):
             trainer.add_callback(_AtStep(self._dies["step"]))
         if "save" in self._dies:
             _cut_short(self._dies["save"])
+        if "piece" in self._dies:
+            _tear(self._dies["piece"])
 
 
 class _AtStep(TrainerCallback):
@@ -59,5 +74,82 @@ def _cut_short(step: int) -> None:
     Trainer._save_rng_state = begin
 
 
+def _tear(piece: int) -> None:
+    """Of a piece of a cache, half is written."""
+    written, write = count(1), Path.write_bytes
+
+    def begin(path: Path, data: bytes) -> int:
+        if path.suffix == store.PARTIAL and next(written) == piece:
+            write(path, data[: len(data) // 2])
+            _die()
+        return write(path, data)
+
+    Path.write_bytes = begin
+
+
 def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+class SmallPieces(BasePlugin):
+    """A pass over a few pairs writes many pieces of a cache."""
+
+    def register(self, cfg: dict) -> None:
+        """Before any is cut."""
+        precompute.PIECE_TOKENS = SMALL_PIECE
+
+
+class FillingDisk(BasePlugin):
+    """After `fills` pieces, what others wrote left no room for the next."""
+
+    def register(self, cfg: dict) -> None:
+        """Takes `fills` away before axolotl looks at the recipe."""
+        last, written, write = cfg.pop("fills"), count(1), store.Store.write
+
+        def then_fill(own: store.Store, *piece) -> None:
+            write(own, *piece)
+            if next(written) == last:
+                fill(own.folder.parent / f"filler-{os.getpid()}")
+
+        store.Store.write = then_fill
+
+
+def fill(path: Path) -> None:
+    """A file that takes what is free on its disk, but for LEFT_ON_DISK."""
+    with path.open("wb", buffering=0) as file:
+        with suppress(OSError):
+            while file.write(bytes(LEFT_ON_DISK)):
+                pass
+        file.truncate(max(file.tell() - LEFT_ON_DISK, 0))
+
+
+class Flipping(BasePlugin):
+    """A disk or a neighbour changes what a run has checked and opened."""
+
+    def register(self, cfg: dict) -> None:
+        """Takes `flips` away before axolotl looks at the recipe."""
+        self._step = cfg.pop("flips")
+
+    def post_trainer_create(self, cfg, trainer) -> None:
+        """Before the next step asks for its pairs."""
+        trainer.add_callback(_FlipAfter(self._step, trainer))
+
+
+class _FlipAfter(TrainerCallback):
+    def __init__(self, step: int, trainer):
+        self._step, self._trainer = step, trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self._step:
+            for piece in self._trainer.store.folder.iterdir():
+                _flip_in_the_middle(piece)
+
+
+def _flip_in_the_middle(path: Path) -> None:
+    """In place, as an open file sees it."""
+    middle = path.stat().st_size // 2
+    with path.open("r+b") as file:
+        file.seek(middle)
+        (byte,) = file.read(1)
+        file.seek(middle)
+        file.write(bytes([byte ^ 1]))

@@ -125,9 +125,28 @@ def run(folder: Path, keys: dict, ranks: int = 2, probe: str | None = None) -> l
     Raises:
         ProcessRaisedException: If a rank failed; it holds the traceback.
     """
+    context = start(folder, keys, ranks, probe)
+    while not context.join():
+        pass
+    return results(folder, ranks)
+
+
+def start(
+    folder: Path, keys: dict, ranks: int = 2, probe: str | None = None
+) -> mp.ProcessContext:
+    """As `run`, but does not wait for the ranks."""
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = (ranks, free_port(), folder, keys, probe)
-    mp.start_processes(_rank, arguments, nprocs=ranks, start_method="forkserver")
+    return mp.start_processes(
+        _rank,
+        (ranks, free_port(), folder, keys, probe),
+        nprocs=ranks,
+        join=False,
+        start_method="forkserver",
+    )
+
+
+def results(folder: Path, ranks: int = 2) -> list:
+    """What ranks that were started there left, each when it had ended."""
     files = [folder / f"rank{rank}.json" for rank in range(ranks)]
     return [json.loads(file.read_text()) for file in files]
 
