@@ -65,6 +65,7 @@ class Piece:
 
     Attributes:
         path: The file.
+        size: Its bytes.
         pairs: Their digests.
         lengths: Shape (pairs, 2).
         starts: Shape (pairs,), where in `hidden` a pair begins.
@@ -73,6 +74,7 @@ class Piece:
     """
 
     path: Path
+    size: int
     pairs: list[bytes]
     lengths: torch.Tensor
     starts: torch.Tensor
@@ -98,6 +100,7 @@ class Piece:
         ends = lengths.sum(dim=1).cumsum(dim=0)
         return cls(
             path,
+            path.stat().st_size,
             [bytes(row) for row in tensors["pairs"].numpy()],
             lengths,
             ends - lengths.sum(dim=1),
@@ -111,6 +114,10 @@ class Piece:
         Raises:
             Damaged: If they are not as they were written.
         """
+        with suppress(FileNotFoundError):  # its mapping is still there
+            # what is not there any more cannot be touched: the process would end
+            if self.path.stat().st_size != self.size:
+                raise Damaged("its length is another")
         start, (chosen, rejected) = int(self.starts[pair]), self.lengths[pair].tolist()
         both = self.hidden[start : start + chosen + rejected]
         if xxhash.xxh3_64_digest(raw(both)) != self.checksums[pair]:

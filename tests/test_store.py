@@ -132,6 +132,21 @@ def test_damage_since_it_was_opened_stops_whoever_reads(store):
         store.read(PAIRS[2])
 
 
+def test_a_piece_that_is_cut_while_it_is_in_use_stops_whoever_reads(store):
+    """To touch what is not there any more would end the process."""
+    (name,) = store.names()
+    store.open([name])
+    os.truncate(store.folder / name, 0)
+    with pytest.raises(ValueError, match="in use .its length is another"):
+        store.read(PAIRS[0])
+
+
+def test_a_piece_that_is_removed_while_it_is_in_use_is_still_read(store):
+    store.open(store.names())
+    store.discard(piece_name(PAIRS))
+    assert torch.equal(store.read(PAIRS[1])[1], HIDDEN[1][1])
+
+
 def test_a_piece_that_is_replaced_is_read_as_it_was(store):
     """Another run computes it in other rows, where it is rounded otherwise."""
     store.open(store.names())
