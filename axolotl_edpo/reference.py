@@ -13,7 +13,7 @@ policy is what it was, its own hidden states stand for the reference's.
 
 import copy
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -259,8 +259,9 @@ class PairReference(PairFeed):
         pairs = precompute.pairs_of(self._datasets(), max_length)
         hidden_of = partial(self._hidden_of, model)
         # first of all: to look at 4-bit weights changes how some processors round
-        separate = None if self.ref_model is None else self._own_reference()
-        weights = precompute.weights_digest(separate or policy)
+        weights = precompute.weights_digest(
+            policy if self.ref_model is None else self._own_reference()
+        )
         self._probe = [pairs[-1].example()]
         self._start = live = torch.cat(hidden_of(self._probe)[0])
         truncation = [max_length, self.args.truncation_mode]
@@ -310,12 +311,16 @@ class PairReference(PairFeed):
         if self.ref_model is None:
             return
         _, head = backbone.shared_reference_head(policy)
+        reference: Any = self._own_reference()
+        kept: tuple[torch.Tensor, ...] = ()
         if any(tensor.requires_grad for tensor in head.tensors):
             engine.reshard(self.ref_model)
-            self._kept_head = backbone.head_of(self._own_reference())
+            self._kept_head = backbone.head_of(reference)
+            kept = self._kept_head.tensors
+        empty_shards(reference, kept)
         models = self.accelerator._models
         models[:] = [model for model in models if model is not self.ref_model]
-        self.ref_model = None
+        self.ref_model = reference = None  # else nothing is collected
         gc.collect()
 
 
@@ -343,6 +348,20 @@ def require_cacheable(config: Any, reads_head: bool, max_length: int | None) -> 
             f"remove it, or set `sequence_len` up to {original}: beyond that the "
             "positions of this `base_model` depend on the longest sequence of a batch",
         )
+
+
+def empty_shards(model: nn.Module, kept: Sequence[torch.Tensor]) -> None:
+    """Frees the weights that ZeRO-3 has sharded, but for some.
+
+    DeepSpeed holds every module that ever ran: `functools.lru_cache` on a method of its
+    coordinator has them as keys.
+    """
+    for weight in model.parameters():
+        if hasattr(weight, "ds_id") and not any(weight is other for other in kept):
+            for name in ("ds_tensor", "ds_secondary_tensor"):
+                if getattr(weight, name, None) is not None:
+                    delattr(weight, name)
+            weight.data = weight.new_empty(0)
 
 
 def _require_equal(store: Store, pair: bytes, live: torch.Tensor) -> None:
