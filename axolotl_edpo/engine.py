@@ -92,6 +92,24 @@ def reshard(model: nn.Module) -> None:
         model.reshard()
 
 
+def let_go(model: nn.Module, kept: Sequence[torch.Tensor]) -> None:
+    """Frees what ZeRO-3 has sharded of a model that will not run again.
+
+    DeepSpeed holds every module that ever ran: `functools.lru_cache` on a method of its
+    coordinator has them as keys.
+
+    Args:
+        model: Without its engine.
+        kept: Weights of it that are still read.
+    """
+    for weight in model.parameters():
+        if hasattr(weight, "ds_id") and not any(weight is other for other in kept):
+            for name in ("ds_tensor", "ds_secondary_tensor"):
+                if getattr(weight, name, None) is not None:
+                    delattr(weight, name)
+            weight.data = weight.new_empty(0)
+
+
 @contextmanager
 def gathered(
     tensors: Sequence[torch.Tensor], writes: bool = False

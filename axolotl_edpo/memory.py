@@ -9,6 +9,7 @@ activations are those of a decoder layer with gated MLP (Llama, Mistral, Qwen, G
     between micro-batches   weights, gradients, optimizer, reference
     + within one            head, layer, activations
     or at the update        step, where that is more
+    or before the first     let_go for gradients, where that is more
 
 Assumed: bf16 as axolotl loads it, a fused AdamW, gradient accumulation, gradient
 checkpointing, FlashAttention, every token scored. Left out: the CUDA context, what the
@@ -72,13 +73,14 @@ class Memory(NamedTuple):
         weights: Of the policy.
         gradients: Kept between micro-batches; DDP has them in its buckets, too.
         optimizer: AdamW's two moments, and DeepSpeed's 32-bit copy of the weights.
-        reference: Of its own, without an adapter.
+        reference: Of its own, without an adapter; with a cache its head.
         head: The op's tiles and hidden states, the gradient of a head that trains, and
             the embedding and head that ZeRO-3 and FSDP2 gather whole.
         layer: What ZeRO-3 and FSDP2 gather beyond that, and its whole gradient; under
             ZeRO-2 the gradients of one micro-batch, before they are added.
         activations: The input of every layer, and everything within one.
         step: Gradients in float32, during DeepSpeed's update only.
+        let_go: The rest of a reference that has a cache, until the first micro-batch.
     """
 
     weights: float
@@ -89,6 +91,7 @@ class Memory(NamedTuple):
     layer: float
     activations: float
     step: float
+    let_go: float
 
     @property
     def resident(self) -> float:
@@ -97,9 +100,14 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> float:
-        """At most, as if head, layer and activations were largest at once."""
+        """At most, as if head, layer and activations were largest at once.
+
+        A resumed run has its optimizer, but no gradients, when it lets go of the
+        reference, whose forward needs less than `activations`.
+        """
         within = self.head + self.layer + self.activations
-        return self.resident + max(within, self.step)
+        before = self.let_go - self.gradients + self.activations
+        return self.resident + max(within, self.step, before)
 
 
 def sizes_of(config: PretrainedConfig) -> Sizes:
@@ -149,6 +157,7 @@ def memory(
     *,
     lora: int = 0,
     four_bit: bool = False,
+    cached: bool = False,
     itemsize: int = 2,
     float32_root: bool = False,
     sync: bool = False,
@@ -164,6 +173,7 @@ def memory(
         tokens: Of a micro-batch, over its chosen and rejected, padding counted.
         lora: Rank of an adapter on all linear layers; 0 trains all weights.
         four_bit: Whether those layers are in 4 bits (`adapter: qlora`).
+        cached: Whether the reference has a cache (`precompute_ref_log_probs`).
         itemsize: Bytes of a weight.
         float32_root: Whether embedding and head are in float32: where all weights
             train under `ddp` and attention is `sdpa` or `eager`, axolotl has them so.
@@ -180,10 +190,13 @@ def memory(
     saved = (itemsize - NF4) * sizes.linear if four_bit else 0
     base = itemsize * sizes.all - saved + (4 - itemsize) * sizes.root * float32_root
     layer = itemsize * sizes.layer - saved / sizes.layers
+    reference = base / shard if full else 0
+    head = (4 if float32_root else itemsize) * sizes.head / shard
+    kept = head if full and cached else reference
     width = 4 if engine == "ddp" else itemsize  # of an adapter
     trained = sizes.all if full else lora * sizes.lora
     trainable = base if full else width * trained
-    kept = {"ddp": 2, "zero1": 1} | ({} if sync else {"fsdp2": 1})
+    copies = {"ddp": 2, "zero1": 1} | ({} if sync else {"fsdp2": 1})
     ahead = (min(sizes.all, live) - sizes.root) / sizes.layer
     whole = {
         "zero2": trainable / ranks,
@@ -196,14 +209,15 @@ def memory(
     per_token += narrow * itemsize + float32 * 4
     return Memory(
         weights=(base if full else base + trainable) / shard,
-        gradients=trainable * kept.get(engine, 1 / ranks),
+        gradients=trainable * copies.get(engine, 1 / ranks),
         optimizer=12 * trained / ranks if deepspeed else 2 * trainable / shard,
-        reference=base / shard if full else 0,
+        reference=kept,
         head=_tiles(sizes, tokens, itemsize, device, full)
         + itemsize * _whole_head(sizes, engine, full),
         layer=whole.get(engine, 0),
         activations=tokens * per_token,
         step=4 * min(trained / ranks, most) if deepspeed else 0,
+        let_go=reference - kept,
     )
 
 
@@ -245,6 +259,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="of a micro-batch")
     parser.add_argument("--lora", type=int, default=0, help="rank; 0: all weights")
     parser.add_argument("--four-bit", action="store_true", help="QLoRA")
+    parser.add_argument("--cached", action="store_true", help="precomputed reference")
     parser.add_argument("--sync-each-batch", action="store_true", help="for FSDP2")
     parser.add_argument("--engines", nargs="+", default=get_args(Engine))
     given = parser.parse_args(arguments)
@@ -261,6 +276,7 @@ def main(arguments: list[str] | None = None) -> None:
             given.tokens,
             lora=given.lora,
             four_bit=given.four_bit,
+            cached=given.cached,
             sync=given.sync_each_batch,
         )
         cells = (f"{value / 2**30:.1f}" for value in (*need, need.total))

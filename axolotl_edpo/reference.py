@@ -260,9 +260,10 @@ class PairReference(PairFeed):
         hidden_of = partial(self._hidden_of, model)
         self._probe = [pairs[-1].example()]
         self._start = live = torch.cat(hidden_of(self._probe)[0])
-        separate = None if self.ref_model is None else self._own_reference()
         told = {
-            "weights": precompute.weights_digest(separate or policy),
+            "weights": precompute.weights_digest(
+                policy if self.ref_model is None else self._own_reference()
+            ),
             "truncation": [max_length, self.args.truncation_mode],
             **cache.more,
         }
@@ -311,12 +312,16 @@ class PairReference(PairFeed):
         if self.ref_model is None:
             return
         _, head = backbone.shared_reference_head(policy)
+        reference: Any = self._own_reference()
+        kept: tuple[torch.Tensor, ...] = ()
         if any(tensor.requires_grad for tensor in head.tensors):
             engine.reshard(self.ref_model)
-            self._kept_head = backbone.head_of(self._own_reference())
+            self._kept_head = backbone.head_of(reference)
+            kept = self._kept_head.tensors
+        engine.let_go(reference, kept)
         models = self.accelerator._models
         models[:] = [model for model in models if model is not self.ref_model]
-        self.ref_model = None
+        self.ref_model = reference = None  # else nothing is collected
         gc.collect()
 
 
@@ -333,15 +338,17 @@ def require_cacheable(config: Any, reads_head: bool, max_length: int | None) -> 
             "remove it: the head of this `base_model` cannot be read, and logits over "
             "the whole vocabulary would have to be kept",
         )
+    config = config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings")
-    original = original or config.max_position_embeddings
-    stretches = rope.get("rope_type") in ("dynamic", "longrope")
-    if stretches and not (max_length and max_length <= original):
+    if rope.get("rope_type") not in ("dynamic", "longrope"):
+        return
+    trained = rope.get("original_max_position_embeddings")
+    trained = trained or config.max_position_embeddings
+    if max_length is None or max_length > trained:
         refuse(
             precompute.KEY,
             True,
-            f"remove it, or set `sequence_len` up to {original}: beyond that the "
+            f"remove it, or set `sequence_len` up to {trained}: beyond that the "
             "positions of this `base_model` depend on the longest sequence of a batch",
         )
 

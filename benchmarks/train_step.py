@@ -1,18 +1,23 @@
-"""Training runs of `rl: edpo`, padded and packed, against one of `rl: dpo`.
+"""Training runs of `rl: edpo`, padded, packed and cached, against one of `rl: dpo`.
 
     python benchmarks/train_step.py                  # synthetic pairs
     python benchmarks/train_step.py --data a.jsonl --data b.jsonl --write
     python benchmarks/train_step.py --adapter lora --repeats 3
+    python benchmarks/train_step.py --contenders cached --baseline shared
     python benchmarks/train_step.py --model DIR --attention flash_attention_2 \
         --data c.jsonl --type chat_template.default --field field_messages=question
 
 A random Llama, or the model in `--model`, is trained for one epoch on the first
 `--pairs` pairs of each file, by `axolotl train` in a process of its own; contenders
 take turns. Measured are the trainer's own `train_runtime`, which begins after loading
-and tokenizing, and the most memory in use: the resident set of the whole process
-(Python and its libraries are about 1 GiB of it), or what torch allocated on the GPU.
+and tokenizing, the time of a step, from the end of the first to the end of the last,
+and the most memory in use: the resident set of the whole process (Python and its
+libraries are about 1 GiB of it), or what torch allocated on the GPU.
 With β 0.1 the first loss of all runs must be log 2 = 0.6931. Contenders whose pairs,
 optimizer steps or tokens differ are an error.
+
+With `precompute_ref_log_probs`, what takes its turn is a run that finds the cache; one
+more run before fills it.
 
 A file has one pair per line. Without `--type`, `chosen` and `rejected` are lists of
 messages: whole conversations or, in files with a `prompt`, the answers to it. Synthetic
@@ -41,6 +46,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -52,7 +58,9 @@ from transformers import (
     AutoConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
+    TrainerCallback,
 )
 
 PROBE = "train_step.Probe"
@@ -63,22 +71,28 @@ EDPO: dict[str, Any] = {
     "edpo_epsilon": 0.01,
 }
 PACKED = {**EDPO, "sample_packing": True}
-# Recipe keys of each contender; the first is the baseline.
+# not `auto`: a model that cannot share is an error and not measured as `packed`
+SHARED = {**PACKED, "edpo_prefix_sharing": True}
+CACHED = {"precompute_ref_log_probs": True}
+# Recipe keys of each contender.
 CONTENDERS = {
     "dpo": DPO,
     "padded": EDPO,
     "padding-free": {**EDPO, "dpo_padding_free": True, "edpo_prefix_sharing": False},
     "packed": {**PACKED, "edpo_prefix_sharing": False},
-    # not `auto`: a model that cannot share is an error and not measured as `packed`
-    "shared": {**PACKED, "edpo_prefix_sharing": True},
+    "shared": SHARED,
+    "padded-cached": {**EDPO, **CACHED},
+    "cached": {**SHARED, **CACHED},
 }
+DEFAULT = [name for name in CONTENDERS if name != "padded-cached"]
 LEGEND = (
     "Contenders: `dpo` is axolotl's `rl: dpo`, the others are `rl: edpo`: `padded`; "
     "`padding-free` with `dpo_padding_free`; `packed` with `sample_packing`; `shared` "
-    "the same with each prompt in its row once."
+    "the same with each prompt in its row once; `cached` that, and `padded-cached` as "
+    "`padded`, with `precompute_ref_log_probs`, where the cache is there."
 )
 ON_GPU = torch.cuda.is_available()
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 # tokens of their own: nothing merges over the border of prompt and answer
 ROLES = ["<system>", "<user>", "<assistant>", "<tool>"]
@@ -91,15 +105,6 @@ CHAT_TEMPLATE = (
 TOKENS_MEAN_MEDIAN = {"prompt": (108, 76), "chosen": (42, 29), "rejected": (52, 36)}
 TOKENS_LONGEST = 836
 SYNTHETIC_PAIRS = 1000  # where all are asked for
-HEADINGS = (
-    "data",
-    "pairs",
-    "contender",
-    "pairs per second, relative to dpo",
-    "peak memory, relative to dpo",
-    "peak memory (GiB)",
-    "note",
-)
 
 
 @dataclass(frozen=True)
@@ -108,19 +113,29 @@ class Run:
 
     Attributes:
         seconds: `train_runtime`.
+        cache_seconds: Of these, until the cache was there.
+        step_seconds: Per step, without the first.
+        waited: Share of those steps that was waiting for the cache.
         peak_bytes: Most memory in use.
         first_loss: Loss of the first optimizer step.
         pairs: Pairs of the epoch; those longer than `sequence_len` are not among them.
         steps: Optimizer steps.
         tokens: Tokens of all sequences, padding apart, shared or not.
+        scored: Of these, in answers.
+        reference_bytes: Weights of a reference of its own, at the end.
     """
 
     seconds: float
+    cache_seconds: float
+    step_seconds: float
+    waited: float
     peak_bytes: int
     first_loss: float
     pairs: int
     steps: int
     tokens: int
+    scored: int
+    reference_bytes: int
 
     def work(self) -> str:
         """What all contenders must have in common."""
@@ -130,28 +145,114 @@ class Run:
         """What shows that the contenders train the same thing."""
         return (
             f"loss of step 1: {self.first_loss:.4f}; "
-            f"{self.steps} steps, {self.tokens:,} tokens"
+            f"{self.steps} steps, {self.tokens:,} tokens; "
+            f"reference's own weights at the end: {self.reference_bytes / MIB:.1f} MiB"
         )
 
     def speed(self) -> str:
         """The time, which depends on the machine."""
-        return f"{self.pairs / self.seconds:.2f} pairs/s, {self.seconds:.2f} s"
+        return (
+            f"{self.pairs / self.seconds:.2f} pairs/s, {self.seconds:.2f} s, "
+            f"{self.step_seconds:.3f} s per step"
+        )
+
+
+@dataclass(frozen=True)
+class Filling:
+    """What the run that filled a cache reported.
+
+    Attributes:
+        seconds: Of the pass.
+        size: Bytes on disk.
+    """
+
+    seconds: float
+    size: int
+
+    def note(self, own: list[Run], baseline: list[Run]) -> str:
+        """The cost of the cache, given the runs that found it and the baseline's."""
+        epoch = min(run.step_seconds * run.steps for run in baseline)
+        found = min(run.cache_seconds for run in own)
+        waited = statistics.median(run.waited for run in own)
+        return (
+            f"cache: {self.size / MIB:.1f} MiB, filled in {self.seconds / epoch:.2f} × "
+            f"and checked in {found / epoch:.2f} × the time of an epoch of the "
+            f"baseline; waited {waited:.2%} of the time for it"
+        )
+
+
+class Clock(TrainerCallback):
+    """When steps ended, in seconds, and what the cache took before and during them."""
+
+    def __init__(self, trainer):
+        self._trainer = trainer
+        self.cache_seconds = 0.0
+        self.ends: list[float] = []
+        self.waited: list[float] = []
+        if hasattr(trainer, "_precompute"):
+            self._precompute = trainer._precompute
+            trainer._precompute = self.precompute
+
+    def precompute(self, *args):
+        began = perf_counter()
+        store = self._precompute(*args)
+        self.cache_seconds = perf_counter() - began
+        return store
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if ON_GPU:
+            torch.cuda.synchronize()
+        self.ends.append(perf_counter())
+        self.waited.append(getattr(self._trainer, "waited", 0.0))
+
+    def found(self) -> dict[str, float]:
+        """As `Run` has it.
+
+        Raises:
+            ValueError: If there was one step only.
+        """
+        if len(self.ends) < 2:
+            raise ValueError("a step's time shows from the second on: more --pairs")
+        spent = self.ends[-1] - self.ends[0]
+        return {
+            "cache_seconds": self.cache_seconds,
+            "step_seconds": spent / (len(self.ends) - 1),
+            "waited": (self.waited[-1] - self.waited[0]) / spent,
+        }
 
 
 class Probe(BasePlugin):
     """Lets a run print what its log does not, or only rounded."""
 
     def post_trainer_create(self, cfg, trainer) -> None:
-        """Keeps the trainer for the end of the run."""
-        self._trainer = trainer
+        """Keeps the trainer for the end of the run, and times its steps."""
+        self._trainer, self._clock = trainer, Clock(trainer)
+        trainer.add_callback(self._clock)
 
     def post_train(self, cfg, model) -> None:
         """After the last optimizer step; no GPU, no bytes."""
-        history = self._trainer.state.log_history
+        # not above: in a run of `rl: dpo` nothing of this package is loaded
+        from axolotl_edpo.pairs import scored_lengths
+
+        trainer = self._trainer
+        history, pairs = trainer.state.log_history, trainer.train_dataset
+        scored = scored_lengths(pairs, trainer.args.max_length).sum()
         tokens = [entry["num_tokens"] for entry in history if "num_tokens" in entry]
-        print({"trained_pairs": len(self._trainer.train_dataset)})
+        print({"trained_pairs": len(pairs)})
         print({"trained_tokens": int(tokens[-1])})
+        print({"scored_tokens": int(scored)})
         print({"peak_gpu_bytes": torch.cuda.max_memory_allocated()})
+        print({"reference_bytes": reference_bytes(trainer)})
+        print(self._clock.found())
+
+
+def reference_bytes(trainer) -> int:
+    """Weights of the reference that are not the policy's, whole or its head."""
+    head = getattr(trainer, "_kept_head", None)
+    weights = head.tensors if head else ()
+    if trainer.ref_model is not None:
+        weights = trainer.ref_model.parameters()
+    return sum(weight.nbytes for weight in weights)
 
 
 # --- pairs -----------------------------------------------------------------------
@@ -304,7 +405,19 @@ def recipe(name: str, base: dict, folder: Path, args: argparse.Namespace) -> dic
     if args.adapter == "lora":
         keys |= {"adapter": "lora", "lora_r": 16, "lora_alpha": 32}
         keys["lora_target_linear"] = True
+    if caches(name):
+        keys["edpo_reference_cache"] = str(cache_of(folder, name))
     return keys
+
+
+def caches(name: str) -> bool:
+    """Whether a contender has a cache."""
+    return CACHED.items() <= CONTENDERS[name].items()
+
+
+def cache_of(folder: Path, name: str) -> Path:
+    """Where a contender's cache is."""
+    return folder / f"reference_{name}"
 
 
 def write_recipes(
@@ -379,29 +492,62 @@ def logged(output: str, key: str) -> list[float]:
 def train(path: Path, env: dict[str, str]) -> Run:
     """Trains a recipe and reads what it reported."""
     command = ["train", str(path), "--launcher", "python"]
-    output, resident = run_axolotl(command, path.with_suffix(".log"), env)
+    return reported(*run_axolotl(command, path.with_suffix(".log"), env))
+
+
+def reported(output: str, resident: int) -> Run:
+    """What a run printed; `resident` is its peak memory where there is no GPU."""
     losses = logged(output, "loss")
     return Run(
         seconds=logged(output, "train_runtime")[-1],
         peak_bytes=int(logged(output, "peak_gpu_bytes")[-1]) or resident,
+        cache_seconds=logged(output, "cache_seconds")[-1],
+        step_seconds=logged(output, "step_seconds")[-1],
+        waited=logged(output, "waited")[-1],
         first_loss=losses[0],
         pairs=int(logged(output, "trained_pairs")[-1]),
         steps=len(losses),
         tokens=int(logged(output, "trained_tokens")[-1]),
+        scored=int(logged(output, "scored_tokens")[-1]),
+        reference_bytes=int(logged(output, "reference_bytes")[-1]),
     )
+
+
+def fill(name: str, path: Path, env: dict[str, str]) -> Filling:
+    """Trains a recipe whose cache is not there yet."""
+    run = train(path, env)
+    size = size_of(cache_of(path.parent, name))
+    print(
+        f"  {run.speed()}; the pass {run.cache_seconds:.2f} s, {size / MIB:.1f} MiB",
+        flush=True,
+    )
+    return Filling(run.cache_seconds, size)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files in it."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def take_turns(
     data: str, recipes: dict[str, Path], args: argparse.Namespace
-) -> dict[str, list[Run]]:
-    """Trains the contenders in turn, after preparing the pairs for all of them.
+) -> tuple[dict[str, list[Run]], dict[str, Filling]]:
+    """Trains the contenders in turn, after preparing what they find.
+
+    Returns:
+        The runs of each, in the order of the recipes, and what filled the caches.
 
     Raises:
         RuntimeError: If the contenders did not train the same thing.
     """
-    folder = recipes["dpo"].parent
+    first = next(iter(recipes.values()))
+    folder = first.parent
     env = child_environment(folder / "cache", args.threads)
-    run_axolotl(["preprocess", str(recipes["dpo"])], folder / "preprocess.log", env)
+    run_axolotl(["preprocess", str(first)], folder / "preprocess.log", env)
+    fillings = {}
+    for name in filter(caches, recipes):
+        print(f"{data}: {name}, filling its cache ...", flush=True)
+        fillings[name] = fill(name, recipes[name], env)
     runs: dict[str, list[Run]] = {name: [] for name in recipes}
     for repeat in range(args.repeats):
         for name, path in recipes.items():
@@ -412,7 +558,7 @@ def take_turns(
             runs[name].append(run)
             check_preparation(folder / "prepared", name)
             check_same_work(runs)
-    return runs
+    return runs, fillings
 
 
 def check_preparation(prepared: Path, name: str) -> None:
@@ -447,24 +593,47 @@ def check_same_work(runs: dict[str, list[Run]]) -> None:
 # --- report ----------------------------------------------------------------------
 
 
-def table_rows(data: str, runs: dict[str, list[Run]]) -> list[str]:
-    """A row per contender; absolute times of a GPU only."""
+def headings(baseline: str) -> tuple[str, ...]:
+    """Of the table's columns."""
+    return (
+        "data",
+        "pairs",
+        "contender",
+        f"pairs per second, relative to {baseline}",
+        f"step time, relative to {baseline}",
+        f"peak memory, relative to {baseline}",
+        "peak memory (GiB)",
+        "note",
+    )
+
+
+def ratio(own: list[Run], other: list[Run], key: str) -> float:
+    """Of what the runs of two contenders reported, the median over turns."""
+    pairs = zip(own, other, strict=True)
+    return statistics.median(getattr(a, key) / getattr(b, key) for a, b in pairs)
+
+
+def table_rows(
+    data: str, runs: dict[str, list[Run]], fillings: dict[str, Filling]
+) -> list[str]:
+    """A row per contender, the baseline first; absolute times of a GPU only."""
     peaks = {name: max(run.peak_bytes for run in runs[name]) for name in runs}
+    first, baseline = next(iter(runs.items()))
     rows = []
     for name, own in runs.items():
-        ratios = [
-            base.seconds / run.seconds
-            for run, base in zip(own, runs["dpo"], strict=True)
-        ]
         best = min(own, key=lambda run: run.seconds)
+        notes = [best.speed()] * ON_GPU + [best.evidence()]
+        if name in fillings:
+            notes.append(fillings[name].note(own, baseline))
         cells = (
             data,
             best.pairs,
             name,
-            f"{statistics.median(ratios):.1f} ×",
-            f"{peaks[name] / peaks['dpo']:.2f} ×",
+            f"{ratio(baseline, own, 'seconds'):.1f} ×",
+            f"{ratio(own, baseline, 'step_seconds'):.2f} ×",
+            f"{peaks[name] / peaks[first]:.2f} ×",
             f"{peaks[name] / GIB:.2f}",
-            f"{best.speed()}; " * ON_GPU + best.evidence(),
+            "; ".join(notes),
         )
         rows.append(row(*cells))
     return rows
@@ -495,6 +664,39 @@ def model_text(args: argparse.Namespace) -> str:
     )
 
 
+def head_share(
+    config: PreTrainedConfig, tokens: int, scored: int, args: argparse.Namespace
+) -> float:
+    """The head's share of a step's matrix products, without a cache.
+
+        head    scored tokens × vocabulary × hidden × 3, or 5 where it trains
+        body    tokens × weights of its linear layers × 4 (policy and reference, 2 for
+                backward), or 3 with an adapter; 1 more with checkpointing
+
+    Left out are products of attention with itself and of an adapter.
+
+    Args:
+        config: Of the model.
+        tokens: Of all sequences: each prompt twice, as where it is not shared.
+        scored: Of these, the ones that go through the head.
+        args: Whether all weights train, and whether layers are checkpointed.
+    """
+    # not above: in a run of `rl: dpo` nothing of this package is loaded
+    from axolotl_edpo.memory import sizes_of
+
+    sizes, trains = sizes_of(config), not args.adapter
+    head = scored * sizes.head * (5 if trains else 3)
+    body = tokens * sizes.linear * (3 + trains + args.gradient_checkpointing)
+    return head / (head + body)
+
+
+def share_text(data: str, model: Path, run: Run, args: argparse.Namespace) -> str:
+    """The head's share, of the tokens that a run trained."""
+    config = AutoConfig.from_pretrained(model)
+    share = head_share(config, run.tokens, run.scored, args)
+    return f"{share:.1%} ({data})"
+
+
 def data_text(args: argparse.Namespace) -> str:
     """How the pairs are read, and how many are in a batch."""
     parts = [f"dataset type {args.type}"] if args.type else []
@@ -507,8 +709,8 @@ def data_text(args: argparse.Namespace) -> str:
     return "; ".join(parts)
 
 
-def description(args: argparse.Namespace) -> str:
-    """The header line and what was trained."""
+def description(args: argparse.Namespace, shares: list[str]) -> str:
+    """The header line and what was trained, with the head's share of it."""
     header = environment("torch", "transformers", "trl", "axolotl", "axolotl-edpo")
     settings = [
         model_text(args),
@@ -521,8 +723,10 @@ def description(args: argparse.Namespace) -> str:
     ]
     memory = "allocated on the GPU" if ON_GPU else "resident set of the process"
     return (
-        f"{header}\n\n{'; '.join(settings)}. Pairs per second: of training without "
-        f"loading and tokenizing, median over repeats ({args.repeats}). Memory: "
+        f"{header}\n\n{'; '.join(settings)}. The head's share of the matrix products: "
+        f"{', '.join(shares)}. All is relative to `{args.baseline}`, median over "
+        f"repeats ({args.repeats}). Pairs per second: of training without loading and "
+        f"tokenizing. Step time: without the first step and what comes before. Memory: "
         f"{memory}.\n\n{LEGEND}"
     )
 
@@ -545,18 +749,20 @@ def sources(args: argparse.Namespace) -> list[tuple[str, list[dict]]]:
     return [("synthetic", synthetic_pairs(args.pairs or SYNTHETIC_PAIRS, args.vocab))]
 
 
-def benchmark(args: argparse.Namespace) -> list[str]:
-    """The rows of all data."""
+def benchmark(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The rows of all data, and the head's share with each."""
     found = sources(args)
-    rows = []
+    rows, shares = [], []
     with workspace(args.work) as folder:
         everything = [pair for _, pairs in found for pair in pairs]
         model = base_model(folder / "model", everything, args)
         for number, (name, pairs) in enumerate(found):
             own = folder / f"{number}_{name}"
             recipes = write_recipes(own, model, pairs, args)
-            rows += table_rows(name, take_turns(name, recipes, args))
-    return rows
+            runs, fillings = take_turns(name, recipes, args)
+            rows += table_rows(name, runs, fillings)
+            shares.append(share_text(name, model, runs[args.baseline][0], args))
+    return rows, shares
 
 
 # --- options ---------------------------------------------------------------------
@@ -571,12 +777,17 @@ def field(text: str) -> tuple[str, Any]:
 
 
 def contenders(text: str) -> list[str]:
-    """Contenders of the command line in the order of the table, the baseline first."""
-    names = {"dpo", *text.split(",")}
-    if unknown := sorted(names - CONTENDERS.keys()):
+    """Contenders of the command line."""
+    names = text.split(",")
+    if unknown := sorted(set(names) - CONTENDERS.keys()):
         known = ", ".join(CONTENDERS)
         raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: none of {known}")
-    return [name for name in CONTENDERS if name in names]
+    return names
+
+
+def in_order(names: list[str], baseline: str) -> list[str]:
+    """Contenders in the order of the table, the baseline first, named or not."""
+    return [baseline, *(n for n in CONTENDERS if n in names and n != baseline)]
 
 
 def data_parser(story: str | None) -> argparse.ArgumentParser:
@@ -609,9 +820,10 @@ def parse_args() -> argparse.Namespace:
     parser = data_parser(__doc__)
     parser.set_defaults(pairs=48)
     add = parser.add_argument
-    every = list(CONTENDERS)
-    names = ", ".join(CONTENDERS)
-    add("--contenders", type=contenders, default=every, help=f"default: {names}")
+    help = f"default: {', '.join(DEFAULT)}; there is padded-cached, too"
+    add("--contenders", type=contenders, default=DEFAULT, help=help)
+    help = "all are relative to it (default: %(default)s)"
+    add("--baseline", choices=list(CONTENDERS), default="dpo", help=help)
     add("--adapter", choices=["lora"], help="default: full fine-tuning")
     add("--attention", default="sdpa", help="attn_implementation")
     add("--gradient-checkpointing", action="store_true", help="for all contenders")
@@ -619,21 +831,32 @@ def parse_args() -> argparse.Namespace:
     add("--threads", type=int, default=2, help="OMP_NUM_THREADS of a run")
     add("--hidden", type=int, default=256, help="hidden size without --model")
     add("--layers", type=int, default=6, help="number of layers without --model")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.contenders = in_order(args.contenders, args.baseline)
+    return args
 
 
 def main() -> None:
     """Measures, prints the table and, if asked, writes it."""
     args = parse_args()
     torch.set_num_threads(args.threads)
-    rows = benchmark(args)
-    text = f"{description(args)}\n\n{table(HEADINGS, rows)}"
+    rows, shares = benchmark(args)
+    text = f"{description(args, shares)}\n\n{table(headings(args.baseline), rows)}"
     print(f"\n{text}")
     if args.write:
-        place = "on a GPU" if ON_GPU else "on a CPU"
-        model = f", {args.model.resolve().name}" if args.model else ""
-        adapter = ", LoRA" if args.adapter else ""
-        append_results(f"Training run {place}{model}{adapter}", text)
+        append_results(section(args), text)
+
+
+def section(args: argparse.Namespace) -> str:
+    """The title in RESULTS.md, where a section replaces the one of its title."""
+    parts = ["Training run on a GPU" if ON_GPU else "Training run on a CPU"]
+    parts += [args.model.resolve().name] if args.model else []
+    parts += ["LoRA"] if args.adapter else []
+    if args.baseline != "dpo":
+        shape = f"hidden {args.hidden}, vocabulary {args.vocab}"
+        parts += [] if args.model else [shape]
+        parts.append(f"relative to {args.baseline}")
+    return ", ".join(parts)
 
 
 if __name__ == "__main__":

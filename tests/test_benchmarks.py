@@ -5,9 +5,12 @@ import importlib
 import statistics
 import sys
 from dataclasses import replace
+from time import perf_counter
 
 import pytest
+import tiny
 from conftest import ROOT
+from transformers import LlamaConfig
 
 from axolotl_edpo.collator import PairCollator
 
@@ -17,7 +20,17 @@ balance = importlib.import_module("balance")
 
 GIB = 2**30
 RUN = train_step.Run(
-    seconds=10.0, peak_bytes=4 * GIB, first_loss=0.6931, pairs=8, steps=1, tokens=900
+    seconds=10.0,
+    cache_seconds=0.0,
+    step_seconds=2.0,
+    waited=0.0,
+    peak_bytes=4 * GIB,
+    first_loss=0.6931,
+    pairs=8,
+    steps=4,
+    tokens=900,
+    scored=300,
+    reference_bytes=0,
 )
 
 
@@ -25,16 +38,58 @@ def cells(rows):
     return [[cell.strip() for cell in row.strip("| ").split("|")] for row in rows]
 
 
-def test_speed_and_memory_are_relative_to_dpo_in_the_same_turn():
+def test_speed_and_memory_are_relative_to_the_baseline_in_the_same_turn():
     runs = {
-        "dpo": [RUN, replace(RUN, seconds=20.0)],
-        # 10 / 2.5 = 4 and 20 / 2.5 = 8; their median is 6
-        "packed": [replace(RUN, seconds=2.5, peak_bytes=GIB)] * 2,
+        "dpo": [RUN, replace(RUN, seconds=20.0, step_seconds=4.0)],
+        # 10 / 2.5 = 4 and 20 / 2.5 = 8; their median is 6. 0.5 / 2 and 0.5 / 4
+        "packed": [replace(RUN, seconds=2.5, step_seconds=0.5, peak_bytes=GIB)] * 2,
     }
-    dpo, packed = cells(train_step.table_rows("hh", runs))
-    assert dpo[:6] == ["hh", "8", "dpo", "1.0 ×", "1.00 ×", "4.00"]
-    assert packed[:6] == ["hh", "8", "packed", "6.0 ×", "0.25 ×", "1.00"]
-    assert packed[6].endswith("loss of step 1: 0.6931; 1 steps, 900 tokens")
+    dpo, packed = cells(train_step.table_rows("hh", runs, {}))
+    assert dpo[:7] == ["hh", "8", "dpo", "1.0 ×", "1.00 ×", "1.00 ×", "4.00"]
+    assert packed[:7] == ["hh", "8", "packed", "6.0 ×", "0.19 ×", "0.25 ×", "1.00"]
+    assert "loss of step 1: 0.6931; 4 steps, 900 tokens" in packed[7]
+    shared = {"shared": runs["packed"], "dpo": runs["dpo"]}
+    first, second = cells(train_step.table_rows("hh", shared, {}))
+    assert first[2:5] == ["shared", "1.0 ×", "1.00 ×"]
+    assert second[2:5] == ["dpo", "0.2 ×", "6.00 ×"]  # of 1/4, 1/8 and of 4, 8
+
+
+def test_a_cache_is_told_with_its_cost_in_epochs_of_the_baseline():
+    own = replace(RUN, cache_seconds=0.4, waited=0.0002, reference_bytes=5 * 2**20)
+    fillings = {"cached": train_step.Filling(seconds=2.0, size=3 * 2**20)}
+    runs = {"shared": [RUN], "cached": [own]}
+    shared, cached = cells(train_step.table_rows("hh", runs, fillings))
+    assert "cache" not in shared[-1]
+    # an epoch is 4 steps of 2 s
+    assert (
+        "5.0 MiB; cache: 3.0 MiB, filled in 0.25 × and checked in 0.05 ×" in cached[-1]
+    )
+    assert cached[-1].endswith("waited 0.02% of the time for it")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "checkpoints", "by_hand"),
+    [
+        # 300 × 2048 × 384 × 5, and 900 × 4 × (2 × 384² + 2 × 384 × 192 +
+        # 3 × 384 × 1024) × 4
+        (None, False, 1_179_648_000 / (1_179_648_000 + 23_357_030_400)),
+        (None, True, 1_179_648_000 / (1_179_648_000 + 29_196_288_000)),
+        # 3 and 3 of them
+        ("lora", False, 707_788_800 / (707_788_800 + 17_517_772_800)),
+    ],
+)
+def test_the_share_of_the_head_is_as_by_hand(adapter, checkpoints, by_hand):
+    config = LlamaConfig(
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=2048,
+    )
+    args = argparse.Namespace(adapter=adapter, gradient_checkpointing=checkpoints)
+    share = train_step.head_share(config, RUN.tokens, RUN.scored, args)
+    assert share == pytest.approx(by_hand)
 
 
 @pytest.mark.parametrize("other", [{"tokens": 899}, {"steps": 2}, {"pairs": 7}])
@@ -53,10 +108,46 @@ def test_a_contender_that_prepares_its_own_data_is_an_error(tmp_path):
         train_step.check_preparation(tmp_path, "packed")
 
 
-def test_dpo_always_runs_and_first():
-    assert train_step.contenders("shared,padded") == ["dpo", "padded", "shared"]
+def test_the_baseline_always_runs_and_first():
+    named = train_step.contenders("shared,padded")
+    assert train_step.in_order(named, "dpo") == ["dpo", "padded", "shared"]
+    assert train_step.in_order(named, "shared") == ["shared", "padded"]
+    assert train_step.headings("shared")[4] == "step time, relative to shared"
     with pytest.raises(argparse.ArgumentTypeError, match="zero: none of dpo, padded"):
         train_step.contenders("zero")
+
+
+def test_a_run_reports_what_its_cache_took(recipe, tmp_path, capfd):
+    keys = recipe(**train_step.CONTENDERS["cached"], max_steps=4)
+    folder = tmp_path / "cache"
+    runs = {}
+    for name in ("shared", "filling", "cached"):
+        own = {} if name == "shared" else {"edpo_reference_cache": str(folder)}
+        own |= {"precompute_ref_log_probs": name != "shared"}
+        began = perf_counter()
+        trainer = tiny.train(tmp_path, {**keys, **own})
+        spent = perf_counter() - began
+        runs[name] = run = train_step.reported(capfd.readouterr().out, resident=GIB)
+        assert 0 < 3 * run.step_seconds + run.cache_seconds < run.seconds < spent
+    train_step.check_same_work({name: [run] for name, run in runs.items()})
+    shared, filling, cached = runs.values()
+    assert shared.cache_seconds == shared.waited == 0
+    assert cached.cache_seconds > 0 and filling.cache_seconds > 0
+    assert 0 < cached.waited * 3 * cached.step_seconds <= trainer.waited
+    head = trainer.model.lm_head.weight.nbytes
+    assert cached.reference_bytes == head
+    whole = sum(weight.nbytes for weight in trainer.model.parameters())
+    assert shared.reference_bytes == whole > 2 * head
+    # hidden states of 32 float32 values, and little beside them
+    assert 0 < train_step.size_of(folder) / (cached.scored * 32 * 4) < 1.2
+    assert 0 < cached.scored < cached.tokens
+
+
+def test_the_time_of_one_step_is_no_step_time():
+    clock = train_step.Clock(object())
+    clock.ends.append(1.0)
+    with pytest.raises(ValueError, match="more --pairs"):
+        clock.found()
 
 
 def test_tokens_of_micro_batches_are_those_of_their_rows():

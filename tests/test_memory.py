@@ -52,6 +52,7 @@ ZERO3 = dict.fromkeys(
 SYNC = {
     "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
 }
+CACHED = {"precompute_ref_log_probs": True}
 LORA = dict(adapter="lora", lora_r=8, lora_alpha=16, lora_target_linear=True)
 
 
@@ -67,7 +68,8 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self._operations, self.looks = 0, False
         self._storages = weakref.WeakValueDictionary()
-        self._models = [list(model.modules()) for model in models_of(trainer)]
+        # weak: a cache lets go of the reference
+        self._models = [weakref.WeakSet(m.modules()) for m in models_of(trainer)]
         for thing in gc.get_objects():
             if isinstance(thing, torch.Tensor):
                 self._add(thing)
@@ -88,6 +90,11 @@ class Watch(TorchDispatchMode):
         if own.device.type == "cpu" and own.layout == torch.strided:
             storage = own.untyped_storage()
             self._storages[storage._cdata] = storage
+
+    def forget(self, tensors):
+        """They are on disk, mapped into memory."""
+        for tensor in tensors:
+            self._storages.pop(tensor.untyped_storage()._cdata, None)
 
     def look(self):
         self.peak = max(self.peak, self.live())
@@ -126,8 +133,15 @@ def bytes_of(tensors) -> int:
     return sum({s._cdata: s.nbytes() for s in storages}.values())
 
 
-def shards(model) -> list:
-    return [getattr(weight, "ds_tensor", weight) for weight in model.parameters()]
+def shards(weights) -> list:
+    return [getattr(weight, "ds_tensor", weight) for weight in weights]
+
+
+def reference_tensors(trainer) -> list:
+    """Those of a model of its own, or the head that a cache leaves of it."""
+    if trainer.ref_model is not None:
+        return [*trainer.ref_model.parameters()]
+    return [*trainer._kept_head.tensors] if trainer._kept_head else []
 
 
 def optimizer_tensors(trainer) -> list:
@@ -142,22 +156,37 @@ def optimizer_tensors(trainer) -> list:
 
 
 def measure(train):
-    """The probe: parts at the last micro-batch's start, the peak from the first on."""
+    """The probe: parts at the last micro-batch's start, the peak from the first on.
+
+    Of a pass that fills a cache: `before`, its peak, and `left`, bytes of the
+    reference's own weights that outlive it.
+    """
     found, watches = {}, []
     run, loss = EDPOTrainer.train, EDPOTrainer.compute_loss
+    precompute = EDPOTrainer._precompute
 
     def watched(self, *args, **kwargs):
         with Watch(self) as watch:
             watches.append(watch)
             return run(self, *args, **kwargs)
 
+    def precomputed(self, *args):
+        watches[0].looks = True
+        weights = [weakref.ref(weight) for weight in reference_tensors(self)]
+        store = precompute(self, *args)
+        left = shards(weight() for weight in weights if weight() is not None)
+        found.update(before=watches[0].peak, left=bytes_of(left))
+        watches[0].peak = 0
+        watches[0].forget(piece.hidden for piece, _ in store._found.values())
+        return store
+
     def measured(self, model, inputs, *args, **kwargs):
         gc.collect()
         watches[0].looks, models = True, models_of(self)
         parts = dict(
-            weights=bytes_of(shards(self.model)),
+            weights=bytes_of(shards(self.model.parameters())),
             optimizer=bytes_of(optimizer_tensors(self)),
-            reference=sum(bytes_of(shards(model)) for model in models[1:]),
+            reference=bytes_of(shards(reference_tensors(self))),
         )
         width = self.model.dtype.itemsize
         gathered = sum(width * whole(m.modules()) for m in models if is_sharded(m))
@@ -166,6 +195,7 @@ def measure(train):
         return loss(self, model, inputs, *args, **kwargs)
 
     EDPOTrainer.train, EDPOTrainer.compute_loss = watched, measured
+    EDPOTrainer._precompute = precomputed
     trainer = train()
     found.update(peak=watches[0].peak, whole=watches[0].most_whole)
     return trainer, found
@@ -185,17 +215,21 @@ def used(tmp_path_factory):
     model, pairs = tiny.save_model(folder / "model", **SIZES), save_pairs(folder)
 
     @functools.cache
-    def run(engine: str, lora: bool, bf16: bool) -> dict:
+    def run(engine: str, lora: bool, bf16: bool, cached: bool) -> dict:
         keys = dict(micro_batch_size=1, max_steps=2, gradient_checkpointing=True)
         keys |= dict(optimizer="adamw_torch_fused", bf16=bf16)
         keys |= engine_keys(folder, engine, bf16) | (LORA if lora else {})
+        own = folder / f"{engine}-{lora}-{bf16}-{cached}"
+        if cached:
+            keys |= dict(CACHED, edpo_reference_cache=str(own / "cache"))
         recipe = tiny.recipe(folder, model, pairs, **keys)
-        own = folder / f"{engine}-{lora}-{bf16}"
         first, second = ranks.run(own, recipe, RANKS, "test_memory:measure")
         assert first["whole"] == second["whole"]
         return first
 
-    return lambda engine, lora=False, bf16=False: run(engine, lora, bf16)
+    return lambda engine, lora=False, bf16=False, cached=False: run(
+        engine, lora, bf16, cached
+    )
 
 
 def save_pairs(folder):
@@ -227,13 +261,16 @@ def engine_keys(folder, engine: str, bf16: bool) -> dict:
     return dict(deepspeed=str(path))
 
 
-def calculated(used, engine: str, lora: bool = False, bf16: bool = False) -> Memory:
+def calculated(
+    used, engine: str, lora: bool = False, bf16: bool = False, cached: bool = False
+) -> Memory:
     return memory(
         sizes_of(LlamaConfig(**SIZES)),
         engine,
         RANKS,
-        used(engine, lora, bf16)["tokens"],
+        used(engine, lora, bf16, cached)["tokens"],
         lora=8 * lora,
+        cached=cached,
         itemsize=2 if bf16 else 4,
         float32_root=bf16 and not lora and engine == "ddp",
         sync=True,
@@ -246,18 +283,22 @@ def calculated(used, engine: str, lora: bool = False, bf16: bool = False) -> Mem
 
 PARTS = ("weights", "gradients", "optimizer", "reference")
 FULL = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+CACHING = ("ddp", "zero2", "zero3", "fsdp2")
 RECIPES = [
-    *((engine, False, False) for engine in FULL),
-    ("zero3", False, True),
-    ("fsdp2", True, True),
-    ("ddp", True, True),
+    *((engine, False, False, False) for engine in FULL),
+    ("zero3", False, True, False),
+    ("fsdp2", True, True, False),
+    ("ddp", True, True, False),
+    *((engine, False, False, True) for engine in CACHING),
+    ("fsdp2", True, True, True),
 ]
 
 
-@pytest.mark.parametrize("engine, lora, bf16", RECIPES)
-def test_every_part_is_as_calculated(used, engine, lora, bf16):
-    parts, need = used(engine, lora, bf16), calculated(used, engine, lora, bf16)
-    print(f"\n{engine} {lora=} {bf16=}: calculated, measured MB")
+@pytest.mark.parametrize("engine, lora, bf16, cached", RECIPES)
+def test_every_part_is_as_calculated(used, engine, lora, bf16, cached):
+    recipe = (engine, lora, bf16, cached)
+    parts, need = used(*recipe), calculated(used, *recipe)
+    print(f"\n{engine} {lora=} {bf16=} {cached=}: calculated, measured MB")
     for name in PARTS:
         print(f"  {name:10} {getattr(need, name) / 1e6:7.2f} {parts[name] / 1e6:7.2f}")
     print(f"  peak       {need.total / 1e6:7.2f} {parts['peak'] / 1e6:7.2f}")
@@ -274,6 +315,23 @@ def test_no_rank_ever_holds_all_weights(used, engine):
         print(f"\n{engine}: at most {most / sizes.all:.0%} of the weights are whole")
         assert 0 < most <= sizes.root + sizes.layer < sizes.all / 2
     assert used("ddp")["whole"] == [sizes.all, sizes.all]
+
+
+@pytest.mark.parametrize("engine", CACHING)
+def test_a_cache_lets_go_of_the_reference(used, engine):
+    """From live bytes: whatever else held its weights would count."""
+    own, cached = used(engine), used(engine, cached=True)
+    need = calculated(used, engine, cached=True)
+    assert cached["left"] == need.reference
+    let_go = sum(own[name] - cached[name] for name in PARTS)
+    assert let_go == pytest.approx(need.let_go, rel=0.02)
+    print(f"\n{engine}: peak {own['peak'] / 1e6:.2f} MB without, ", end="")
+    print(f"{cached['peak'] / 1e6:.2f} with, {cached['before'] / 1e6:.2f} before")
+    assert own["peak"] - cached["peak"] > 0.9 * need.let_go
+    # the optimizer would be there in a run that was resumed
+    most = need.resident - need.gradients + need.let_go + need.activations
+    assert 2 * need.weights < cached["before"] < most
+    assert cached["whole"] == own["whole"]  # in the pass, too
 
 
 def test_peak_falls_from_engine_to_engine(used):
@@ -315,6 +373,12 @@ def test_an_8b_model_by_hand():
     # inputs of 32 layers and of the last norm: 33 × 4096 × 4096 × 2 = 1.11; one layer
     # 4096 × (8 × 4096 + 2 × 2 × (3 × 4096 + ...)): see `sizes_of`
     assert billions[6] == pytest.approx(1.11 + 1.29, abs=0.1)
+    cached = memory(sizes_of(LLAMA_8B), "zero2", ranks=8, tokens=4096, cached=True)
+    # 128256 × 4096 × 2 stay; a resumed run has the rest beside its optimizer, once
+    assert cached.reference == 1_050_673_152
+    assert cached.reference + cached.let_go == need.reference
+    start = need.resident - need.gradients + need.activations
+    assert cached.total == pytest.approx(start) and start < need.total
     adapter = memory(sizes_of(LLAMA_8B), "ddp", 1, 4096, lora=16, four_bit=True)
     assert adapter.reference == 0 and adapter.weights / 1e9 == pytest.approx(5.9, 0.02)
 
@@ -332,6 +396,6 @@ def test_tiles_and_four_bits_are_those_in_use():
 
 def test_the_command_prints_a_row_per_engine(tmp_path, capsys):
     LlamaConfig(**SIZES).save_pretrained(tmp_path)
-    main([str(tmp_path), "--engines", "zero3", "fsdp2", "--lora", "8"])
+    main([str(tmp_path), "--engines", "zero3", "fsdp2", "--lora", "8", "--cached"])
     rows = capsys.readouterr().out.splitlines()
     assert [row.split(" ")[1] for row in rows[-2:]] == ["zero3", "fsdp2"]
