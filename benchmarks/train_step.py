@@ -231,7 +231,7 @@ class Probe(BasePlugin):
 
     def post_train(self, cfg, model) -> None:
         """After the last optimizer step; no GPU, no bytes."""
-        # not above: in a run of `rl: dpo` nothing of this package is loaded
+        # not above: what `rl: dpo` trains with is not this package
         from axolotl_edpo.pairs import scored_lengths
 
         trainer = self._trainer
@@ -681,7 +681,7 @@ def head_share(
         scored: Of these, the ones that go through the head.
         args: Whether all weights train, and whether layers are checkpointed.
     """
-    # not above: in a run of `rl: dpo` nothing of this package is loaded
+    # not above: a run of `rl: dpo` imports this file, and nothing of this package
     from axolotl_edpo.memory import sizes_of
 
     sizes, trains = sizes_of(config), not args.adapter
