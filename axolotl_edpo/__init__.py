@@ -21,6 +21,7 @@ Files, in reading order:
     rows.py        how a recipe wants its rows, and whether its model can
     feed.py        the trainer's data side: every pair once, in rows
     store.py       hidden states on disk, in files that check themselves
+    identity.py    which reference they are of
     precompute.py  the pass that fills them, on all ranks
     reference.py   the trainer's reference: a model, a switched-off adapter, a cache
     run.py         the trainer's state: β, checkpoints, the stop

@@ -17,6 +17,7 @@ from typing import Any
 import accelerate.accelerator
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -146,6 +147,11 @@ def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
         released = []
     with torch.no_grad(), gathered(released, writes=True):
         tensor.copy_(value)
+
+
+def of_first(value: Any) -> Any:
+    """The first rank's, on every rank."""
+    return broadcast_object_list([value], from_process=0)[0]
 
 
 def _is_released(tensor: Any) -> bool:

@@ -1,50 +1,42 @@
 """The pass that fills a store with a reference's hidden states, on all ranks.
 
-    identity_of     which reference it is: weights, config, attention, dtype
-    pairs_of        the pairs of the data sets, each once
-    fill            verifies what is there, computes what is missing, piece by piece
+    pairs_of     the pairs of the data sets, each once
+    Pass.fill    verifies what is there, computes what is missing, piece by piece
 
 Every rank writes pieces of its own. Under an engine that shards, no rank can run
 alone, so all take the same decisions: the first rank's list of files, and everybody's
 findings about them, are everybody's.
 """
 
-import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
-import xxhash
-from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.utils.logging import get_logger
 from datasets import Dataset
 from datasets.utils.py_utils import size_str
-from torch import nn
 from tqdm import tqdm
 
-from .engine import gathered
+from .engine import of_first
+from .identity import COMPUTE_KEYS
 from .pairs import IDS, scored_lengths, token_rows
-from .store import Damaged, Store, digest_of, piece_name, raw
+from .store import PARTIAL, Damaged, Store, digest_of, piece_name
 
 LOG = get_logger(__name__)
 
 KEY, FOLDER = "precompute_ref_log_probs", "edpo_reference_cache"
-# Scored tokens of a piece: what a killed pass may lose on a rank, and what it holds in
-# memory; 128 MiB of an 8B model in bf16.
+# Scored tokens of a piece: what a killed pass may lose on a rank; 128 MiB of an 8B
+# model in bf16, and three times that in memory while it is written.
 PIECE_TOKENS = 2**14
 # What a file holds beside its pairs' hidden states, at most: a header, and per pair
 PIECE_BYTES, PAIR_BYTES = 1024, 40
-# Recipe keys that change what a model computes from the same weights.
-COMPUTE_KEYS = ("qat", "fp8", "tf32")
-# Config keys that say nothing of what a model computes.
-_NOT_COMPUTED = ("_name_or_path", "transformers_version", "use_cache")
-
 # Hidden states of chosen and rejected of some pairs, each of shape (tokens, hidden).
 HiddenOf = Callable[[list[dict[str, Any]]], list[tuple[torch.Tensor, torch.Tensor]]]
 
@@ -54,12 +46,14 @@ class Pair(NamedTuple):
 
     Attributes:
         digest: Of its tokens.
+        length: Tokens of prompt and answers.
         tokens: Scored ones, of both answers.
         dataset: That holds it.
         row: In that.
     """
 
     digest: bytes
+    length: int
     tokens: int
     dataset: Dataset
     row: int
@@ -90,7 +84,9 @@ class CacheSettings(NamedTuple):
             return None
         prepared = Path(cfg.dataset_prepared_path or DEFAULT_DATASET_PREPARED_PATH)
         folder = Path(cfg.edpo_reference_cache or prepared / "edpo_reference")
-        return cls(folder, {key: str(cfg.get(key)) for key in COMPUTE_KEYS})
+        return cls(
+            folder.expanduser(), {key: str(cfg.get(key)) for key in COMPUTE_KEYS}
+        )
 
 
 def pair_digest(pair: dict[str, Any]) -> bytes:
@@ -102,56 +98,12 @@ def pairs_of(datasets: Iterable[Dataset], max_length: int | None) -> list[Pair]:
     """All different pairs, the longest first: what does not fit shows at once."""
     found = {}
     for dataset in datasets:
-        lengths = scored_lengths(dataset, max_length)
+        scored = scored_lengths(dataset, max_length)
         for row, parts in enumerate(token_rows(dataset)):
-            pair = Pair(digest_of(parts), int(lengths[row]), dataset, row)
+            length = sum(map(len, parts))
+            pair = Pair(digest_of(parts), length, int(scored[row]), dataset, row)
             found[pair.digest] = pair
-    return sorted(found.values(), key=lambda pair: (-pair.tokens, pair.digest))
-
-
-def weights_digest(reference: nn.Module, leave_out: str = "default") -> str:
-    """Of weights, buffers and scales in their order; gathered one after the other.
-
-    Args:
-        reference: Without its engine, sharded or not.
-        leave_out: The adapter that trains.
-    """
-    digest, first = xxhash.xxh3_128(), PartialState().is_main_process
-    for name, tensor in reference.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, torch.Tensor) or leave_out in name.split("."):
-            continue
-        with gathered([tensor]) as (whole,):
-            if first:
-                digest.update(repr((tuple(whole.shape), whole.dtype)).encode())
-                digest.update(raw(whole))
-    return _of_first(digest.hexdigest())
-
-
-def identity_of(config: Any, hidden: torch.Tensor, **more: Any) -> str:
-    """Names a reference by all that its hidden states depend on, but the pair.
-
-    Args:
-        config: Of the causal language model.
-        hidden: Some of its hidden states.
-        **more: What else they depend on.
-    """
-    computed = config.to_dict()
-    for key in _NOT_COMPUTED:
-        computed.pop(key, None)
-    told = {
-        "config": computed,
-        "attention": config._attn_implementation,
-        "hidden": [hidden.shape[1], str(hidden.dtype)],
-        "transformers": transformers.__version__,
-        **more,
-    }
-    text = json.dumps(told, sort_keys=True, default=str)
-    return _of_first(xxhash.xxh3_128_hexdigest(text.encode()))
-
-
-def _of_first(value: Any) -> Any:
-    """The first rank's, on every rank."""
-    return broadcast_object_list([value], from_process=0)[0]
+    return sorted(found.values(), key=lambda pair: (-pair.length, pair.digest))
 
 
 @dataclass(frozen=True)
@@ -189,52 +141,78 @@ class Pass:
             ValueError: If the folder cannot be written, is too small, or is not the
                 same for all ranks.
         """
-        self._open_what_is_whole()
+        self._open_what_is_whole({pair.digest for pair in pairs})
         missing = [pair for pair in pairs if pair.digest not in self.store]
         there = f"{len(pairs) - len(missing)} of {len(pairs)} pairs"
         LOG.info(f"Reference cache: {there} are in {self.store.folder}.")
         if not missing:
             return
         pieces = [*_cut(missing)]
+        self._require_one_folder()
         self._require_space(pieces, like)
         self._compute(pieces)
         names = [piece_name([pair.digest for pair in piece]) for piece in pieces]
-        self._together(self._open_all, names)
+        self._together(self.store.open, names)
 
-    def _open_what_is_whole(self) -> None:
-        """Looks at every byte that is there, each rank at some of the files."""
-        names = _of_first(self._together(self.store.names))
-        own = tqdm(
-            names[self.rank :: self.ranks],
+    def _open_what_is_whole(self, wanted: Collection[bytes]) -> None:
+        """Reads every byte of the files with pairs that are wanted, each rank some."""
+        names = of_first(self._together(self.store.names))
+        own = self._together(self._look, names[self.rank :: self.ranks], wanted)
+        found = gather_object(own)
+        damaged = [(name, damage) for name, damage in found if damage]
+        self._together(self._discard, damaged if self.rank == 0 else [], wanted)
+        whole = [name for name, damage in found if not damage]
+        self._together(self.store.open, whole)
+
+    def _look(
+        self, names: list[str], wanted: Collection[bytes]
+    ) -> list[tuple[str, str]]:
+        """Files with pairs that are wanted, and what is wrong with each, if it is."""
+        found = []
+        for name in tqdm(
+            names,
             desc="Checking the reference cache",
             unit=" files",
             delay=1,
             disable=self.rank > 0,
-        )
-        found = gather_object([(name, self.store.damage(name)) for name in own])
-        damaged = [(name, damage) for name, damage in found if damage]
-        self._together(self._discard, damaged if self.rank == 0 else [])
-        whole = [name for name, damage in found if not damage]
-        self._together(self._open_all, whole)
+        ):
+            try:
+                if self.store.holds(name, wanted):
+                    found.append((name, ""))
+            except Damaged as error:
+                found.append((name, str(error)))
+            except FileNotFoundError:  # it was damaged, and another run discarded it
+                continue
+        return found
 
-    def _discard(self, damaged: Iterable[tuple[str, str]]) -> None:
+    def _discard(
+        self, damaged: Iterable[tuple[str, str]], wanted: Collection[bytes]
+    ) -> None:
         """Looks again: since the first look, another run may have written them anew."""
         for name, damage in damaged:
-            if self.store.damage(name):
+            if any(error for _, error in self._look([name], wanted)):
                 LOG.warning(
                     f"{self.store.folder / name} is damaged: {damage}. Its pairs are "
                     "computed anew."
                 )
                 self.store.discard(name)
 
-    def _open_all(self, names: Iterable[str]) -> None:
+    def _require_one_folder(self) -> None:
+        """That all ranks see what one of them writes."""
+        sign = self.store.folder / of_first(f"{uuid.uuid4().hex}{PARTIAL}")
+        self._together(sign.touch if self.rank == 0 else bool)
         try:
-            self.store.open(names)
-        except Damaged as error:
+            self._together(self._find, sign)
+        finally:
+            if self.rank == 0:
+                sign.unlink(missing_ok=True)
+
+    def _find(self, sign: Path) -> None:
+        if not sign.exists():
             raise OSError(
-                f"rank {self.rank} does not find there what others did ({error}): it "
-                "must be on a file system that all machines share"
-            ) from None
+                f"rank {self.rank} does not see there what rank 0 wrote: it must be on "
+                "a file system that all machines share"
+            )
 
     def _require_space(self, pieces: list[list[Pair]], like: torch.Tensor) -> None:
         """Says what is needed, and what there is."""
@@ -243,7 +221,7 @@ class Pass:
         width, dtype = like.shape[1], str(like.dtype).removeprefix("torch.")
         need = tokens * width * like.dtype.itemsize
         need += PIECE_BYTES * len(pieces) + PAIR_BYTES * count
-        free = _of_first(shutil.disk_usage(self.store.folder).free)
+        free = of_first(self._together(_free, self.store.folder))
         size = (
             f"{count:,} pairs, {tokens:,} tokens × {width} × {dtype} = "
             f"{size_str(need)} in {self.store.folder}, where {size_str(free)} are free"
@@ -288,19 +266,24 @@ class Pass:
         Raises:
             ValueError: Names the folder and the first rank's error.
         """
-        made, error = None, None
+        made, cause = None, None
         try:
             made = work(*arguments)
-        except OSError as failed:
-            error = str(failed)
-        errors = [found for found in gather_object([error]) if found]
+        except Exception as error:  # whatever it is, the others must not wait
+            cause = error
+        errors = [found for found in gather_object([cause and str(cause)]) if found]
         if errors:
             raise ValueError(
                 f"`{KEY}: true`: {self.store.folder} cannot be used ({errors[0]}): "
                 f"name another folder with `{FOLDER}`, or remove `{KEY}`. What is "
                 "already there is whole, and the next run goes on from it"
-            )
+            ) from cause
         return made
+
+
+def _free(folder: Path) -> int:
+    """Bytes on its disk."""
+    return shutil.disk_usage(folder).free
 
 
 def _cut(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:

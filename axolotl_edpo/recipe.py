@@ -272,10 +272,16 @@ def _check_cache(recipe: Mapping[str, Any]) -> None:
     if precompute and (recipe.get("trl") or {}).get("sync_ref_model"):
         remedy = "remove it, or `trl.sync_ref_model`: a reference that moves has no "
         refuse("precompute_ref_log_probs", True, remedy + "hidden states to keep")
+    rows = [name for name in recipe.get("unfrozen_parameters") or () if "$" in name]
+    if precompute and rows:
+        remedy = f"remove it, or rows from `unfrozen_parameters: {rows[0]}`: a pair "
+        remedy += "without these tokens would differ from its cache by rounding only"
+        refuse("precompute_ref_log_probs", True, remedy)
     if folder and not precompute:
         remedy = "set `precompute_ref_log_probs: true` beside it, or remove it"
         refuse(CACHE, folder, remedy)
-    if folder and Path(folder).exists() and not Path(folder).is_dir():
+    place = Path(folder or ".").expanduser()
+    if place.exists() and not place.is_dir():
         refuse(CACHE, folder, "name a folder: this is a file")
 
 

@@ -5,17 +5,19 @@
     a cache                its hidden states, precomputed (`precompute_ref_log_probs`);
                            a model of its own is then let go, but for its head
 
-Policy and reference are the same function until the first update that changes a
-weight, so every difference of logits is exactly 0 until then. Hidden states that were
-computed in other rows differ by rounding, whose sign would decide. So as long as the
-policy is what it was, its own hidden states stand for the reference's.
+Policy and reference are the same function until the first update with a learning rate
+above 0, so every difference of logits is exactly 0 until then. Hidden states that were
+computed in other rows differ by rounding, whose sign would decide. So until then the
+policy's own hidden states stand for the reference's.
 """
 
 import copy
 import gc
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -23,7 +25,9 @@ from typing import Any
 import torch
 from axolotl.utils.logging import get_logger
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from trl.models.utils import disable_gradient_checkpointing
 
@@ -32,6 +36,7 @@ from .batch import Completions, completions_of, model_inputs
 from .errors import refuse
 from .feed import PairFeed
 from .head import Head, as_autocast
+from .identity import identity_of
 from .precompute import CacheSettings
 from .store import Store
 
@@ -39,6 +44,8 @@ LOG = get_logger(__name__)
 
 # Largest relative distance of cached hidden states from live ones that is rounding.
 TOLERANCE = 0.1
+# Positions whose frequencies follow the longest sequence of a batch.
+_STRETCHES = re.compile("dynamic|longrope")
 
 
 class Reading:
@@ -75,16 +82,14 @@ class Reading:
         Raises:
             ValueError: If a file was damaged since it was opened.
         """
-        self.start()
         before = perf_counter()
+        self.start()
         answers = self._future.result()  # type: ignore[union-attr]
         self._future = None
-        waited = perf_counter() - before
         if self._then is not None:
             self._then.start()
-        if not answers:
-            return like.detach()[:0], waited
-        return torch.cat(answers).to(like.device), waited
+        hidden = torch.cat(answers) if answers else like.detach()[:0]
+        return hidden.to(like.device), perf_counter() - before
 
     def _read(self) -> list[torch.Tensor]:
         both = [self._store.read(pair) for pair in self._pairs]
@@ -97,7 +102,7 @@ class PairReference(PairFeed):
     Attributes:
         ref_model: A reference that is a model of its own, as its engine wraps it.
         store: The cache, once it is filled.
-        waited: Seconds that training waited for the cache.
+        waited: Seconds that batches took to find and get what they need of the cache.
     """
 
     ref_model: Any
@@ -106,9 +111,7 @@ class PairReference(PairFeed):
     _reads_head = True
     _cache: CacheSettings | None = None
     _kept_head: Head | None = None
-    _probe: list[dict[str, Any]]
-    _start: torch.Tensor | None = None
-    _seen_at = -1
+    _same, _moves = False, False
 
     # --- what it is ----------------------------------------------------------------
 
@@ -165,6 +168,7 @@ class PairReference(PairFeed):
         lm, inputs = backbone.causal_lm(model), model_inputs(inputs)
         if not self._reads_head:
             return backbone.completion_logits(lm, inputs, completions)
+        # as the op reads it: a cache keeps no digits that are rounded away then
         return as_autocast(backbone.completion_hidden(lm, inputs, completions))
 
     def _reference(
@@ -177,7 +181,7 @@ class PairReference(PairFeed):
         if self.store is None:
             live = self._live_reference(model, inputs, completions)
             return lambda own: live
-        if self._start is not None:
+        if self._same:
             return torch.Tensor.detach
 
         def cached(own: torch.Tensor) -> torch.Tensor:
@@ -229,19 +233,44 @@ class PairReference(PairFeed):
             return
         if self.store is None:
             self.store = self._precompute(model, self._cache)
-        if self._policy_is_reference(model):
-            return
+        if self.model.training:
+            rates = [group["lr"] for group in self.optimizer.param_groups]
+            self._moves = any(rate != 0 for rate in rates)
+        if not self._same:
+            before = perf_counter()
+            self._read(self.store, batches)
+            self.waited += perf_counter() - before
+
+    def _read(self, store: Store, batches: list[dict[str, Any]]) -> None:
+        """Each batch gets its reading; the first is begun.
+
+        Raises:
+            ValueError: If a pair is not in the cache, or not as it is in the batch.
+        """
         reading = None
         for batch in reversed(batches):
             pairs = [*map(precompute.pair_digest, batch["examples"].pairs)]
-            if not all(pair in self.store for pair in pairs):
+            if not all(pair in store for pair in pairs):
                 raise ValueError(
                     f"`{precompute.KEY}: true`: a pair is in no data set of the "
                     f"recipe, and so not in the cache: remove `{precompute.KEY}`"
                 )
-            batch["reading"] = reading = Reading(self.store, pairs, then=reading)
+            lengths = [*zip(*batch["lengths"].view(2, -1).tolist(), strict=True)]
+            if lengths != [*map(store.lengths, pairs)]:
+                raise ValueError(
+                    f"{store.folder}: its answers are not as long as those of the "
+                    "batch: remove the folder, and it is computed anew"
+                )
+            batch["reading"] = reading = Reading(store, pairs, then=reading)
         if reading is not None:
             reading.start()
+
+    def stepped(self) -> None:
+        """After an optimizer step that was not skipped.
+
+        Without a learning rate, as where a warmup begins, it changed nothing.
+        """
+        self._same = self._same and not self._moves
 
     def _precompute(self, model: nn.Module, cache: CacheSettings) -> Store:
         """Fills the cache; a reference of its own is then let go.
@@ -254,25 +283,41 @@ class PairReference(PairFeed):
             ValueError: If the cache cannot be made, or is not this reference's.
         """
         policy, max_length = self.accelerator.unwrap_model(model), self.args.max_length
-        config = backbone.causal_lm(policy).config
-        require_cacheable(config, self._reads_head, max_length)
+        lm = backbone.causal_lm(policy)
+        require_cacheable(lm.config, self._reads_head, max_length)
         pairs = precompute.pairs_of(self._datasets(), max_length)
-        hidden_of = partial(self._hidden_of, model)
-        self._probe = [pairs[-1].example()]
-        self._start = live = torch.cat(hidden_of(self._probe)[0])
-        told = {
-            "weights": precompute.weights_digest(
-                policy if self.ref_model is None else self._own_reference()
-            ),
-            "truncation": [max_length, self.args.truncation_mode],
+        hidden_of, longest = partial(self._hidden_of, model), pairs[0]
+        live = torch.cat(hidden_of([longest.example()])[0])
+        self._same = self._begins_as_reference(model, longest.example(), live)
+        identity = identity_of(
+            policy if self.ref_model is None else self._own_reference(),
+            lm,
+            live,
+            truncation=[max_length, self.args.truncation_mode],
             **cache.more,
-        }
-        store = Store(cache.folder, precompute.identity_of(config, live, **told))
+        )
+        store = Store(cache.folder, identity)
         batch = self.args.per_device_train_batch_size
         precompute.Pass(store, self.accelerator, hidden_of, batch).fill(pairs, live)
-        _require_equal(store, pairs[-1].digest, live)
+        _require_equal(store, longest.digest, live)
         self._let_go(policy)
         return store
+
+    def _begins_as_reference(
+        self, model, pair: dict[str, Any], live: torch.Tensor
+    ) -> bool:
+        """Whether policy and reference are the same function; alike on every rank.
+
+        A run begins so, and an evaluation of no adapter. For who handed over other
+        models, the hidden states of a pair are compared, to the last bit.
+        """
+        policy, batch = self.accelerator.unwrap_model(model), self._laid([pair])
+        with self._without_gradient():
+            own = self._run(model, batch, completions_of(batch)).cpu()
+        new = self.state.global_step == 0
+        begins = new if self.is_in_train else not isinstance(policy, PeftModel)
+        differs = torch.tensor(int(not (begins and torch.equal(own, live))))
+        return not int(self._sum_over_ranks(differs))
 
     def _datasets(self) -> list[Dataset]:
         """The recipe's."""
@@ -292,21 +337,6 @@ class PairReference(PairFeed):
     def _laid(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
         return self._prepare_inputs(self.collators["train"](pairs))
 
-    def _policy_is_reference(self, model) -> bool:
-        """Whether no weight has changed since they were the same; on every rank.
-
-        Looks once per optimizer step at one pair, to the last bit, until it is not.
-        """
-        step = self.state.global_step
-        if self._start is not None and step != self._seen_at:
-            self._seen_at, batch = step, self._laid(self._probe)
-            with self._without_gradient():
-                own = self._run(model, batch, completions_of(batch)).cpu()
-            changed = torch.tensor(int(not torch.equal(own, self._start)))
-            if self._sum_over_ranks(changed):
-                self._start = None
-        return self._start is not None
-
     def _let_go(self, policy: nn.Module) -> None:
         """Frees a reference of its own; its head stays where the policy's trains."""
         if self.ref_model is None:
@@ -316,7 +346,7 @@ class PairReference(PairFeed):
         kept: tuple[torch.Tensor, ...] = ()
         if any(tensor.requires_grad for tensor in head.tensors):
             engine.reshard(self.ref_model)
-            self._kept_head = backbone.head_of(reference)
+            self._kept_head = _alone(backbone.head_of(reference))
             kept = self._kept_head.tensors
         engine.let_go(reference, kept)
         models = self.accelerator._models
@@ -340,23 +370,38 @@ def require_cacheable(config: Any, reads_head: bool, max_length: int | None) -> 
         )
     config = config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") not in ("dynamic", "longrope"):
-        return
-    trained = rope.get("original_max_position_embeddings")
-    trained = trained or config.max_position_embeddings
-    if max_length is None or max_length > trained:
-        refuse(
-            precompute.KEY,
-            True,
-            f"remove it, or set `sequence_len` up to {trained}: beyond that the "
-            "positions of this `base_model` depend on the longest sequence of a batch",
-        )
+    by_layer = [kind for kind in rope.values() if isinstance(kind, dict)]
+    for kind in (rope, *by_layer):
+        if not _STRETCHES.search(kind.get("rope_type") or ""):
+            continue
+        trained = kind.get("original_max_position_embeddings")
+        trained = trained or config.max_position_embeddings
+        if max_length is None or max_length > trained:
+            refuse(
+                precompute.KEY,
+                True,
+                f"remove it, or set `sequence_len` up to {trained}: beyond that the "
+                "positions of this `base_model` depend on the longest sequence of a "
+                "batch",
+            )
+
+
+def _alone(head: Head) -> Head:
+    """A head that keeps nothing else: on a CPU it is part of a mapped file."""
+
+    def own(tensor: Any) -> Any:
+        if not isinstance(tensor, torch.Tensor) or isinstance(tensor, DTensor):
+            return tensor
+        shared = tensor.untyped_storage().nbytes() > tensor.nbytes
+        return tensor.detach().clone() if shared else tensor
+
+    return replace(head, weight=own(head.weight), bias=own(head.bias))
 
 
 def _require_equal(store: Store, pair: bytes, live: torch.Tensor) -> None:
     """The last guard against a cache of something else."""
     cached = torch.cat(store.read(pair)).float()
-    distance = float((cached - live.float()).norm() / live.float().norm())
+    distance = float((cached - live.float()).norm() / live.float().norm().clamp(min=1))
     if not distance < TOLERANCE:
         raise ValueError(
             f"{store.folder}: its hidden states are {distance:.0%} away from those of "

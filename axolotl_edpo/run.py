@@ -84,6 +84,7 @@ class PairRun(PairReference):
             self.controller.discard()
         else:
             self.controller.advance(self._sum_over_ranks)
+            self.stepped()
 
     def _save_checkpoint(self, model, trial):
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

@@ -14,7 +14,7 @@ it was checked. One that is damaged is as good as none: its pairs are missing.
 
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,20 +87,22 @@ class Piece:
 
         Raises:
             Damaged: If anything else in it is not as it was written.
+            OSError: If it is not there, or may not be read.
         """
+        size = path.stat().st_size
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
                 written = (file.metadata() or {}).get("digest")
             if written != _digest(tensors, identity):
                 raise Damaged("its checksum is another")
-        except (OSError, SafetensorError, KeyError) as error:
-            raise Damaged(f"it cannot be read ({error})") from None
+        except (SafetensorError, KeyError) as error:
+            raise Damaged(f"it is no piece ({error})") from None
         lengths = tensors["lengths"]
         ends = lengths.sum(dim=1).cumsum(dim=0)
         return cls(
             path,
-            path.stat().st_size,
+            size,
             [bytes(row) for row in tensors["pairs"].numpy()],
             lengths,
             ends - lengths.sum(dim=1),
@@ -120,9 +122,10 @@ class Piece:
                 raise Damaged("its length is another")
         start, (chosen, rejected) = int(self.starts[pair]), self.lengths[pair].tolist()
         both = self.hidden[start : start + chosen + rejected]
-        if xxhash.xxh3_64_digest(raw(both)) != self.checksums[pair]:
+        answers = both[:chosen], both[chosen:]
+        if _checksum(answers) != self.checksums[pair]:
             raise Damaged("the checksum of a pair is another")
-        return both[:chosen], both[chosen:]
+        return answers
 
     def verify(self) -> None:
         """Reads everything.
@@ -132,6 +135,14 @@ class Piece:
         """
         for pair in range(len(self.pairs)):
             self.read(pair)
+
+
+def _checksum(answers: Iterable[torch.Tensor]) -> bytes:
+    """Of the hidden states of a pair: 8 bytes."""
+    checksum = xxhash.xxh3_64()
+    for answer in answers:
+        checksum.update(raw(answer))
+    return checksum.digest()
 
 
 def _digest(tensors: dict[str, torch.Tensor], identity: str) -> str:
@@ -169,18 +180,23 @@ class Store:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for partial in self.folder.glob(f"*{PARTIAL}"):
-            with suppress(FileNotFoundError):  # another run's, finished meanwhile
+            with suppress(OSError):  # finished meanwhile, or of another user
                 if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:
                     partial.unlink()
         return sorted(path.name for path in self.folder.glob(f"*{SUFFIX}"))
 
-    def damage(self, name: str) -> str | None:
-        """Reads a whole piece; returns what is wrong with it, if anything is."""
-        try:
-            Piece.of(self.folder / name, self._identity).verify()
-        except Damaged as error:
-            return str(error)
-        return None
+    def holds(self, name: str, wanted: Collection[bytes]) -> bool:
+        """Whether a piece has any of these pairs; if so, every byte of it was read.
+
+        Raises:
+            Damaged: If it is not what was written.
+            OSError: If it is not there, or may not be read.
+        """
+        piece = Piece.of(self.folder / name, self._identity)
+        held = any(pair in wanted for pair in piece.pairs)
+        if held:
+            piece.verify()
+        return held
 
     def discard(self, name: str) -> None:
         """Removes a piece."""
@@ -190,11 +206,18 @@ class Store:
         """From now on their pairs can be read.
 
         Raises:
-            Damaged: If one is not there, or not what was written.
+            Damaged: If one is not what was written.
+            OSError: If one is not there, or may not be read.
         """
         for name in names:
             piece = Piece.of(self.folder / name, self._identity)
             self._found |= {pair: (piece, i) for i, pair in enumerate(piece.pairs)}
+
+    def lengths(self, digest: bytes) -> tuple[int, int]:
+        """Scored tokens of a pair's chosen and rejected."""
+        piece, pair = self._found[digest]
+        chosen, rejected = piece.lengths[pair].tolist()
+        return chosen, rejected
 
     def read(self, digest: bytes) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states of a pair's chosen and rejected.
@@ -226,12 +249,11 @@ class Store:
         Raises:
             OSError: If it could not be written; nothing is left then.
         """
-        whole = [torch.cat(both) for both in hidden]
         tensors = {
             "pairs": _rows(pairs, 16),
             "lengths": torch.tensor([[*map(len, both)] for both in hidden]),
-            "checksums": _rows([xxhash.xxh3_64_digest(raw(x)) for x in whole], 8),
-            "hidden": torch.cat(whole),
+            "checksums": _rows(map(_checksum, hidden), 8),
+            "hidden": torch.cat([answer for both in hidden for answer in both]),
         }
         path = self.folder / piece_name(pairs)
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
@@ -239,9 +261,19 @@ class Store:
         try:
             # not `save_file`: what that writes, only its owner may read
             partial.write_bytes(save(tensors, metadata))
-            partial.replace(path)
+            _publish(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _publish(partial: Path, path: Path) -> None:
+    """Gives a whole file its name, unless another run was first: its may be in use."""
+    try:
+        path.hardlink_to(partial)
+    except FileExistsError:
+        return
+    except OSError:  # a file system without hard links
+        partial.replace(path)
 
 
 def piece_name(pairs: Sequence[bytes]) -> str:

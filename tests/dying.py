@@ -5,6 +5,7 @@
                                  # or `piece: 30`, in that piece of a cache
     plugins: [..., dying.FillingDisk]
     fills: 5                     # the disk of a cache, after so many pieces
+    plugins: [..., dying.Unreadable, dying.OwnDisks]
     plugins: [..., dying.Flipping]
     flips: 3                     # a bit in all pieces of a cache, after that step
 
@@ -121,6 +122,27 @@ def fill(path: Path) -> None:
             while file.write(bytes(LEFT_ON_DISK)):
                 pass
         file.truncate(max(file.tell() - LEFT_ON_DISK, 0))
+
+
+class Unreadable(BasePlugin):
+    """One rank cannot read the files of a cache."""
+
+    def register(self, cfg: dict) -> None:
+        """With an error that nobody expects."""
+
+        def holds(*_) -> bool:
+            raise RuntimeError("this rank cannot read")
+
+        if os.environ["RANK"] == "1":
+            store.Store.holds = holds
+
+
+class OwnDisks(BasePlugin):
+    """Each rank has a disk of its own, as on machines that share none."""
+
+    def register(self, cfg: dict) -> None:
+        """The cache is on it."""
+        cfg["edpo_reference_cache"] += f"/disk{os.environ['RANK']}"
 
 
 class Flipping(BasePlugin):

@@ -1,6 +1,8 @@
 """`precompute_ref_log_probs`: the run is the same, without the reference's forward."""
 
 import gc
+import json
+import shutil
 import weakref
 from pathlib import Path
 
@@ -9,10 +11,11 @@ import tiny
 import torch
 from axolotl.evaluate import evaluate
 from safetensors import safe_open
+from safetensors.torch import load_file
 from test_trainer import assert_same_weights
 from tiny import LORA, NF4
 
-from axolotl_edpo import precompute, reference
+from axolotl_edpo import identity, precompute, reference
 from axolotl_edpo.reference import PairReference
 
 ON = {"precompute_ref_log_probs": True}
@@ -199,6 +202,27 @@ def test_sweeps_pay_once(runs):
     assert runs.pieces() == pieces and len(pieces) == 1
 
 
+def test_rows_share_an_attention_that_packing_gives_another_name(runs):
+    keys = dict(attn_implementation="eager", max_steps=1, **ON)
+    runs("padded", **keys)
+    pieces = runs.pieces()
+    runs("packed", **keys, **PACKED)
+    assert runs.pieces() == pieces and len(pieces) == 1
+
+
+def test_evaluation_finds_the_cache_of_the_training(runs, parts):
+    """transformers gives a model its tokenizer's tokens as it begins to train."""
+    folder = runs.folder / "padless"
+    shutil.copytree(parts["model"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
+    keys = dict(model=folder, test_datasets=tiny.dataset(parts["eval"]), **ON)
+    runs("first", max_steps=1, **keys)
+    pieces = runs.pieces()
+    runs.evaluate(**keys)
+    assert runs.pieces() == pieces and len(pieces) == 1
+
+
 def test_only_pairs_that_are_new_are_computed(runs, parts, tmp_path):
     runs("first", max_steps=1, **ON)
     before = runs.pieces()
@@ -244,18 +268,57 @@ def test_another_reference_has_a_cache_of_its_own(runs, tmp_path, what):
     assert len({path.parent for path in after}) == 2
 
 
-@pytest.mark.parametrize("key", precompute.COMPUTE_KEYS)
+@pytest.mark.parametrize("key", identity.COMPUTE_KEYS)
 def test_the_precision_of_products_is_part_of_it(parts, recipe, tmp_path, key):
     """They want a GPU, or a head that cannot be read: here only named."""
     cfg = tiny.load_config(tmp_path, recipe(**ON))
-    config = tiny.AutoConfig.from_pretrained(parts["model"])
+    lm = tiny.AutoModelForCausalLM.from_pretrained(parts["model"])
 
-    def identity(value) -> str:
+    def named(value) -> str:
         cfg[key] = value
         more = precompute.CacheSettings.of(cfg).more
-        return precompute.identity_of(config, torch.zeros(1, 32), **more)
+        return identity.identity_of(lm, lm, torch.zeros(1, 32), **more)
 
-    assert identity(True) == identity(True) != identity(None)
+    assert named(True) == named(True) != named(None)
+
+
+def test_an_adapter_that_counts_more_is_another_reference(runs):
+    """One number of its config, and no weight."""
+    runs("adapter", **LORA, max_steps=3)
+    start = runs.folder / "adapter" / "out"
+    keys = dict(**LORA, lora_model_dir=str(start), max_steps=1, **ON)
+    runs("first", **keys)
+    config = start / "adapter_config.json"
+    written = json.loads(config.read_text())
+    config.write_text(json.dumps(written | {"lora_alpha": written["lora_alpha"] + 1}))
+    runs("second", **keys)
+    assert len({path.parent for path in runs.pieces()}) == len(runs.pieces()) == 2
+
+
+CODE = """
+from transformers import LlamaForCausalLM
+
+class OwnForCausalLM(LlamaForCausalLM):
+    pass
+"""
+
+
+def test_a_model_that_brings_its_code_is_another_with_other_code(runs, parts):
+    folders = []
+    for number, code in enumerate((CODE, CODE, CODE.replace("pass", "scale = 2"))):
+        folders.append(folder := runs.folder / f"model{number}")
+        shutil.copytree(parts["model"], folder)
+        (folder / f"modeling_own{number}.py").write_text(code)
+        config = json.loads((folder / "config.json").read_text())
+        own = {"AutoModelForCausalLM": f"modeling_own{number}.OwnForCausalLM"}
+        (folder / "config.json").write_text(json.dumps(config | {"auto_map": own}))
+    named = [
+        identity._remote_code(
+            tiny.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        )
+        for folder in folders
+    ]
+    assert named[0] == named[1] == [CODE] != named[2]
 
 
 def test_another_tokenizer_or_template_makes_other_pairs(runs):
@@ -268,11 +331,10 @@ def test_another_tokenizer_or_template_makes_other_pairs(runs):
 
 def test_a_cache_of_something_else_is_refused(runs, monkeypatch):
     """The last guard: everything says that it is this reference's, but it is not."""
-    monkeypatch.setattr(precompute, "weights_digest", lambda *_: "the same")
     runs("first", max_steps=1, **ON)
     other = tiny.save_model(runs.folder / "other", initializer_range=0.15, rope_theta=9)
     keys = dict(model=other, max_steps=1, **ON)
-    monkeypatch.setattr(precompute, "identity_of", lambda *_, **__: folder)
+    monkeypatch.setattr(reference, "identity_of", lambda *_, **__: folder)
     folder = next(iter(runs.pieces())).parent.name
     with pytest.raises(ValueError, match=r"are \d+% away .* remove the folder"):
         runs("second", **keys)
@@ -305,6 +367,19 @@ def test_positions_that_depend_on_other_pairs_have_no_cache(runs, tmp_path):
     runs.same(model=model, sequence_len=128)
 
 
+def test_positions_may_depend_on_other_pairs_in_some_layers():
+    kinds = {
+        "full_attention": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    }
+    kinds["sliding_attention"] = {"rope_type": "default", "rope_theta": 1e4}
+    config = tiny.AutoConfig.for_model(
+        "gemma3_text", rope_parameters=kinds, max_position_embeddings=64
+    )
+    reference.require_cacheable(config, True, max_length=64)
+    with pytest.raises(ValueError, match="`sequence_len` up to 64"):
+        reference.require_cacheable(config, True, max_length=65)
+
+
 # --- what it saves -----------------------------------------------------------------
 
 
@@ -326,7 +401,7 @@ def test_the_reference_runs_once_per_pair_and_never_again(runs, monkeypatch, ada
     assert counts == [(0, 1)]
 
 
-def test_a_reference_model_is_freed_but_for_its_head(runs, monkeypatch):
+def test_a_reference_model_is_freed_but_for_its_head(runs, parts, monkeypatch):
     found = {}
     let_go = PairReference._let_go
 
@@ -340,8 +415,11 @@ def test_a_reference_model_is_freed_but_for_its_head(runs, monkeypatch):
     monkeypatch.setattr(PairReference, "_let_go", watched)
     trainer = runs("first", max_steps=2, **ON)
     gc.collect()
+    kept = trainer._kept_head.weight
     assert found["body"]() is None
-    assert found["head"]() is trainer._kept_head.weight
+    assert kept.untyped_storage().nbytes() == kept.nbytes  # not of a mapped file
+    first = load_file(parts["model"] / "model.safetensors")
+    assert torch.equal(kept, first["lm_head.weight"])
     frozen = runs("second", unfrozen_parameters=["model.layers.1."], **ON, max_steps=2)
     gc.collect()
     assert found["head"]() is None and frozen._kept_head is None

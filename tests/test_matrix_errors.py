@@ -288,6 +288,13 @@ CELLS = [
         trl={"sync_ref_model": True},
     ),
     ours(
+        "`precompute_ref_log_probs` with rows in `unfrozen_parameters`",
+        r"`precompute_ref_log_probs: True`.*by rounding only",
+        note="pairs without these tokens have steps of 0 while the reference is live",
+        precompute_ref_log_probs=True,
+        unfrozen_parameters=["model.embed_tokens.weight$[5:9]"],
+    ),
+    ours(
         "`edpo_reference_cache` without `precompute_ref_log_probs`",
         r"`edpo_reference_cache: .*cache`.*set `precompute_ref_log_probs: true`",
         edpo_reference_cache="{files}/cache",

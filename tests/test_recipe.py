@@ -35,6 +35,13 @@ WRONG = [
         {"precompute_ref_log_probs": True, "trl": {"sync_ref_model": True}},
         r"`precompute_ref_log_probs: True`.*`trl.sync_ref_model`",
     ),
+    (
+        {
+            "precompute_ref_log_probs": True,
+            "unfrozen_parameters": ["lm_head", "model.embed_tokens.weight$[5:9]"],
+        },
+        r"`precompute_ref_log_probs: True`.*`unfrozen_parameters: .*\$\[5:9\]`",
+    ),
     ({"precompute_ref_log_probs": "yes, please"}, r"true or false"),
     (
         {"edpo_reference_cache": "cache"},

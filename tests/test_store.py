@@ -1,12 +1,15 @@
 """Hidden states on disk: what was written is read, and anything else is damage."""
 
+import errno
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from axolotl_edpo import store as store_module
 from axolotl_edpo.store import (
     ABANDONED_SECONDS,
     Damaged,
@@ -29,6 +32,15 @@ def states(*lengths: int, dtype=torch.bfloat16) -> tuple[torch.Tensor, ...]:
 
 PAIRS = [digest_of([[1, 2], [number], [number, 3]]) for number in range(3)]
 HIDDEN = [states(3, 5), states(1, 1), states(0, 4)]
+
+
+def damage(store: Store, name: str) -> str | None:
+    """What is wrong with a piece."""
+    try:
+        assert store.holds(name, PAIRS)
+    except Damaged as error:
+        return str(error)
+    return None
 
 
 @pytest.fixture
@@ -96,11 +108,11 @@ def test_every_flipped_byte_of_a_file_is_found(store):
         flipped = bytearray(whole)
         flipped[position] ^= 0x41
         path.write_bytes(flipped)
-        if store.damage(name) is None:
+        if damage(store, name) is None:
             unseen.append(position)
     assert set(unseen) <= set(range(header - padding, header))
     path.write_bytes(whole)
-    assert store.damage(name) is None
+    assert damage(store, name) is None
 
 
 @pytest.mark.parametrize("length", [0, 7, 8, 100, 500, -1])
@@ -108,7 +120,7 @@ def test_a_truncated_file_is_found(store, length):
     (name,) = store.names()
     path = store.folder / name
     path.write_bytes(path.read_bytes()[:length])
-    assert "cannot be read" in store.damage(name)
+    assert "it is no piece" in damage(store, name)
     with pytest.raises(Damaged):
         store.open([name])
 
@@ -117,7 +129,7 @@ def test_a_piece_of_another_reference_is_damage(store, tmp_path):
     other, (name,) = Store(tmp_path, "another"), store.names()
     other.names()
     (store.folder / name).rename(other.folder / name)
-    assert "checksum" in other.damage(name)
+    assert "checksum" in damage(other, name)
 
 
 def test_damage_since_it_was_opened_stops_whoever_reads(store):
@@ -147,15 +159,42 @@ def test_a_piece_that_is_removed_while_it_is_in_use_is_still_read(store):
     assert torch.equal(store.read(PAIRS[1])[1], HIDDEN[1][1])
 
 
-def test_a_piece_that_is_replaced_is_read_as_it_was(store):
-    """Another run computes it in other rows, where it is rounded otherwise."""
-    store.open(store.names())
+def test_what_two_runs_write_is_that_of_the_first(store):
+    """Another run rounds otherwise, and may not take what is in use."""
     rounded = [tuple(answer + 0.01 for answer in answers) for answers in HIDDEN]
     store.write(PAIRS, rounded)
-    assert torch.equal(store.read(PAIRS[0])[0], HIDDEN[0][0])
-    assert store.damage(piece_name(PAIRS)) is None
     store.open(store.names())
-    assert torch.equal(store.read(PAIRS[0])[0], rounded[0][0])
+    assert torch.equal(store.read(PAIRS[0])[0], HIDDEN[0][0])
+    assert [path.name for path in store.folder.iterdir()] == store.names()
+
+
+def test_a_file_system_without_hard_links_will_do(store, monkeypatch):
+    monkeypatch.setattr(Path, "hardlink_to", refused)
+    store.discard(piece_name(PAIRS))
+    store.write(PAIRS, HIDDEN)
+    assert damage(store, piece_name(PAIRS)) is None
+    assert [path.name for path in store.folder.iterdir()] == store.names()
+
+
+def refused(*_) -> None:
+    raise PermissionError(errno.EPERM, "Operation not permitted")
+
+
+def test_what_may_not_be_read_is_no_damage(store, monkeypatch):
+    """It may be another user's: nothing that is whole is removed."""
+    monkeypatch.setattr(store_module, "safe_open", refused)
+    with pytest.raises(PermissionError):
+        store.holds(piece_name(PAIRS), PAIRS)
+
+
+def test_of_pieces_that_are_not_wanted_no_hidden_state_is_read(store):
+    (name,) = store.names()
+    path = store.folder / name
+    with path.open("r+b") as file:
+        file.seek(path.read_bytes().index(raw(HIDDEN[0][0])))
+        file.write(b"damage")
+    assert not store.holds(name, [digest_of([[9]])])
+    assert "checksum of a pair" in damage(store, name)
 
 
 def test_what_a_killed_run_began_is_removed_when_it_is_old(store):
