@@ -33,7 +33,7 @@ test: $(VENV)/installed-test
 
 # A small model whose head is a small part of the work, as in large models.
 BODY := --vocab 4096 --hidden 512 --layers 12 --pairs 96
-CACHE := --contenders shared,cached --baseline shared --repeats 3
+CACHE := --contenders shared,cached --baseline shared --repeats 2
 
 # DATA: preference pairs in JSON lines to train on; without it synthetic ones.
 DATA ?=
