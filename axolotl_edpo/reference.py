@@ -238,10 +238,10 @@ class PairReference(PairFeed):
             self._moves = any(rate != 0 for rate in rates)
         if not self._same:
             before = perf_counter()
-            self._read(self.store, batches)
+            self._begin_to_read(self.store, batches)
             self.waited += perf_counter() - before
 
-    def _read(self, store: Store, batches: list[dict[str, Any]]) -> None:
+    def _begin_to_read(self, store: Store, batches: list[dict[str, Any]]) -> None:
         """Each batch gets its reading; the first is begun.
 
         Raises:
@@ -390,10 +390,10 @@ def _alone(head: Head) -> Head:
     """A head that keeps nothing else: on a CPU it is part of a mapped file."""
 
     def own(tensor: Any) -> Any:
-        if not isinstance(tensor, torch.Tensor) or isinstance(tensor, DTensor):
+        sharded = isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
+        if not isinstance(tensor, torch.Tensor) or sharded:
             return tensor
-        shared = tensor.untyped_storage().nbytes() > tensor.nbytes
-        return tensor.detach().clone() if shared else tensor
+        return tensor.detach().clone() if tensor.device.type == "cpu" else tensor
 
     return replace(head, weight=own(head.weight), bias=own(head.bias))
 

@@ -322,7 +322,8 @@ def test_a_cache_lets_go_of_the_reference(used, engine):
     """From live bytes: whatever else held its weights would count."""
     own, cached = used(engine), used(engine, cached=True)
     need = calculated(used, engine, cached=True)
-    assert cached["left"] == need.reference
+    # a whole head is kept as a copy, as on a CPU it is part of a mapped file
+    assert cached["left"] == (need.reference if engine in ("zero3", "fsdp2") else 0)
     let_go = sum(own[name] - cached[name] for name in PARTS)
     assert let_go == pytest.approx(need.let_go, rel=0.02)
     print(f"\n{engine}: peak {own['peak'] / 1e6:.2f} MB without, ", end="")
