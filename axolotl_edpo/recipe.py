@@ -272,7 +272,7 @@ def _check_cache(recipe: Mapping[str, Any]) -> None:
     if precompute and (recipe.get("trl") or {}).get("sync_ref_model"):
         remedy = "remove it, or `trl.sync_ref_model`: a reference that moves has no "
         refuse("precompute_ref_log_probs", True, remedy + "hidden states to keep")
-    rows = [name for name in recipe.get("unfrozen_parameters") or () if "$" in name]
+    rows = [name for name in recipe.get("unfrozen_parameters") or () if "$[" in name]
     if precompute and rows:
         remedy = f"remove it, or rows from `unfrozen_parameters: {rows[0]}`: a pair "
         remedy += "without these tokens would differ from its cache by rounding only"
