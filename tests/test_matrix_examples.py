@@ -165,7 +165,9 @@ def unpack_examples(version: str, folder: Path) -> Path:
     examples = f"axolotl-{version}/examples"
     with tarfile.open(folder / f"axolotl-{version}.tar.gz") as archive:
         inside = [m for m in archive.getmembers() if m.name.startswith(f"{examples}/")]
-        archive.extractall(folder, inside, filter="data")
+        if hasattr(tarfile, "data_filter"):  # since Python 3.11.4
+            archive.extraction_filter = tarfile.data_filter
+        archive.extractall(folder, inside)
     return folder / examples
 
 
