@@ -17,6 +17,8 @@ LOWERED = {
     "sample_packing": "edpo_sample_packing",
     "eval_sample_packing": "edpo_eval_sample_packing",
 }
+# A key of axolotl's that means more here, and ours beside it.
+PRECOMPUTE, CACHE = "precompute_ref_log_probs", "edpo_reference_cache"
 # A head of its own, which ours takes the place of.
 LIGER = "dpo_use_liger_kernel"
 # Keys that axolotl gives to supervised training only, though TRL's trainer takes them.

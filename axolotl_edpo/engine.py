@@ -149,6 +149,11 @@ def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
         tensor.copy_(value)
 
 
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether ZeRO-3 or FSDP2 have divided a weight among the ranks."""
+    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
+
+
 def of_first(value: Any) -> Any:
     """The first rank's, on every rank."""
     return broadcast_object_list([value], from_process=0)[0]

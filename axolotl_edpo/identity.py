@@ -21,6 +21,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from .args import PRECOMPUTE
 from .attention import EAGER
 from .backbone import REFERENCE_ADAPTER
 from .engine import gathered, of_first
@@ -63,7 +64,7 @@ def identity_of(
         config.pop(key, None)
     attention = lm.config._attn_implementation
     told = {
-        "weights": weights_digest(reference),
+        "weights": _weights(reference),
         "adapter": _scales(reference),
         "config": config,
         "code": _remote_code(lm),
@@ -76,12 +77,15 @@ def identity_of(
     return of_first(xxhash.xxh3_128_hexdigest(text.encode()))
 
 
-def weights_digest(reference: nn.Module, leave_out: str = "default") -> str:
-    """Of weights, buffers and scales in their order; gathered one after the other.
+def _weights(reference: nn.Module, leave_out: str = "default") -> str:
+    """Weights, buffers and scales in their order; gathered one after the other.
 
     Args:
         reference: Without its engine, sharded or not.
         leave_out: The adapter that trains.
+
+    Returns:
+        A digest, on the first rank.
 
     Raises:
         ValueError: On every rank, if there are weights that have no bytes.
@@ -100,10 +104,10 @@ def weights_digest(reference: nn.Module, leave_out: str = "default") -> str:
                 strange = f"{name} ({error})"
     if strange := of_first(strange):
         raise ValueError(
-            f"`precompute_ref_log_probs: true`: {strange} cannot be told from other "
+            f"`{PRECOMPUTE}: true`: {strange} cannot be told from other "
             "weights: remove it"
         )
-    return of_first(digest.hexdigest())
+    return digest.hexdigest()
 
 
 def _scales(reference: nn.Module) -> list[Any]:

@@ -24,6 +24,7 @@ from datasets import Dataset
 from datasets.utils.py_utils import size_str
 from tqdm import tqdm
 
+from .args import CACHE, PRECOMPUTE
 from .engine import of_first
 from .identity import COMPUTE_KEYS
 from .pairs import IDS, scored_lengths, token_rows
@@ -31,7 +32,6 @@ from .store import PARTIAL, Damaged, Store, digest_of, piece_name
 
 LOG = get_logger(__name__)
 
-KEY, FOLDER = "precompute_ref_log_probs", "edpo_reference_cache"
 # Scored tokens of a piece: what a killed pass may lose on a rank; 128 MiB of an 8B
 # model in bf16, and three times that in memory while it is written.
 PIECE_TOKENS = 2**14
@@ -228,8 +228,9 @@ class Pass:
         )
         if need > free:
             raise ValueError(
-                f"`{KEY}: true` does not fit: {size}. Free {size_str(need - free)}, "
-                f"name another disk with `{FOLDER}`, or remove `{KEY}`"
+                f"`{PRECOMPUTE}: true` does not fit: {size}. Free "
+                f"{size_str(need - free)}, name another disk with `{CACHE}`, or remove "
+                f"`{PRECOMPUTE}`"
             )
         LOG.info(f"Reference cache: computing {size}.")
 
@@ -274,9 +275,10 @@ class Pass:
         errors = [found for found in gather_object([cause and str(cause)]) if found]
         if errors:
             raise ValueError(
-                f"`{KEY}: true`: {self.store.folder} cannot be used ({errors[0]}): "
-                f"name another folder with `{FOLDER}`, or remove `{KEY}`. What is "
-                "already there is whole, and the next run goes on from it"
+                f"`{PRECOMPUTE}: true`: {self.store.folder} cannot be used "
+                f"({errors[0]}): name another folder with `{CACHE}`, or remove "
+                f"`{PRECOMPUTE}`. What is already there is whole, and the next run "
+                "goes on from it"
             ) from cause
         return made
 

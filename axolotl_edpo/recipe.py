@@ -9,7 +9,16 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from .args import LOWERED, PREFIX, Bounds, EDPOArgs, Moving, lowered_packing
+from .args import (
+    CACHE,
+    LOWERED,
+    PRECOMPUTE,
+    PREFIX,
+    Bounds,
+    EDPOArgs,
+    Moving,
+    lowered_packing,
+)
 from .entries import check_entries
 from .errors import refuse
 from .loss_types import LossSettings
@@ -72,7 +81,6 @@ SPLITTING = (
     "sequence_parallel_degree",
     "tensor_parallel_size",
 )
-CACHE = "edpo_reference_cache"
 BETA_KEYS = ("beta", "rl_beta", "dpo_beta", "trl.beta")
 
 
@@ -266,19 +274,19 @@ def _check_moving(recipe: Mapping[str, Any]) -> None:
 
 def _check_cache(recipe: Mapping[str, Any]) -> None:
     """A cache is of a reference that stays as it is."""
-    precompute, folder = map(recipe.get, ("precompute_ref_log_probs", CACHE))
+    precompute, folder = map(recipe.get, (PRECOMPUTE, CACHE))
     if precompute not in (None, True, False):
-        raise ValueError(f"`precompute_ref_log_probs: {precompute}`: true or false")
+        raise ValueError(f"`{PRECOMPUTE}: {precompute}`: true or false")
     if precompute and (recipe.get("trl") or {}).get("sync_ref_model"):
         remedy = "remove it, or `trl.sync_ref_model`: a reference that moves has no "
-        refuse("precompute_ref_log_probs", True, remedy + "hidden states to keep")
+        refuse(PRECOMPUTE, True, remedy + "hidden states to keep")
     rows = [name for name in recipe.get("unfrozen_parameters") or () if "$[" in name]
     if precompute and rows:
         remedy = f"remove it, or rows from `unfrozen_parameters: {rows[0]}`: a pair "
         remedy += "without these tokens would differ from its cache by rounding only"
-        refuse("precompute_ref_log_probs", True, remedy)
+        refuse(PRECOMPUTE, True, remedy)
     if folder and not precompute:
-        remedy = "set `precompute_ref_log_probs: true` beside it, or remove it"
+        remedy = f"set `{PRECOMPUTE}: true` beside it, or remove it"
         refuse(CACHE, folder, remedy)
     place = Path(folder or ".").expanduser()
     if place.exists() and not place.is_dir():

@@ -27,11 +27,11 @@ from axolotl.utils.logging import get_logger
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from trl.models.utils import disable_gradient_checkpointing
 
 from . import backbone, engine, precompute
+from .args import PRECOMPUTE
 from .batch import Completions, completions_of, model_inputs
 from .errors import refuse
 from .feed import PairFeed
@@ -252,8 +252,8 @@ class PairReference(PairFeed):
             pairs = [*map(precompute.pair_digest, batch["examples"].pairs)]
             if not all(pair in store for pair in pairs):
                 raise ValueError(
-                    f"`{precompute.KEY}: true`: a pair is in no data set of the "
-                    f"recipe, and so not in the cache: remove `{precompute.KEY}`"
+                    f"`{PRECOMPUTE}: true`: a pair is in no data set of the "
+                    f"recipe, and so not in the cache: remove `{PRECOMPUTE}`"
                 )
             lengths = [*zip(*batch["lengths"].view(2, -1).tolist(), strict=True)]
             if lengths != [*map(store.lengths, pairs)]:
@@ -363,7 +363,7 @@ def require_cacheable(config: Any, reads_head: bool, max_length: int | None) -> 
     """
     if not reads_head:
         refuse(
-            precompute.KEY,
+            PRECOMPUTE,
             True,
             "remove it: the head of this `base_model` cannot be read, and logits over "
             "the whole vocabulary would have to be kept",
@@ -378,7 +378,7 @@ def require_cacheable(config: Any, reads_head: bool, max_length: int | None) -> 
         trained = trained or config.max_position_embeddings
         if max_length is None or max_length > trained:
             refuse(
-                precompute.KEY,
+                PRECOMPUTE,
                 True,
                 f"remove it, or set `sequence_len` up to {trained}: beyond that the "
                 "positions of this `base_model` depend on the longest sequence of a "
@@ -390,8 +390,7 @@ def _alone(head: Head) -> Head:
     """A head that keeps nothing else: on a CPU it is part of a mapped file."""
 
     def own(tensor: Any) -> Any:
-        sharded = isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
-        if not isinstance(tensor, torch.Tensor) or sharded:
+        if not isinstance(tensor, torch.Tensor) or engine.is_sharded(tensor):
             return tensor
         return tensor.detach().clone() if tensor.device.type == "cpu" else tensor
 

@@ -13,12 +13,11 @@ from axolotl.evaluate import evaluate
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_trainer import assert_same_weights
-from tiny import LORA, NF4
+from tiny import CACHED, LORA, NF4
 
 from axolotl_edpo import identity, precompute, reference
 from axolotl_edpo.reference import PairReference
 
-ON = {"precompute_ref_log_probs": True}
 PACKED = {"sample_packing": True}
 # float32 around NF4: equal to the last digits; with bf16 only as far as that rounds
 NF4_FLOAT32 = {**NF4, "bf16": False}
@@ -85,7 +84,7 @@ class Runs:
         Returns:
             The trainer with the cache.
         """
-        live, cached = self("live", **keys), self("cached", **keys, **ON)
+        live, cached = self("live", **keys), self("cached", **keys, **CACHED)
         assert used(cached) == used(live)
         assert used(live)[0][1:] == (0, 0) and used(live)[-1][0] != 0.1
         for name in ("loss", "kl/policy_ref", "rewards/margins", "num_tokens"):
@@ -134,7 +133,7 @@ def test_other_heads_and_bodies(runs, tmp_path, kind, adapter):
 
 def test_evaluation_reads_the_cache_too(runs, parts):
     keys = dict(test_datasets=tiny.dataset(parts["eval"]), eval_steps=2, max_steps=4)
-    live, cached = runs("live", **keys), runs("cached", **keys, **ON)
+    live, cached = runs("live", **keys), runs("cached", **keys, **CACHED)
     own, other = (tiny.logs(trainer, "eval_loss") for trainer in (cached, live))
     assert len(own) == 3  # before the first step, where it is log 2, and twice after
     assert own[0]["eval_loss"] == pytest.approx(0.693147, abs=1e-6)
@@ -149,7 +148,7 @@ def test_an_adapter_is_evaluated_against_what_is_below_it(runs, parts):
     runs("first", **LORA, max_steps=3)
     keys = dict(LORA, lora_model_dir=str(runs.folder / "first" / "out"))
     keys |= dict(test_datasets=tiny.dataset(parts["eval"]))
-    live, cached = (runs.evaluate(**keys, **more) for more in ({}, ON))
+    live, cached = (runs.evaluate(**keys, **more) for more in ({}, CACHED))
     assert live["eval_kl/policy_ref"] > 0
     for name in ("loss", "kl/policy_ref", "kl/p_epsilon_steps", "rewards/margins"):
         name = f"eval_{name}"
@@ -157,7 +156,7 @@ def test_an_adapter_is_evaluated_against_what_is_below_it(runs, parts):
 
 
 def test_evaluation_without_a_reference_gives_zeros(runs, parts):
-    metrics = runs.evaluate(test_datasets=tiny.dataset(parts["eval"]), **ON)
+    metrics = runs.evaluate(test_datasets=tiny.dataset(parts["eval"]), **CACHED)
     assert metrics["eval_loss"] == pytest.approx(0.693147, abs=1e-6)
     assert metrics["eval_kl/policy_ref"] == metrics["eval_rewards/margins"] == 0.0
 
@@ -172,7 +171,7 @@ def test_an_adapter_that_is_trained_further_is_compared_with_its_start(runs):
 @pytest.mark.parametrize("cache", ["there", "lost"])
 def test_a_resumed_run_goes_on(runs, adapter, cache):
     """Its policy is another; the reference of the pass is not."""
-    keys = dict(save_strategy="steps", save_steps=4, **adapter, **ON)
+    keys = dict(save_strategy="steps", save_steps=4, **adapter, **CACHED)
     whole = runs("whole", **keys)
     if cache == "lost":
         for path in runs.pieces():
@@ -188,7 +187,7 @@ def test_a_resumed_run_goes_on(runs, adapter, cache):
 
 def test_sweeps_pay_once(runs):
     """β, ε, learning rate, rows, engine, seed and adapter are none of its business."""
-    runs("first", max_steps=1, **ON)
+    runs("first", max_steps=1, **CACHED)
     pieces = runs.pieces()
     for number, keys in enumerate(
         (
@@ -198,12 +197,12 @@ def test_sweeps_pay_once(runs):
             {"dpo_loss_type": ["ipo"], "warmup_steps": 1},
         )
     ):
-        runs(f"run{number}", max_steps=1, **keys, **ON)
+        runs(f"run{number}", max_steps=1, **keys, **CACHED)
     assert runs.pieces() == pieces and len(pieces) == 1
 
 
 def test_rows_share_an_attention_that_packing_gives_another_name(runs):
-    keys = dict(attn_implementation="eager", max_steps=1, **ON)
+    keys = dict(attn_implementation="eager", max_steps=1, **CACHED)
     runs("padded", **keys)
     pieces = runs.pieces()
     runs("packed", **keys, **PACKED)
@@ -216,7 +215,7 @@ def test_evaluation_finds_the_cache_of_the_training(runs, parts):
     shutil.copytree(parts["model"], folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
-    keys = dict(model=folder, test_datasets=tiny.dataset(parts["eval"]), **ON)
+    keys = dict(model=folder, test_datasets=tiny.dataset(parts["eval"]), **CACHED)
     runs("first", max_steps=1, **keys)
     pieces = runs.pieces()
     runs.evaluate(**keys)
@@ -224,11 +223,11 @@ def test_evaluation_finds_the_cache_of_the_training(runs, parts):
 
 
 def test_only_pairs_that_are_new_are_computed(runs, parts, tmp_path):
-    runs("first", max_steps=1, **ON)
+    runs("first", max_steps=1, **CACHED)
     before = runs.pieces()
     more = tmp_path / "more.jsonl"
     more.write_text(parts["pairs"].read_text() + parts["eval"].read_text())
-    trainer = runs("more", max_steps=1, pairs=more, **ON)
+    trainer = runs("more", max_steps=1, pairs=more, **CACHED)
     assert len(trainer.train_dataset) == 50
     after = runs.pieces()
     assert before.items() <= after.items() and len(after) == 2
@@ -260,9 +259,9 @@ def nudged(folder: Path) -> Path:
 
 @pytest.mark.parametrize("what", OTHERS)
 def test_another_reference_has_a_cache_of_its_own(runs, tmp_path, what):
-    runs("first", max_steps=1, **ON)
+    runs("first", max_steps=1, **CACHED)
     before = runs.pieces()
-    runs("second", max_steps=1, **ON, **OTHERS[what](tmp_path / "other"))
+    runs("second", max_steps=1, **CACHED, **OTHERS[what](tmp_path / "other"))
     after = runs.pieces()
     assert before.items() <= after.items() and len(after) == 2
     assert len({path.parent for path in after}) == 2
@@ -271,7 +270,7 @@ def test_another_reference_has_a_cache_of_its_own(runs, tmp_path, what):
 @pytest.mark.parametrize("key", identity.COMPUTE_KEYS)
 def test_the_precision_of_products_is_part_of_it(parts, recipe, tmp_path, key):
     """They want a GPU, or a head that cannot be read: here only named."""
-    cfg = tiny.load_config(tmp_path, recipe(**ON))
+    cfg = tiny.load_config(tmp_path, recipe(**CACHED))
     lm = tiny.AutoModelForCausalLM.from_pretrained(parts["model"])
 
     def named(value) -> str:
@@ -286,7 +285,7 @@ def test_an_adapter_that_counts_more_is_another_reference(runs):
     """One number of its config, and no weight."""
     runs("adapter", **LORA, max_steps=3)
     start = runs.folder / "adapter" / "out"
-    keys = dict(**LORA, lora_model_dir=str(start), max_steps=1, **ON)
+    keys = dict(**LORA, lora_model_dir=str(start), max_steps=1, **CACHED)
     runs("first", **keys)
     config = start / "adapter_config.json"
     written = json.loads(config.read_text())
@@ -322,18 +321,18 @@ def test_a_model_that_brings_its_code_is_another_with_other_code(runs, parts):
 
 
 def test_another_tokenizer_or_template_makes_other_pairs(runs):
-    runs("first", max_steps=1, **ON)
+    runs("first", max_steps=1, **CACHED)
     template = tiny.CHAT_TEMPLATE.replace("[{{ m['role'] }}]", "<{{ m['role'] }}>")
     keys = dict(chat_template="jinja", chat_template_jinja=template)
-    runs("second", max_steps=1, **ON, **keys)
+    runs("second", max_steps=1, **CACHED, **keys)
     assert [*map(pairs_in, runs.pieces())] == [40, 40]
 
 
 def test_a_cache_of_something_else_is_refused(runs, monkeypatch):
     """The last guard: everything says that it is this reference's, but it is not."""
-    runs("first", max_steps=1, **ON)
+    runs("first", max_steps=1, **CACHED)
     other = tiny.save_model(runs.folder / "other", initializer_range=0.15, rope_theta=9)
-    keys = dict(model=other, max_steps=1, **ON)
+    keys = dict(model=other, max_steps=1, **CACHED)
     monkeypatch.setattr(reference, "identity_of", lambda *_, **__: folder)
     folder = next(iter(runs.pieces())).parent.name
     with pytest.raises(ValueError, match=r"are \d+% away .* remove the folder"):
@@ -341,7 +340,7 @@ def test_a_cache_of_something_else_is_refused(runs, monkeypatch):
 
 
 def test_a_pair_of_no_data_set_is_refused(runs):
-    trainer = runs("first", max_steps=1, **ON)
+    trainer = runs("first", max_steps=1, **CACHED)
     strange = trainer.train_dataset.select(range(2)).map(
         lambda row: {"chosen": row["chosen"] + "."}
     )
@@ -355,7 +354,7 @@ def test_a_pair_of_no_data_set_is_refused(runs):
 def test_a_head_that_cannot_be_read_has_no_cache(runs):
     dora = LORA | {"lora_target_modules": ["q_proj", "lm_head"], "peft_use_dora": True}
     with pytest.raises(ValueError, match="`precompute_ref_log_probs: True`.*head"):
-        runs("first", **dora, **ON)
+        runs("first", **dora, **CACHED)
 
 
 def test_positions_that_depend_on_other_pairs_have_no_cache(runs, tmp_path):
@@ -363,7 +362,7 @@ def test_positions_that_depend_on_other_pairs_have_no_cache(runs, tmp_path):
     rope["original_max_position_embeddings"] = 128
     model = tiny.save_model(tmp_path / "dynamic", rope_parameters=rope)
     with pytest.raises(ValueError, match="`sequence_len` up to 128"):
-        runs("first", model=model, **ON)
+        runs("first", model=model, **CACHED)
     runs.same(model=model, sequence_len=128)
 
 
@@ -393,11 +392,11 @@ def test_the_reference_runs_once_per_pair_and_never_again(runs, monkeypatch, ada
         return live(self, model, inputs, completions)
 
     monkeypatch.setattr(PairReference, "_live_reference", counted)
-    runs("first", **adapter, **ON)
+    runs("first", **adapter, **CACHED)
     assert {step for step, _ in counts} == {0}
     assert sum(pairs for _, pairs in counts) == 1 + 40  # one that is looked at
     counts.clear()
-    runs("second", **adapter, **ON)
+    runs("second", **adapter, **CACHED)
     assert counts == [(0, 1)]
 
 
@@ -413,14 +412,16 @@ def test_a_reference_model_is_freed_but_for_its_head(runs, parts, monkeypatch):
         let_go(self, policy)
 
     monkeypatch.setattr(PairReference, "_let_go", watched)
-    trainer = runs("first", max_steps=2, **ON)
+    trainer = runs("first", max_steps=2, **CACHED)
     gc.collect()
     kept = trainer._kept_head.weight
     assert found["body"]() is None
     assert found["head"]() is None  # a part of a mapped file, which would stay
     first = load_file(parts["model"] / "model.safetensors")
     assert torch.equal(kept, first["lm_head.weight"])
-    frozen = runs("second", unfrozen_parameters=["model.layers.1."], **ON, max_steps=2)
+    frozen = runs(
+        "second", unfrozen_parameters=["model.layers.1."], **CACHED, max_steps=2
+    )
     gc.collect()
     assert found["head"]() is None and frozen._kept_head is None
 
@@ -445,7 +446,11 @@ def test_readings_follow_each_other_and_only_two_are_in_memory(runs, monkeypatch
     monkeypatch.setattr(reference.Reading, "start", started)
     monkeypatch.setattr(reference.Reading, "result", taken)
     trainer = runs(
-        "first", micro_batch_size=2, gradient_accumulation_steps=4, max_steps=3, **ON
+        "first",
+        micro_batch_size=2,
+        gradient_accumulation_steps=4,
+        max_steps=3,
+        **CACHED,
     )
     assert begun == used_up and len(begun) == 2 * 4  # not in the first step
     assert ahead == [1, 1, 1, 0] * 2

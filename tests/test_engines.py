@@ -9,7 +9,7 @@ import ranks
 import tiny
 import torch
 from test_trainer import weights
-from tiny import LORA, NF4
+from tiny import CACHED, LORA, NF4
 from torch.multiprocessing import ProcessRaisedException
 
 from axolotl_edpo.loss import next_beta
@@ -155,9 +155,6 @@ def test_two_ranks_train_as_one_process(runs, name, adapter):
     assert len(series(single[0], "loss")) == 10 and single[0]["beta"] != 0.1
     assert_same_run(pair, single)
     assert_same_weights(pair, single, atol=1e-6)
-
-
-CACHED = {"precompute_ref_log_probs": True}
 
 
 def kept(train):

@@ -52,7 +52,6 @@ ZERO3 = dict.fromkeys(
 SYNC = {
     "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
 }
-CACHED = {"precompute_ref_log_probs": True}
 LORA = dict(adapter="lora", lora_r=8, lora_alpha=16, lora_target_linear=True)
 
 
@@ -221,7 +220,7 @@ def used(tmp_path_factory):
         keys |= engine_keys(folder, engine, bf16) | (LORA if lora else {})
         own = folder / f"{engine}-{lora}-{bf16}-{cached}"
         if cached:
-            keys |= dict(CACHED, edpo_reference_cache=str(own / "cache"))
+            keys |= dict(tiny.CACHED, edpo_reference_cache=str(own / "cache"))
         recipe = tiny.recipe(folder, model, pairs, **keys)
         first, second = ranks.run(own, recipe, RANKS, "test_memory:measure")
         assert first["whole"] == second["whole"]

@@ -35,6 +35,7 @@ SIZES = dict(
 LORA = dict(adapter="lora", lora_r=4, lora_alpha=8, lora_target_linear=True)
 NF4 = {**LORA, "adapter": "qlora", "load_in_4bit": True, "bf16": True}
 DPO = dict(rl="dpo", rl_beta=0.1, plugins=None, beta=None, edpo_epsilon=None)
+CACHED = {"precompute_ref_log_probs": True}
 # Of a mixture of experts, beside SIZES.
 EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
 
