@@ -73,7 +73,7 @@ class PairRun(PairReference):
     def begin_trace(self) -> None:
         """At the start of a run: what comes after its first step does not count."""
         if self.trace is not None:
-            if self.args.should_save:
+            if self.is_local_process_zero():
                 self.trace.drop_after(self.state.global_step)
             self.accelerator.wait_for_everyone()  # none writes before
 

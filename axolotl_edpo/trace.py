@@ -4,8 +4,8 @@
 
 Noting a micro-batch keeps one small tensor on the device and the pairs as they are;
 rows are made and texts decoded when a file is written: with each checkpoint, at the end
-of the run, however it ends, and every ROWS rows. A file gets its name when it is whole,
-and ends with a checkpoint or begins after it: a run that goes on from a checkpoint
+of the run, however it ends, and after ROWS rows. A file gets its name when it is whole.
+No step is in two files and no file spans a checkpoint: a run that goes on from one
 drops the files after it, and notes those steps again.
 
 A row is an observation:
@@ -32,8 +32,9 @@ from .pairs import IDS
 from .precompute import pair_digest
 
 FOLDER = "edpo_pairs"
-# Observations of a rank between two files.
-ROWS = 2**15
+# Observations of a rank after which the next step begins a new file: until then their
+# tokens are in memory, some 10 kB each.
+ROWS = 2**12
 # What is noted of a pair besides its tokens, in the order of `observe`.
 VALUES = (
     "plus",
@@ -104,12 +105,12 @@ class PairTrace:
             pairs: As the data loader gave them.
             values: Those of VALUES, each of shape (pairs,).
         """
+        if self._rows >= ROWS and step != self._noted[-1][0]:
+            self.flush()
         before = perf_counter()
         columns = torch.stack([value.detach().float() for value in values])
         self._noted.append((step, pairs, columns))
         self._rows += len(pairs)
-        if self._rows >= ROWS:
-            self.flush()
         self.seconds += perf_counter() - before
 
     def flush(self) -> None:
@@ -131,7 +132,7 @@ class PairTrace:
         for file in self.folder.glob("*.parquet*"):
             *_, last, _ = file.name.split("-")
             if file.suffix != ".parquet" or int(last) > step:
-                file.unlink()
+                file.unlink(missing_ok=True)  # another machine may be faster
         self._forget()
 
     def _forget(self) -> None:

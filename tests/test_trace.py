@@ -162,11 +162,16 @@ def test_a_run_that_stops_early_writes_what_it_noted(recipe, tmp_path, monkeypat
     assert set(trace(tmp_path / "out")["global_step"]) == {1, 2, 3, 4}
 
 
-def test_files_are_cut_by_rows_and_hold_every_row_once(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("axolotl_edpo.trace.ROWS", 16)
+@pytest.mark.parametrize(("rows", "steps"), [(3, 1), (16, 2)])
+def test_files_are_cut_between_steps_and_hold_every_row_once(
+    recipe, tmp_path, monkeypatch, rows, steps
+):
+    """Steps of 4 + 4 pairs; 3 rows are full in the middle of one."""
+    monkeypatch.setattr("axolotl_edpo.trace.ROWS", rows)
     tiny.train(tmp_path, recipe(num_epochs=2, **TRACED))
     names = sorted(file.name for file in (tmp_path / "out" / "edpo_pairs").iterdir())
     assert names == [
-        f"steps-{first:08}-{first + 1:08}-rank0.parquet" for first in (1, 3, 5, 7, 9)
+        f"steps-{first:08}-{first + steps - 1:08}-rank0.parquet"
+        for first in range(1, 11, steps)
     ]
     assert len(trace(tmp_path / "out")) == 80
