@@ -1,0 +1,180 @@
+"""Tables and sentences of a page."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from . import runs, trace
+from .content import Pairs
+from .runs import EVAL, Metric, Run, Series, status
+
+# Pairs in the table of either extreme.
+SHOWN = 10
+CONTROLS: dict[str | None, str] = {
+    "epsilon": "ε-DPO, a β per pair (edpo_control: epsilon)",
+    "fixed": "DPO, one β throughout (edpo_control: fixed)",
+    "batch_margin": "β-DPO, a β per step from its margins (edpo_control: batch_margin)",
+    None: "none of `rl: edpo`",
+}
+SETTINGS = {
+    "epsilon": "ε",
+    "beta_mean": "Mean of β̃",
+    "margin_weight": "Margin weight α",
+    "margin_momentum": "Margin momentum",
+    "margin_keep": "Share of pairs kept",
+}
+MISSING = {
+    runs.BETA: "β",
+    runs.KL: "KL(π‖π_ref)",
+    runs.UP: "shares of pairs moved",
+    runs.MARGIN: "rewards",
+    runs.RATE: "learning rate",
+}
+
+__all__ = ["facts", "first_and_last", "notes", "row_of_run", "status", "summary"]
+
+
+def number(value: float | None) -> str:
+    """A value for readers: four digits, or a dash where there is none."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:.4g}".replace("-", "−")
+
+
+def percent(share: float) -> str:
+    """A share for readers, or a dash where there is none."""
+    return "–" if math.isnan(share) else f"{share:.0%}"
+
+
+# --- runs --------------------------------------------------------------------------
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """What a run is: name and value of what is known of it."""
+    control = CONTROLS.get(run.control) or str(run.control)
+    settings = {key: run.controller[key] for key in SETTINGS if key in run.controller}
+    return [
+        ("Run", str(run.path)),
+        ("Control", control),
+        ("Model", runs.model_name(run) or "–"),
+        ("β", _first_to_now(run)),
+        *((SETTINGS[key], str(said)) for key, said in settings.items()),
+        ("Epochs", number(run.state.get("epoch"))),
+    ]
+
+
+def _first_to_now(run: Run) -> str:
+    betas = (run.controller.get("initial_beta"), run.controller.get("beta"))
+    return " → ".join(map(number, betas)) if run.controller else "–"
+
+
+def notes(run: Run) -> list[str]:
+    """What a reader has to know before reading curves."""
+    lines = []
+    if run.skipped:
+        lines.append(f"Not saved to the end, and not read: {', '.join(run.skipped)}.")
+    missing = [label for metric, label in MISSING.items() if not run.has(metric)]
+    if missing:
+        lines.append(f"Not logged by this run: {', '.join(missing)}.")
+    if not any(name.startswith(EVAL) for name in run.logged()):
+        lines.append("No evaluation up to here: curves are of training pairs only.")
+    return lines
+
+
+def first_and_last(run: Run) -> list[tuple[str, list[str]]]:
+    """Rows: a label, and the first and last value of training and of evaluation."""
+    return [
+        (metric.label, [_ends(run.series(pre + metric.name)) for pre in ("", EVAL)])
+        for metric in runs.METRICS
+        if run.has(metric)
+    ]
+
+
+def _ends(series: Series | None) -> str:
+    if series is None:
+        return "–"
+    return f"{number(series.values[0])} → {number(series.values[-1])}"
+
+
+def _last(metric: Metric) -> Callable[[Run], str]:
+    """The last value of evaluation, else that of training with a mark."""
+
+    def show(run: Run) -> str:
+        evaluated, trained = run.series(EVAL + metric.name), run.series(metric.name)
+        if evaluated:
+            return number(evaluated.values[-1])
+        return number(trained.values[-1]) + " t" if trained else "–"
+
+    return show
+
+
+RUN_COLUMNS: list[tuple[str, Callable[[Run], str]]] = [
+    ("control", lambda run: run.control or "–"),
+    ("ε", lambda run: number(run.controller.get("epsilon"))),
+    ("β", _first_to_now),
+    ("KL, nats", _last(runs.KL)),
+    ("accuracy", _last(runs.ACCURACY)),
+    ("margin", _last(runs.MARGIN)),
+    ("loss", _last(runs.LOSS)),
+    ("state", status),
+]
+
+
+def row_of_run(run: Run) -> list[str]:
+    """A value for each of RUN_COLUMNS."""
+    return [show(run) for _, show in RUN_COLUMNS]
+
+
+# --- pairs -------------------------------------------------------------------------
+
+PAIR_COLUMNS: list[tuple[str, Callable[[Any], str]]] = [
+    ("seen", lambda pair: str(pair.seen)),
+    ("up", lambda pair: percent(pair.up)),
+    ("down", lambda pair: percent(pair.down)),
+    ("log-ratio", lambda pair: number(pair.log_ratio)),
+    ("last margin", lambda pair: number(pair.margin)),
+    ("last KL", lambda pair: number(pair.kl)),
+    ("tokens", lambda pair: " + ".join(_tokens(pair))),
+]
+DOUBTFUL = (
+    "Lowest mean log-ratio first. Pairs that keep moving down, s = −1, go against what "
+    "the policy learned from the others: this is where to look for flipped labels. "
+    "Tokens are those of prompt + chosen + rejected."
+)
+SUREST = "Highest mean log-ratio first."
+
+
+def _tokens(pair: Any) -> list[str]:
+    return [str(getattr(pair, name)) for name in trace.TOKENS]
+
+
+def doubtful(pairs: Pairs) -> list[Any]:
+    """Rows of the pairs whose labels the policy doubts most."""
+    return list(pairs.table.head(SHOWN).itertuples())
+
+
+def surest(pairs: Pairs) -> list[Any]:
+    """Rows of the pairs at the other end, and in neither table twice."""
+    rest = pairs.table.iloc[SHOWN:]
+    return list(rest.tail(SHOWN).iloc[::-1].itertuples())
+
+
+def summary(pairs: Pairs) -> str:
+    """What was traced, and how pairs moved."""
+    table, observations = pairs.table, len(pairs.observations)
+    text = f"{observations} observations of {len(table)} pairs. "
+    if not trace.has_steps(pairs.observations):
+        return (
+            text + "Under this control pairs do not move: they are ranked by log-ratio."
+        )
+    often = table["seen"] > 1
+    up, down = ((often & (table[move] == 1)).sum() for move in ("up", "down"))
+    if not often.any():
+        return text + (
+            "Each was seen once. One step is one sign, so pairs are ranked by their "
+            "log-ratio, which says how far they are from changing it."
+        )
+    return text + (
+        f"Of the {often.sum()} seen more than once, {up} moved up each time and {down} "
+        "down each time."
+    )
