@@ -3,7 +3,7 @@
 Files, in reading order:
     loss.py        the paper's equations on per-pair tensors
     loss_types.py  the losses of `dpo_loss_type`, with a β per pair
-    controller.py  β: observed per micro-batch, advanced per optimizer step
+    controller.py  β: observed per micro-batch, moved per optimizer step
     head.py        a linear head, plain, quantized or under LoRA, and its products
     tiles.py       sums over one tile of the vocabulary, in PyTorch
     kernels.py     the same in Triton
@@ -25,7 +25,9 @@ Files, in reading order:
     identity.py    which reference they are of
     precompute.py  the pass that fills them, on all ranks
     reference.py   the trainer's reference: a model, a switched-off adapter, a cache
+    trace.py       what every pair did, on disk
     run.py         the trainer's state: β, checkpoints, the stop
+    margins.py     the margins of a step before its losses, for β-DPO
     trainer.py     the walk from a batch to the loss
     versions.py    the releases this was tested with
     args.py        the options of the recipe

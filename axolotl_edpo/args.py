@@ -9,9 +9,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
 
+from .controller import Control
 from .loss import BetaMean
 
 PREFIX = "edpo_"
+CONTROL = "edpo_control"
+# Keys that belong to one `edpo_control`.
+OF_CONTROL: dict[str, Control] = {
+    "edpo_epsilon": "epsilon",
+    "edpo_beta_mean": "epsilon",
+    "edpo_margin_weight": "batch_margin",
+    "edpo_margin_momentum": "batch_margin",
+    "edpo_margin_keep": "batch_margin",
+}
 # Keys that axolotl refuses beside `rl` -> what they become.
 LOWERED = {
     "sample_packing": "edpo_sample_packing",
@@ -46,6 +56,7 @@ def _switch(value: Any) -> Any:
 
 Switch = Annotated[bool | Literal["auto"], BeforeValidator(_switch)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
+Count = Annotated[int, BeforeValidator(_no_bool)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_no_bool)]
 
 
@@ -66,6 +77,37 @@ class EDPOArgs(BaseModel):
         default="arithmetic",
         description="Mean of the pairs' β that is the next step's β: `arithmetic` "
         "(the paper's Eq. 6) or `harmonic` (the authors' released code)",
+    )
+    edpo_control: Control = Field(
+        default="epsilon",
+        description="What moves β: `epsilon` (ε-DPO), `fixed` (nothing: DPO) or "
+        "`batch_margin` (the margins of each step's pairs: β-DPO)",
+    )
+    edpo_margin_weight: Number = Field(
+        default=0.6,
+        ge=0,
+        allow_inf_nan=False,
+        description="With `edpo_control: batch_margin`: α, by how much β follows the "
+        "mean margin, per nat",
+    )
+    edpo_margin_momentum: Number = Field(
+        default=0.9,
+        ge=0,
+        lt=1,
+        description="With `edpo_control: batch_margin`: momentum of its averages",
+    )
+    edpo_margin_keep: Number = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="With `edpo_control: batch_margin`: share of a step's pairs that "
+        "its filter keeps (paper: 0.8; 1: no filter)",
+    )
+    edpo_log_pairs: Count | None = Field(
+        default=None,
+        gt=0,
+        description="Every so many optimizer steps, what each pair did is noted in "
+        "`edpo_pairs` in `output_dir` (Parquet)",
     )
     edpo_prefix_sharing: Switch = Field(
         default="auto",

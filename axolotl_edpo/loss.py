@@ -8,7 +8,8 @@
 
 Equations: Lee et al., "KL Penalty Control via Perturbation for Direct Preference
 Optimization", https://arxiv.org/abs/2502.13177. Nothing here knows a trainer, and
-nothing reduces over pairs but `next_beta`, whose subject is the reduction.
+nothing reduces over pairs but `next_beta`, whose subject is the reduction. The one
+equation of another paper is `batch_beta`, of β-DPO.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ import torch
 import torch.nn.functional as F
 
 BetaMean = Literal["arithmetic", "harmonic"]
+# Below this, β-DPO's β does not fall: the value of its authors' code.
+LOWEST_BATCH_BETA = 1e-3
 
 
 def steps(delta_plus: torch.Tensor, delta_minus: torch.Tensor) -> torch.Tensor:
@@ -103,3 +106,23 @@ def next_beta(
     if mean == "harmonic":
         return beta / (1 + epsilon * (up - down) / total)
     return beta * (up / (1 + epsilon) + down / (1 - epsilon) + stay) / total
+
+
+def batch_beta(beta: float, weight: float, mean_margin: float, average: float) -> float:
+    """β of a batch in β-DPO, β₀ [1 + α (mean margin - M₀)], but not below a floor.
+
+    Wu et al., "β-DPO: Direct Preference Optimization with Dynamic β",
+    https://arxiv.org/abs/2407.08639. In the paper margins are rewards, β₀ times these;
+    here they are in nats, as in the authors' code.
+
+    Args:
+        beta: β₀ > 0.
+        weight: α >= 0, per nat.
+        mean_margin: Of the batch: log π_θ - log π_ref of chosen minus that of
+            rejected, nats.
+        average: M₀, its moving average, nats.
+
+    Returns:
+        β, at least LOWEST_BATCH_BETA.
+    """
+    return max(beta * (1 + weight * (mean_margin - average)), LOWEST_BATCH_BETA)

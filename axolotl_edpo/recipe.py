@@ -11,7 +11,9 @@ from pydantic import BaseModel, ValidationError
 
 from .args import (
     CACHE,
+    CONTROL,
     LOWERED,
+    OF_CONTROL,
     PRECOMPUTE,
     PREFIX,
     Bounds,
@@ -21,7 +23,8 @@ from .args import (
 )
 from .entries import check_entries
 from .errors import refuse
-from .loss_types import LossSettings
+from .loss import LOWEST_BATCH_BETA
+from .loss_types import SFT, LossSettings
 from .spelling import check_own_keys
 
 SUPERVISED = "remove it: axolotl gives it to supervised training only"
@@ -104,6 +107,7 @@ def check_recipe(recipe: Mapping[str, Any]) -> float | None:
     own = {key: value for key, value in own.items() if value is not None}
     _check_values({**own, "beta": beta})
     recipe |= _check_values(recipe, model=Bounds)
+    _check_control(recipe, beta)
     _check_unsupported(recipe)
     _check_loss(recipe)
     check_entries(recipe)
@@ -200,6 +204,29 @@ def _check_values(
             f"`{name or above + written}: {first['input']}`: {first['msg']}. "
             f"{description}."
         ) from None
+
+
+def _check_control(recipe: Mapping[str, Any], beta: Any) -> None:
+    """Keys of another `edpo_control`, and what β-DPO does not go with.
+
+    A recipe that was lowered before is validated, and holds all defaults.
+    """
+    if recipe.get("rl") == "dpo":
+        return
+    control = recipe.get(CONTROL) or "epsilon"
+    for key, owner in OF_CONTROL.items():
+        if recipe.get(key) is not None and owner != control:
+            remedy = f"remove it: it has no effect beside `{CONTROL}: {control}`"
+            refuse(key, recipe[key], remedy)
+    if control != "batch_margin":
+        return
+    if beta is not None and float(beta) < LOWEST_BATCH_BETA:
+        remedy = f"set {LOWEST_BATCH_BETA} or more: β-DPO lets β fall no further"
+        refuse("beta", beta, remedy)
+    filtered = (recipe.get("edpo_margin_keep") or 1) < 1
+    if filtered and SFT in (recipe.get("dpo_loss_type") or ()):
+        remedy = "remove it, or `sft`, which is a mean over tokens, not over pairs"
+        refuse("edpo_margin_keep", recipe["edpo_margin_keep"], remedy)
 
 
 def _check_unsupported(recipe: Mapping[str, Any]) -> None:

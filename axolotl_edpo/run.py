@@ -1,11 +1,13 @@
 """`PairRun`: what a run carries from one optimizer step to the next.
 
 β            moves once per step, by the pairs of that step on all ranks
+the trace    what pairs did, written with each checkpoint and when the run ends
 checkpoints  hold β, the tokens so far and a reference that moves; they count when
              every rank has written its part
 the stop     where losses or gradients are not finite
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import checkpoint, guard
-from .controller import BetaController, ControllerSettings
+from .controller import BetaController, ControllerSettings, controller_of
 from .reference import PairReference
+from .trace import PairTrace, TraceSettings
 
 LOG = get_logger(__name__)
 
@@ -33,6 +36,7 @@ class BetaCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Takes β from the checkpoint that was loaded, or starts anew."""
         self._trainer.restore_beta(resumed=state.global_step > 0)
+        self._trainer.begin_trace()
 
     def on_step_end(self, args, state, control, **kwargs):
         """Moves β, unless the optimizer skipped its step."""
@@ -44,15 +48,34 @@ class PairRun(PairReference):
 
     Attributes:
         controller: Holds β.
+        trace: What pairs did, where the recipe asks for it.
     """
 
     controller: BetaController
+    trace: PairTrace | None = None
     _new_tokens: int = 0
     _broken_pairs: Any = 0
 
-    def _start_run(self, settings: ControllerSettings) -> None:
-        self.controller = BetaController(settings)
+    def _start_run(
+        self, settings: ControllerSettings, traced: TraceSettings | None
+    ) -> None:
+        self.controller = controller_of(settings)
+        if traced is not None:
+            tokenizer: Any = self.processing_class
+            self.trace = PairTrace(
+                traced,
+                self.accelerator.process_index,
+                perturbed=self.controller.epsilon is not None,
+                decode=partial(tokenizer.batch_decode, skip_special_tokens=True),
+            )
         self.add_callback(BetaCallback(self))
+
+    def begin_trace(self) -> None:
+        """At the start of a run: what comes after its first step does not count."""
+        if self.trace is not None:
+            if self.args.should_save:
+                self.trace.drop_after(self.state.global_step)
+            self.accelerator.wait_for_everyone()  # none writes before
 
     def restore_beta(self, resumed: bool) -> None:
         """At the start of a run: β of the checkpoint, or β₀.
@@ -73,13 +96,14 @@ class PairRun(PairReference):
         self._total_train_tokens = state.get("num_tokens", 0)
         for difference in self.controller.load_state_dict(state):
             LOG.warning(
-                f"Resuming ε-DPO: {difference}. Continuing from the checkpoint's "
+                f"Resuming ε-DPO: {difference}. Continuing from "
                 f"β = {self.controller.beta} with the recipe's settings."
             )
 
     def advance_beta(self) -> None:
         """At the end of an optimizer step: β moves by the pairs of that step."""
-        self._metrics["train"]["kl/beta"].append(self.controller.beta)
+        for name, value in self.controller.metrics().items():
+            self._metrics["train"][name].append(value)
         if self.accelerator.optimizer_step_was_skipped:
             self.controller.discard()
         else:
@@ -94,6 +118,8 @@ class PairRun(PairReference):
         self.accelerator.wait_for_everyone()  # none writes before it is marked
         if self.args.sync_ref_model:
             checkpoint.save_reference(folder, self._own_reference(), writes)
+        if self.trace is not None:
+            self.trace.flush()
         self._count_tokens()
         tokens = {"num_tokens": self._total_train_tokens}
         state = self.controller.state_dict() | tokens
@@ -136,7 +162,13 @@ class PairRun(PairReference):
             if self.is_deepspeed_enabled:
                 ranks = self.accelerator.num_processes
                 checkpoint.require_ranks(Path(resume_from_checkpoint), ranks)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            return super().train(
+                resume_from_checkpoint=resume_from_checkpoint, **kwargs
+            )
+        finally:
+            if self.trace is not None:
+                self.trace.flush()
 
     def _stop_where_losses_break(self, losses: torch.Tensor) -> None:
         """Counts them on the device; all ranks look once per optimizer step.

@@ -31,6 +31,7 @@ from .batch import (
 from .controller import ControllerSettings
 from .logprobs import TokenStats, logits_stats, token_stats
 from .loss_types import Answers, LossSettings, wpo_weights
+from .margins import PairMargins
 from .metrics import WeightedMeans
 from .precompute import CacheSettings
 from .router import (
@@ -40,7 +41,7 @@ from .router import (
     warn_of_reentrance,
 )
 from .rows import RowSettings
-from .run import PairRun
+from .trace import TraceSettings
 
 LOG = get_logger(__name__)
 
@@ -49,6 +50,8 @@ class Pairs(NamedTuple):
     """What a batch says of its pairs; each of shape (pairs,).
 
     Attributes:
+        plus: Δ+, nats.
+        minus: Δ-, nats.
         steps: s of Eq. 5, in {-1, 0, +1}.
         betas: β̃ = β / (1 + ε s).
         losses: Loss, with gradient, but for `sft`.
@@ -57,6 +60,8 @@ class Pairs(NamedTuple):
         rejected_rewards: The same of rejected.
     """
 
+    plus: torch.Tensor
+    minus: torch.Tensor
     steps: torch.Tensor
     betas: torch.Tensor
     losses: torch.Tensor
@@ -64,8 +69,17 @@ class Pairs(NamedTuple):
     chosen_rewards: torch.Tensor
     rejected_rewards: torch.Tensor
 
+    @property
+    def margins(self) -> torch.Tensor:
+        """Implicit reward margins."""
+        return self.chosen_rewards - self.rejected_rewards
 
-class EDPOTrainer(PairRun):
+    def weighted(self, weights: torch.Tensor | None) -> "Pairs":
+        """With losses times weights, shape (pairs,)."""
+        return self if weights is None else self._replace(losses=self.losses * weights)
+
+
+class EDPOTrainer(PairMargins):
     """DPO in which every pair has a KL penalty of its own (arXiv 2502.13177).
 
     Args:
@@ -76,6 +90,7 @@ class EDPOTrainer(PairRun):
             with `settings` of one's own, padded.
         cache: Where the reference's hidden states are kept; by default as the recipe
             says, or, with `settings` of one's own, nowhere.
+        trace: Whether and where pairs are noted; as `cache`.
         **kwargs: As AxolotlDPOTrainer takes them.
     """
 
@@ -105,6 +120,7 @@ class EDPOTrainer(PairRun):
         settings: ControllerSettings | None = None,
         rows: RowSettings | None = None,
         cache: CacheSettings | None = None,
+        trace: TraceSettings | None = None,
         **kwargs,
     ):
         # whoever passes settings is no recipe of axolotl's
@@ -137,8 +153,8 @@ class EDPOTrainer(PairRun):
         self._settle_models()
         self._start_feed(rows, self._models())
         self._start_run(
-            settings
-            or ControllerSettings(self.args.beta, cfg.edpo_epsilon, cfg.edpo_beta_mean)
+            settings or ControllerSettings.of(cfg, self.args.beta),
+            trace if cfg is None else TraceSettings.of(cfg),
         )
         self.loss = LossSettings(
             tuple(self.loss_types),
@@ -247,8 +263,9 @@ class EDPOTrainer(PairRun):
             raise ValueError("`rl: edpo` keeps no logits that it could return")
         completions = completions_of(inputs)
         stats, routing = self._score(model, inputs, completions)
-        pairs = self._judge(stats, completions)
         training = self.model.training
+        weights = self._weights(inputs, stats, completions)
+        pairs = self._judge(stats, completions).weighted(weights)
         if training:
             self.controller.observe(pairs.steps)
             self._stop_where_losses_break(pairs.losses.detach())
@@ -281,7 +298,7 @@ class EDPOTrainer(PairRun):
         Returns:
             What the head says, and the router loss of a mixture of experts.
         """
-        epsilon, y = self.controller.settings.epsilon, completions.targets
+        epsilon, y = self.controller.epsilon, completions.targets
         weighted = self.loss.weighted
         reference = self._reference(model, inputs, completions)
 
@@ -325,7 +342,8 @@ class EDPOTrainer(PairRun):
             return *stats, router_loss(lm, collected[0], copies)
 
         *stats, routing = self._inside_forward(model, forward)
-        if routing is not None and self.model.training and not routing.requires_grad:
+        learns = self.model.training and torch.is_grad_enabled()
+        if routing is not None and learns and not routing.requires_grad:
             warn_of_reentrance()
         return TokenStats(*stats), routing
 
@@ -335,12 +353,10 @@ class EDPOTrainer(PairRun):
         def per_sequence(values: torch.Tensor) -> torch.Tensor:
             return sum_per_sequence(values, completions.lengths)
 
-        settings = self.controller.settings
-        steps = loss.steps(
-            chosen_minus_rejected(per_sequence(stats.plus)),
-            chosen_minus_rejected(per_sequence(stats.minus)),
-        )
-        betas = loss.pair_betas(steps, self.controller.beta, settings.epsilon)
+        plus = chosen_minus_rejected(per_sequence(stats.plus))
+        minus = chosen_minus_rejected(per_sequence(stats.minus))
+        steps = loss.steps(plus, minus)
+        betas = self.controller.pair_betas(steps)
         # differences per token first: sums near -1000 would round them away
         log_ratios = per_sequence(stats.policy_logp - stats.reference_logp)
         lengths = completions.lengths
@@ -350,7 +366,8 @@ class EDPOTrainer(PairRun):
             losses = losses * wpo_weights(relative / lengths.clamp(min=1))
         sft = -per_sequence(stats.policy_logp).chunk(2)[0]
         chosen, rejected = log_ratios.detach().chunk(2)
-        return Pairs(steps, betas, losses, sft, betas * chosen, betas * rejected)
+        rewards = betas * chosen, betas * rejected
+        return Pairs(plus, minus, steps, betas, losses, sft, *rewards)
 
     # --- metrics -----------------------------------------------------------------
 
@@ -364,14 +381,14 @@ class EDPOTrainer(PairRun):
     ) -> None:
         """Adds a batch to the means that are logged next."""
         add = self._means[mode].add
-        margins = pairs.chosen_rewards - pairs.rejected_rewards
-        add("kl/avg_steps", pairs.steps)
-        add("kl/p_epsilon_steps", pairs.steps == 1)
-        add("kl/n_epsilon_steps", pairs.steps == -1)
+        if self.controller.epsilon is not None:
+            add("kl/avg_steps", pairs.steps)
+            add("kl/p_epsilon_steps", pairs.steps == 1)
+            add("kl/n_epsilon_steps", pairs.steps == -1)
         add("rewards/chosen", pairs.chosen_rewards)
         add("rewards/rejected", pairs.rejected_rewards)
-        add("rewards/accuracies", margins > 0)
-        add("rewards/margins", margins)
+        add("rewards/accuracies", pairs.margins > 0)
+        add("rewards/margins", pairs.margins)
         logps = sum_per_sequence(stats.policy_logp.detach(), completions.lengths)
         for name, values in zip(("chosen", "rejected"), logps.chunk(2), strict=True):
             add(f"logps/{name}", values)
@@ -383,6 +400,21 @@ class EDPOTrainer(PairRun):
         add("logits/rejected", stats.mean_logit[chosen:])
         if mode == "train":
             self._new_tokens += inputs["num_tokens"]
+            self._trace(inputs["examples"].pairs, completions, stats, pairs)
+
+    def _trace(
+        self, examples, completions: Completions, stats: TokenStats, pairs: Pairs
+    ) -> None:
+        """Notes a batch's pairs, where the recipe asks for it."""
+        step = self.state.global_step + 1
+        if self.trace is None or not self.trace.is_due(step):
+            return
+        kl = sum_per_sequence(stats.kl, completions.lengths)
+        chosen, rejected = completions.lengths.chunk(2)
+        tokens = chosen + rejected
+        per_token = torch.stack(kl.chunk(2)).sum(dim=0) / tokens.clamp(min=1)
+        changed = pairs.plus, pairs.minus, pairs.steps, pairs.betas, pairs.margins
+        self.trace.observe(step, examples, [*changed, per_token, chosen, rejected])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Hands TRL the means over everything since the last log."""

@@ -1,11 +1,19 @@
-"""controller.py: β moves once per optimizer step, by counts alone."""
+"""controller.py: β moves once per optimizer step, as its control says."""
 
 import json
+import math
+import random
 
 import pytest
 import torch
 
-from axolotl_edpo.controller import BetaController, ControllerSettings
+from axolotl_edpo.controller import (
+    BetaController,
+    ControllerSettings,
+    EpsilonController,
+    MarginController,
+    controller_of,
+)
 
 
 def here(counts):
@@ -14,7 +22,7 @@ def here(counts):
 
 
 def controller(**settings):
-    return BetaController(
+    return EpsilonController(
         ControllerSettings(**{"beta": 0.1, "epsilon": 0.2, **settings})
     )
 
@@ -72,3 +80,123 @@ def test_other_settings_in_a_checkpoint_are_named():
         "epsilon was 0.2 in the checkpoint and is 0.05 now",
         "beta_mean was arithmetic in the checkpoint and is harmonic now",
     ]
+
+
+def margin_controller(**settings):
+    return controller_of(ControllerSettings(0.1, control="batch_margin", **settings))
+
+
+def quiet(*margins):
+    """Margins without noise."""
+    return [(margin, 0.0) for margin in margins]
+
+
+def test_a_recipe_gets_the_controller_it_names():
+    kinds = {
+        kind: type(controller_of(ControllerSettings(0.1, control=kind)))
+        for kind in ("epsilon", "fixed", "batch_margin")
+    }
+    assert kinds == {
+        "epsilon": EpsilonController,
+        "fixed": BetaController,
+        "batch_margin": MarginController,
+    }
+
+
+def test_a_fixed_beta_stays_whatever_pairs_and_checkpoints_say():
+    c = controller_of(ControllerSettings(0.1, control="fixed"))
+    c.observe(torch.tensor([1, 1]))
+    c.advance(here)
+    assert c.pair_betas(torch.tensor([1, 0, -1])).tolist() == pytest.approx([0.1] * 3)
+    differences = c.load_state_dict({**controller().state_dict(), "beta": 0.07})
+    assert (c.beta, c.epsilon) == (0.1, None)
+    assert differences == ["control was epsilon in the checkpoint and is fixed now"]
+
+
+def test_the_margins_of_three_steps_move_beta_as_worked_by_hand():
+    """α 0.6, m 0.9. M₀: 0, then 0.1·2 = 0.2, then 0.9·0.2 + 0.1·(-1) = 0.08."""
+    c = margin_controller()
+    betas, averages = [], []
+    for margins in ([0.0, 0.0], [1.0, 3.0], [-4.0, 2.0]):
+        assert c.begin(quiet(*margins)) == [True, True]
+        betas.append(c.pair_betas(torch.tensor([0])).item())
+        averages.append(c.metrics()["kl/margin_average"])
+        c.advance(here)
+    assert averages == pytest.approx([0.0, 0.2, 0.08])
+    by_hand = [0.1, 0.1 * (1 + 0.6 * (2 - 0.2)), 0.1 * (1 + 0.6 * (-1 - 0.08))]
+    assert by_hand == pytest.approx([0.1, 0.208, 0.0352])
+    assert betas == pytest.approx(by_hand)
+    assert c.average == pytest.approx(0.08)
+
+
+def test_beta_of_a_batch_has_a_floor():
+    c = margin_controller(margin_weight=2.0, margin_momentum=0.5)
+    c.begin(quiet(-3.0))  # 0.1 (1 + 2 (-3 + 1.5)) is below 0
+    assert c.beta == 1e-3
+
+
+def test_the_filter_keeps_the_share_nearest_to_the_average_without_noise():
+    """M₀ 0.1·3 = 0.3; β is by the mean of what is kept, (0 + 1 + 2 + 3) / 4."""
+    c = margin_controller(margin_keep=0.8)
+    assert c.begin(quiet(9.0, 0.0, 1.0, 2.0, 3.0)) == [False, True, True, True, True]
+    assert c.beta == pytest.approx(0.1 * (1 + 0.6 * (1.5 - 0.3)))
+
+
+def test_the_filter_draws_pairs_as_often_as_their_weights_say():
+    """One of two pairs, weights exp(-z²/2): the nearer is taken by the logistic law."""
+    c = margin_controller(margin_keep=0.5)
+    c.average, c.deviation = 0.0, 1.0
+    # M₀ 0.1 · 0.5, σ 0.9 + 0.1 · sd(0, 1)
+    average, deviation = 0.05, 0.9 + 0.1 * 0.5**0.5
+    weights = [math.exp(-(((x - average) / deviation) ** 2) / 2) for x in (0.0, 1.0)]
+    rng = random.Random(0)
+    draws = 4000
+    near = sum(
+        c.begin([(x, -math.log(-math.log(rng.random()))) for x in (0.0, 1.0)])[0]
+        for _ in range(draws)
+    )
+    share = weights[0] / sum(weights)
+    assert near / draws == pytest.approx(share, abs=4 * (0.25 / draws) ** 0.5)
+
+
+def test_before_there_is_a_spread_the_filter_goes_by_noise_alone():
+    c = margin_controller(margin_keep=0.5)
+    assert c.begin([(0.0, 1.0), (0.0, 2.0)]) == [False, True]
+
+
+def test_the_order_of_pairs_does_not_matter_to_the_last_bit():
+    rng = random.Random(1)
+    pairs = [(rng.gauss(0, 3), rng.gauss(0, 1)) for _ in range(64)]
+    betas = set()
+    for _ in range(5):
+        rng.shuffle(pairs)
+        c = margin_controller(margin_keep=0.8)
+        kept = c.begin(pairs)
+        betas.add((c.beta, *sorted(p for p, k in zip(pairs, kept, strict=True) if k)))
+    assert len(betas) == 1
+
+
+def test_a_skipped_step_and_a_step_without_pairs_leave_the_average():
+    c = margin_controller()
+    c.begin(quiet(5.0))
+    c.discard()
+    c.advance(here)
+    assert c.begin([]) == []
+    c.advance(here)
+    assert c.average == 0.0
+
+
+def test_averages_survive_json_exactly():
+    c = margin_controller()
+    c.begin(quiet(0.3, 0.1))
+    c.advance(here)
+    again = margin_controller()
+    assert again.load_state_dict(json.loads(json.dumps(c.state_dict()))) == []
+    assert (again.beta, again.average, again.deviation) == (
+        c.beta,
+        c.average,
+        c.deviation,
+    )
+    assert c.average != 0.0 != c.deviation
+    again.reset()
+    assert (again.beta, again.average, again.deviation) == (0.1, 0.0, 0.0)

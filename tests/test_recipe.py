@@ -56,6 +56,35 @@ WRONG = [
         r"`edpo_reference_cache: 3`.*string",
     ),
     ({"reference_free": True}, r"`reference_free: True`"),
+    ({"edpo_control": "free"}, r"`edpo_control: free`.*'epsilon', 'fixed'"),
+    (
+        {"edpo_control": "fixed", "edpo_epsilon": 0.1},
+        r"`edpo_epsilon: 0.1`.*remove it.*`edpo_control: fixed`",
+    ),
+    (
+        {"edpo_control": "batch_margin", "edpo_beta_mean": "harmonic"},
+        r"`edpo_beta_mean: harmonic`.*`edpo_control: batch_margin`",
+    ),
+    ({"edpo_margin_weight": 0.5}, r"`edpo_margin_weight: 0.5`.*`edpo_control: epsil"),
+    (
+        {"edpo_control": "batch_margin", "edpo_margin_keep": 0},
+        r"`edpo_margin_keep: 0`.*greater than 0",
+    ),
+    (
+        {"edpo_control": "batch_margin", "edpo_margin_momentum": 1},
+        r"`edpo_margin_momentum: 1`.*less than 1",
+    ),
+    ({"edpo_control": "batch_margin", "beta": 1e-4}, r"`beta: 0.0001`.*set 0.001"),
+    (
+        {
+            "edpo_control": "batch_margin",
+            "edpo_margin_keep": 0.8,
+            "dpo_loss_type": ["sigmoid", "sft"],
+        },
+        r"`edpo_margin_keep: 0.8`.*`sft`",
+    ),
+    ({"edpo_log_pairs": 0}, r"`edpo_log_pairs: 0`.*greater than 0"),
+    ({"edpo_log_pairs": True}, r"`edpo_log_pairs: True`"),
     ({"dpo_label_smoothing": 0.5}, r"`dpo_label_smoothing: 0.5`.*below 0.5"),
     ({"fsdp": ["full_shard"]}, "`fsdp: .*`fsdp_version: 2`"),
     ({"fsdp_config": {"offload_params": True}}, "`fsdp_version: 1`.*version: 2`"),

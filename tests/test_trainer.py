@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import LORA, NF4
 
-from axolotl_edpo.controller import BetaController
+from axolotl_edpo.controller import EpsilonController
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -155,9 +155,9 @@ def test_a_skipped_optimizer_step_does_not_move_beta(recipe, tmp_path, monkeypat
         Accelerator, "optimizer_step_was_skipped", property(lambda self: True)
     )
     monkeypatch.setattr(
-        BetaController,
+        EpsilonController,
         "observe",
-        lambda self, steps, observe=BetaController.observe: (
+        lambda self, steps, observe=EpsilonController.observe: (
             seen.append(steps.abs().sum().item()) or observe(self, steps)
         ),
     )

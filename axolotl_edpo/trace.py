@@ -1,0 +1,186 @@
+"""`PairTrace`: what every pair did, every N steps, in Parquet files (`edpo_log_pairs`).
+
+    <output_dir>/edpo_pairs/steps-00000001-00000050-rank0.parquet
+
+Noting a micro-batch keeps one small tensor on the device and the pairs as they are;
+rows are made and texts decoded when a file is written: with each checkpoint, at the end
+of the run, however it ends, and every ROWS rows. A file gets its name when it is whole,
+and ends with a checkpoint or begins after it: a run that goes on from a checkpoint
+drops the files after it, and notes those steps again.
+
+A row is an observation:
+
+    global_step                 optimizer step; the first is 1
+    id                          digest of the pair's tokens, in hexadecimal
+    plus, minus, step           Δ+, Δ- (nats), s of Eq. 5; of `edpo_control: epsilon`
+    beta, margin                β̃, and the implicit reward margin with it
+    kl                          KL(π_θ || π_ref) per token of both answers, nats
+    prompt_tokens               as they are
+    chosen_tokens, rejected_tokens   as they are scored
+    prompt, chosen, rejected    text without special tokens; where a file has it first
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from .pairs import IDS
+from .precompute import pair_digest
+
+FOLDER = "edpo_pairs"
+# Observations of a rank between two files.
+ROWS = 2**15
+# What is noted of a pair besides its tokens, in the order of `observe`.
+VALUES = (
+    "plus",
+    "minus",
+    "step",
+    "beta",
+    "margin",
+    "kl",
+    "chosen_tokens",
+    "rejected_tokens",
+)
+PERTURBED = VALUES[:3]
+WHOLE = ("step", "chosen_tokens", "rejected_tokens")
+TEXTS = ("prompt", "chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class TraceSettings:
+    """Every how many optimizer steps pairs are noted, and where."""
+
+    every: int
+    output_dir: Path
+
+    @classmethod
+    def of(cls, cfg: Any) -> "TraceSettings | None":
+        """Those of a recipe, axolotl's config; None where it asks for no trace."""
+        every = cfg.edpo_log_pairs
+        return cls(every, Path(cfg.output_dir)) if every else None
+
+
+class PairTrace:
+    """The trace of one rank.
+
+    Args:
+        settings: What the recipe says.
+        rank: Of this process.
+        perturbed: Whether there are Δ+, Δ- and s.
+        decode: Texts of lists of token ids.
+
+    Attributes:
+        seconds: Time that the trace took.
+    """
+
+    def __init__(
+        self,
+        settings: TraceSettings,
+        rank: int,
+        perturbed: bool,
+        decode: Callable[[list[list[int]]], list[str]],
+    ):
+        self.folder = settings.output_dir / FOLDER
+        self.seconds = 0.0
+        self._every, self._rank = settings.every, rank
+        self._perturbed, self._decode = perturbed, decode
+        self._forget()
+
+    def is_due(self, step: int) -> bool:
+        """Whether the pairs of an optimizer step are noted."""
+        return step % self._every == 0
+
+    def observe(
+        self, step: int, pairs: list[dict[str, Any]], values: Sequence[torch.Tensor]
+    ) -> None:
+        """Notes a micro-batch; does not sync.
+
+        Args:
+            step: Optimizer step, the first is 1.
+            pairs: As the data loader gave them.
+            values: Those of VALUES, each of shape (pairs,).
+        """
+        before = perf_counter()
+        columns = torch.stack([value.detach().float() for value in values])
+        self._noted.append((step, pairs, columns))
+        self._rows += len(pairs)
+        if self._rows >= ROWS:
+            self.flush()
+        self.seconds += perf_counter() - before
+
+    def flush(self) -> None:
+        """Writes what was noted since the last file."""
+        before = perf_counter()
+        if self._rows:
+            first, last = self._noted[0][0], self._noted[-1][0]
+            name = f"steps-{first:08}-{last:08}-rank{self._rank}.parquet"
+            self._write(self.folder / name)
+        self._forget()
+        self.seconds += perf_counter() - before
+
+    def drop_after(self, step: int) -> None:
+        """Removes what another run, or this one before it was interrupted, left.
+
+        Args:
+            step: The last one that counts; 0 where a run begins.
+        """
+        for file in self.folder.glob("*.parquet*"):
+            *_, last, _ = file.name.split("-")
+            if file.suffix != ".parquet" or int(last) > step:
+                file.unlink()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._noted: list[tuple[int, list[dict[str, Any]], torch.Tensor]] = []
+        self._rows = 0
+
+    def _write(self, file: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table = pa.table(self._columns(), schema=_schema())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}.partial")
+        pq.write_table(table, partial, compression="zstd")
+        partial.replace(file)
+
+    def _columns(self) -> dict[str, list]:
+        steps = [step for step, pairs, _ in self._noted for _ in pairs]
+        pairs = [pair for _, noted, _ in self._noted for pair in noted]
+        values = torch.cat([columns for *_, columns in self._noted], dim=1).tolist()
+        columns = {
+            "global_step": steps,
+            "id": [pair_digest(pair).hex() for pair in pairs],
+            **dict(zip(VALUES, values, strict=True)),
+            "prompt_tokens": [len(pair[IDS[0]]) for pair in pairs],
+        }
+        for name in WHOLE:
+            columns[name] = [int(value) for value in columns[name]]
+        if not self._perturbed:
+            columns |= dict.fromkeys(PERTURBED, [None] * len(pairs))
+        return columns | self._texts(columns["id"], pairs)
+
+    def _texts(self, ids: list[str], pairs: list[dict]) -> dict[str, list]:
+        """The text of each pair where it comes first."""
+        first = {name: row for row, name in reversed([*enumerate(ids)])}
+        rows = sorted(first.values())
+        texts: dict[str, list] = {}
+        for name, key in zip(TEXTS, IDS, strict=True):
+            decoded = self._decode([pairs[row][key] for row in rows])
+            at = dict(zip(rows, decoded, strict=True))
+            texts[name] = [at.get(row) for row in range(len(pairs))]
+        return texts
+
+
+def _schema():
+    import pyarrow as pa
+
+    kinds = {name: pa.float32() for name in VALUES} | {"step": pa.int8()}
+    kinds |= dict.fromkeys([*WHOLE[1:], "prompt_tokens"], pa.int32())
+    kinds |= dict.fromkeys(["id", *TEXTS], pa.string())
+    order = ["global_step", "id", *VALUES, "prompt_tokens", *TEXTS]
+    return pa.schema([(name, kinds.get(name, pa.int64())) for name in order])
