@@ -108,12 +108,15 @@ def _frontier(several: Sequence[Run], names: Sequence[str]) -> Iterator[Chart]:
 
 def charts_of_pairs(pairs: Pairs) -> Iterator[Chart]:
     """What a trace says of all pairs together."""
-    yield Chart(
-        "pairs_margins",
-        figures.draw_margins(trace.margin_by_step(pairs.observations)),
-        "Classes that drift apart: the policy becomes sure of some pairs and turns "
-        "against others.",
-    )
+    curves = trace.margin_by_step(pairs.observations)
+    note = "Each pair as it was before the step that trained on it. "
+    if trace.has_steps(pairs.observations):
+        note += (
+            "Classes that drift apart: the policy becomes sure of some pairs and turns "
+            "against others."
+        )
+    if curves:
+        yield Chart("pairs_margins", figures.draw_margins(curves), note)
     yield Chart(
         "pairs_log_ratio",
         figures.draw_pairs(pairs.table),

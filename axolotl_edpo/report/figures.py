@@ -206,7 +206,8 @@ def draw_frontier(
 
 def draw_margins(curves: "dict[int | None, DataFrame]") -> Figure:
     """Mean margins over time, of the pairs that steps moved up, down or not."""
-    with _panel("Mean margin of traced pairs, by how β̃ moved") as (figure, axes):
+    classes = "" if None in curves else ", by how β̃ moved"
+    with _panel(f"Mean margin of traced pairs{classes}") as (figure, axes):
         for step, means in curves.items():
             colour, line, name = MOVES[step] if step is not None else (BLUE, "-", "all")
             marker = "." if len(means) < 3 else None
@@ -223,7 +224,7 @@ def draw_pairs(pairs: "DataFrame") -> Figure:
         groups = _by_move(pairs)
         axes.hist(
             [own["log_ratio"] for own, *_ in groups],
-            bins=40,
+            bins=min(40, 8 + len(pairs) // 20),
             stacked=True,
             color=[colour for _, colour, _ in groups],
             label=[name for *_, name in groups],

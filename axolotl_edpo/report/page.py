@@ -35,8 +35,10 @@ def read(paths: Sequence[Path]) -> Report:
     Raises:
         ValueError: Names the path that is no run, and what to do.
     """
-    once = {path.resolve(): path for path in reversed(paths)}
-    found = [runs.read_run(path) for path in reversed(once.values())]
+    once: dict[Path, Path] = {}
+    for path in paths:
+        once.setdefault(path.resolve(), path)
+    found = [runs.read_run(path) for path in once.values()]
     return Report(found, runs.names(found), [content.read_pairs(run) for run in found])
 
 

@@ -62,7 +62,7 @@ KL = Metric(
 AVERAGE = Metric(
     "kl/margin_average",
     "Average margin M₀, nats",
-    "What `batch_margin` compares the margins of a step with: above it, β rises.",
+    "What the margins of a step are compared with: above it, β rises.",
 )
 LOSS = Metric("loss", "Loss", "At ln 2 = 0.693 chosen and rejected are not told apart.")
 MARGIN = Metric(
@@ -229,7 +229,9 @@ def names(runs: Sequence[Run]) -> list[str]:
     if len(paths) == 1:
         return ["/".join(paths[0].parts[-2:])]
     common = os.path.commonpath([path.parent for path in paths])
-    return [str(path.relative_to(common)) for path in paths]
+    found = [str(path.relative_to(common)) for path in paths]
+    # matplotlib leaves labels out that begin with an underscore
+    return [f"./{name}" if name.startswith("_") else name for name in found]
 
 
 def status(run: Run) -> str:

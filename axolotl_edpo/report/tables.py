@@ -137,9 +137,9 @@ PAIR_COLUMNS: list[tuple[str, Callable[[Any], str]]] = [
     ("tokens", lambda pair: " + ".join(_tokens(pair))),
 ]
 DOUBTFUL = (
-    "Lowest mean log-ratio first. Pairs that keep moving down, s = −1, go against what "
-    "the policy learned from the others: this is where to look for flipped labels. "
-    "Tokens are those of prompt + chosen + rejected."
+    "Lowest mean log-ratio first: what the policy learned from the other pairs speaks "
+    "against these labels. Look for flipped ones here, above all where a pair keeps "
+    "moving down (s = −1). Tokens are of prompt + chosen + rejected."
 )
 SUREST = "Highest mean log-ratio first."
 
@@ -161,20 +161,19 @@ def surest(pairs: Pairs) -> list[Any]:
 
 def summary(pairs: Pairs) -> str:
     """What was traced, and how pairs moved."""
-    table, observations = pairs.table, len(pairs.observations)
-    text = f"{observations} observations of {len(table)} pairs. "
-    if not trace.has_steps(pairs.observations):
-        return (
-            text + "Under this control pairs do not move: they are ranked by log-ratio."
-        )
+    table = pairs.table
     often = table["seen"] > 1
     up, down = ((often & (table[move] == 1)).sum() for move in ("up", "down"))
-    if not often.any():
-        return text + (
-            "Each was seen once. One step is one sign, so pairs are ranked by their "
-            "log-ratio, which says how far they are from changing it."
+    if not trace.has_steps(pairs.observations):
+        moved = "Under this control pairs do not move; they are ranked by log-ratio."
+    elif often.any():
+        moved = (
+            f"Of the {often.sum()} seen more than once, {up} moved up each time and "
+            f"{down} down each time."
         )
-    return text + (
-        f"Of the {often.sum()} seen more than once, {up} moved up each time and {down} "
-        "down each time."
-    )
+    else:
+        moved = (
+            "Each was seen once. One step is a sign only, so pairs are ranked by "
+            "log-ratio, which says by how much as well."
+        )
+    return f"{len(pairs.observations)} observations of {len(table)} pairs. {moved}"

@@ -80,10 +80,9 @@ def by_pair(trace: "DataFrame") -> "DataFrame":
         `log_ratio`; `margin` and `kl` when it was seen last; tokens and texts.
     """
     steps = trace["step"]
-    known = steps.where(steps.isna())
+    moved = {"up": steps > 0, "down": steps < 0}
     trace = trace.assign(
-        up=known.fillna((steps > 0).astype(float)),
-        down=known.fillna((steps < 0).astype(float)),
+        **{name: s.astype(float).where(steps.notna()) for name, s in moved.items()}
     )
     last = {name: (name, "last") for name in ("margin", "kl", *TOKENS)}
     texts = {name: (name, "first") for name in TEXTS}  # the first that is not null
