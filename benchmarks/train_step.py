@@ -83,13 +83,19 @@ CONTENDERS = {
     "shared": SHARED,
     "padded-cached": {**EDPO, **CACHED},
     "cached": {**SHARED, **CACHED},
+    "traced": {**SHARED, "edpo_log_pairs": 1},
+    "fixed": {**SHARED, "edpo_control": "fixed", "edpo_epsilon": None},
+    "batch_margin": {**SHARED, "edpo_control": "batch_margin", "edpo_epsilon": None},
 }
-DEFAULT = [name for name in CONTENDERS if name != "padded-cached"]
+MORE = ("padded-cached", "traced", "fixed", "batch_margin")
+DEFAULT = [name for name in CONTENDERS if name not in MORE]
 LEGEND = (
     "Contenders: `dpo` is axolotl's `rl: dpo`, the others are `rl: edpo`: `padded`; "
     "`padding-free` with `dpo_padding_free`; `packed` with `sample_packing`; `shared` "
     "the same with each prompt in its row once; `cached` that, and `padded-cached` as "
-    "`padded`, with `precompute_ref_log_probs`, where the cache is there."
+    "`padded`, with `precompute_ref_log_probs`, where the cache is there; `traced` as "
+    "`shared` with `edpo_log_pairs: 1`; `fixed` and `batch_margin` as `shared` with "
+    "that `edpo_control`."
 )
 ON_GPU = torch.cuda.is_available()
 MIB, GIB = 2**20, 2**30
@@ -123,6 +129,7 @@ class Run:
         tokens: Tokens of all sequences, padding apart, shared or not.
         scored: Of these, in answers.
         reference_bytes: Weights of a reference of its own, at the end.
+        trace_seconds: Of `edpo_log_pairs`, noting and writing.
     """
 
     seconds: float
@@ -136,6 +143,7 @@ class Run:
     tokens: int
     scored: int
     reference_bytes: int
+    trace_seconds: float
 
     def work(self) -> str:
         """What all contenders must have in common."""
@@ -143,11 +151,15 @@ class Run:
 
     def evidence(self) -> str:
         """What shows that the contenders train the same thing."""
-        return (
+        told = (
             f"loss of step 1: {self.first_loss:.4f}; "
             f"{self.steps} steps, {self.tokens:,} tokens; "
             f"reference's own weights at the end: {self.reference_bytes / MIB:.1f} MiB"
         )
+        if not self.trace_seconds:
+            return told
+        share = self.trace_seconds / (self.step_seconds * self.steps)
+        return f"{told}; the trace took {share:.2%} of the time"
 
     def speed(self) -> str:
         """The time, which depends on the machine."""
@@ -243,6 +255,8 @@ class Probe(BasePlugin):
         print({"scored_tokens": int(scored)})
         print({"peak_gpu_bytes": torch.cuda.max_memory_allocated()})
         print({"reference_bytes": reference_bytes(trainer)})
+        trace = getattr(trainer, "trace", None)
+        print({"trace_seconds": trace.seconds if trace else 0.0})
         print(self._clock.found())
 
 
@@ -510,6 +524,7 @@ def reported(output: str, resident: int) -> Run:
         tokens=int(logged(output, "trained_tokens")[-1]),
         scored=int(logged(output, "scored_tokens")[-1]),
         reference_bytes=int(logged(output, "reference_bytes")[-1]),
+        trace_seconds=logged(output, "trace_seconds")[-1],
     )
 
 
@@ -820,7 +835,7 @@ def parse_args() -> argparse.Namespace:
     parser = data_parser(__doc__)
     parser.set_defaults(pairs=48)
     add = parser.add_argument
-    help = f"default: {', '.join(DEFAULT)}; there is padded-cached, too"
+    help = f"default: {', '.join(DEFAULT)}; there are also {', '.join(MORE)}"
     add("--contenders", type=contenders, default=DEFAULT, help=help)
     help = "all are relative to it (default: %(default)s)"
     add("--baseline", choices=list(CONTENDERS), default="dpo", help=help)

@@ -32,6 +32,7 @@ RUN = train_step.Run(
     tokens=900,
     scored=300,
     reference_bytes=0,
+    trace_seconds=0.0,
 )
 
 
@@ -151,6 +152,18 @@ def test_a_run_reports_what_its_cache_took(recipe, tmp_path, capfd):
     # hidden states of 32 float32 values, and little beside them
     assert 0 < train_step.size_of(folder) / (cached.scored * 32 * 4) < 1.2
     assert 0 < cached.scored < cached.tokens
+
+
+@pytest.mark.usefixtures("probe")
+def test_a_run_reports_what_its_trace_took(recipe, tmp_path, capfd):
+    keys = recipe(**train_step.CONTENDERS["traced"], max_steps=4)
+    trainer = tiny.train(tmp_path, keys)
+    run = train_step.reported(capfd.readouterr().out, resident=GIB)
+    assert 0 < run.trace_seconds == trainer.trace.seconds < run.seconds
+    # 0.02 s of 4 steps of 2 s
+    told = replace(RUN, trace_seconds=0.02).evidence()
+    assert told.endswith("; the trace took 0.25% of the time")
+    assert "trace" not in RUN.evidence()
 
 
 def test_the_time_of_one_step_is_no_step_time():

@@ -2,8 +2,10 @@
 
 import json
 import multiprocessing
+from itertools import chain
 from pathlib import Path
 
+import pandas
 import pytest
 import ranks
 import tiny
@@ -33,6 +35,7 @@ SHARDING = ["ddp", "zero3", "fsdp2"]
 # ten steps of 8 pairs; Adam's default epsilon would make updates of rounding errors
 COMMON = dict(num_epochs=2, micro_batch_size=2, adam_epsilon=1e-4, ddp_timeout=120)
 PACKED = {"sample_packing": True}
+FILTERED = dict(edpo_control="batch_margin", edpo_epsilon=None, edpo_margin_keep=0.8)
 HEAD_LORA = dict(adapter="lora", lora_r=4, lora_alpha=8)
 HEAD_LORA |= dict(lora_target_modules=["q_proj", "lm_head"])
 
@@ -131,7 +134,8 @@ def assert_same_run(pair: list[dict], single: list[dict]) -> None:
     first, betas = pair[0], series(pair[0], "kl/beta")
     assert betas == pytest.approx(series(alone, "kl/beta"), abs=1e-6)
     assert first["beta"] == pytest.approx(alone["beta"], abs=1e-6)
-    for name in ("kl/p_epsilon_steps", "kl/n_epsilon_steps", "num_tokens"):
+    made = {*chain(*alone["log"])}  # steps: by `edpo_control: epsilon` only
+    for name in {"kl/p_epsilon_steps", "kl/n_epsilon_steps", "num_tokens"} & made:
         assert series(first, name) == pytest.approx(series(alone, name), abs=1e-6)
     for name in ("loss", "rewards/margins", "kl/policy_ref", "grad_norm"):
         expected = series(alone, name)
@@ -249,13 +253,45 @@ def test_a_mixture_of_experts_keeps_its_router_loss(runs, name):
     assert series(pair[0], "aux_loss") == pytest.approx(alone, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("name", ["ddp", "zero2", "zero3", "fsdp2"])
 def test_a_reference_that_moves_goes_on_from_a_checkpoint(runs, name):
     keys = dict(trl={"sync_ref_model": True, "ref_model_sync_steps": 3})
     whole = runs.single(**PACKED, **keys)
     assert_same_run(runs.double(name, **PACKED, **keys), whole)
     start = dict(resume_from_checkpoint=half(runs, 2, name, **keys))
     assert_same_run(runs.double(name, **PACKED, **keys, **start), whole)
+
+
+@pytest.mark.parametrize("adapter", [{}, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("name", SHARDING)
+def test_batch_margin_takes_the_pairs_of_all_ranks_for_its_batch(runs, name, adapter):
+    """β and the pairs that the filter leaves out; then on from a checkpoint."""
+    keys = dict(**PACKED, **FILTERED, **adapter)
+    whole, pair = runs.single(**keys), runs.double(name, **keys)
+    assert_same_run(pair, whole)
+    betas = series(pair[0], "kl/beta")
+    assert max(betas) > 0.105 and min(betas) < 0.1
+    if not adapter:
+        start = half(runs, 2, name, **FILTERED)
+        assert_same_run(runs.double(name, **keys, resume_from_checkpoint=start), whole)
+
+
+@pytest.mark.parametrize("name", SHARDING)
+def test_every_rank_traces_its_own_pairs(runs, name):
+    """33 pairs: the last step is one pair, on one rank."""
+    keys = dict(**PACKED, data="33 pairs", num_epochs=1, edpo_log_pairs=1)
+    traces = [
+        pandas.read_parquet(Path(result[0]["out"]) / "edpo_pairs").set_index("id")
+        for result in (runs.single(**keys), runs.double(name, **keys))
+    ]
+    alone, both = (trace.sort_index() for trace in traces)
+    assert len(both) == 33 and both["global_step"].value_counts()[5] == 1
+    assert both["step"].equals(alone["step"])
+    for column in ("global_step", "chosen_tokens", "prompt", "rejected"):
+        assert both[column].equals(alone[column]), column
+    for column in ("plus", "minus", "beta", "margin", "kl"):
+        own = both[column].to_numpy()
+        assert own == pytest.approx(alone[column].to_numpy(), abs=1e-5), column
 
 
 @pytest.mark.parametrize("cache", [{}, CACHED], ids=["live", "cached"])

@@ -295,6 +295,30 @@ CELLS = [
         unfrozen_parameters=["model.embed_tokens.weight$[5:9]"],
     ),
     ours(
+        "`edpo_epsilon` with `edpo_control: fixed`",
+        r"`edpo_epsilon: 0.1`.*remove it.*`edpo_control: fixed`",
+        edpo_control="fixed",
+        edpo_epsilon=0.1,
+    ),
+    ours(
+        "`edpo_margin_keep` without `edpo_control: batch_margin`",
+        r"`edpo_margin_keep: 0.8`.*remove it.*`edpo_control: epsilon`",
+        edpo_margin_keep=0.8,
+    ),
+    ours(
+        "`edpo_margin_keep` with `sft`",
+        r"`edpo_margin_keep: 0.8`.*`sft`",
+        edpo_control="batch_margin",
+        edpo_epsilon=None,
+        edpo_margin_keep=0.8,
+        dpo_loss_type=["sigmoid", "sft"],
+    ),
+    ours(
+        "`edpo_log_pairs: 0`",
+        r"`edpo_log_pairs: 0`.*greater than 0",
+        edpo_log_pairs=0,
+    ),
+    ours(
         "`edpo_reference_cache` without `precompute_ref_log_probs`",
         r"`edpo_reference_cache: .*cache`.*set `precompute_ref_log_probs: true`",
         edpo_reference_cache="{files}/cache",

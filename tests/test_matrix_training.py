@@ -19,6 +19,7 @@ from typing import Any, get_args
 from unittest import mock
 
 import matrix
+import pandas
 import pytest
 import tiny
 import torch
@@ -907,6 +908,50 @@ def test_an_option_takes_effect(cell, run):
     cell.shows(made)
 
 
+def control(kind: str, name: str = "", note: str = "", **keys) -> Cell:
+    keys |= {"edpo_control": kind, "edpo_epsilon": None}
+    return Cell(f"`edpo_control: {kind}`{name}", keys, note=note)
+
+
+CONTROLS = [
+    control("fixed", note="DPO with this head, rows and references."),
+    control("fixed", ", LoRA", **LORA),
+    control("fixed", ", QLoRA", **tiny.NF4),
+    control("batch_margin", note="β-DPO; a batch is a step, on all ranks."),
+    control("batch_margin", ", LoRA", **LORA),
+    control("batch_margin", ", QLoRA", **tiny.NF4),
+    control("batch_margin", " with `edpo_margin_keep`", edpo_margin_keep=0.5),
+    control("batch_margin", ", `sample_packing`", sample_packing=True),
+    control("batch_margin", ", `dpo_loss_type: [ipo]`", dpo_loss_type=["ipo"]),
+]
+
+
+@matrix.cells(CONTROLS)
+def test_a_control_moves_beta_or_does_not(cell, recipe, tmp_path):
+    model = str(tiny.save_model(tmp_path / "wide", hidden_size=64))
+    keys = recipe(**{"base_model": model, **cell.keys})
+    trainer = tiny.train(tmp_path, {**keys, "max_steps": 3})
+    first, second, third = tiny.logs(trainer)
+    assert first["kl/beta"] == BETA and first["kl/policy_ref"] == 0
+    assert min(second["kl/policy_ref"], third["kl/policy_ref"]) > 0
+    moves = cell.keys["edpo_control"] == "batch_margin"
+    assert (second["kl/beta"] != BETA) == (third["kl/beta"] != BETA) == moves
+
+
+TRACE = Cell(
+    "`edpo_log_pairs`",
+    {"edpo_log_pairs": 2},
+    note="Parquet files in `edpo_pairs` in `output_dir`.",
+)
+
+
+@matrix.cells([TRACE])
+def test_pairs_of_every_second_step_are_noted(cell, recipe, tmp_path):
+    matrix.assert_cell(cell, tmp_path, recipe(**cell.keys))
+    rows = pandas.read_parquet(tmp_path / "out" / "edpo_pairs")
+    assert rows["global_step"].tolist() == [2] * 4 and rows["id"].nunique() == 4
+
+
 SEED = Cell("`seed`", {"seed": 8})
 RESUME = Cell(
     "`auto_resume_from_checkpoints`, `resume_from_checkpoint`",
@@ -1010,6 +1055,8 @@ CELLS: list[Cell] = [
     *FOLLOWED,
     OTHER_SCHEDULE,
     *OPTIONS,
+    *CONTROLS,
+    TRACE,
     SEED,
     RESUME,
     *OUTSIDE,
