@@ -25,7 +25,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from axolotl_edpo import saved
-from axolotl_edpo.report import figures, runs, trace
+from axolotl_edpo.report import figures, logged, runs, trace
 from axolotl_edpo.report.command import edpo_report
 
 KINDS = {
@@ -135,12 +135,11 @@ def page_of(folder: Path, *paths) -> Page:
 def test_numbers_are_those_that_were_logged(outputs, tmp_path, kind):
     (made,) = numbers(tmp_path, outputs / kind)
     state = state_of(outputs / kind / "checkpoint-10")
-    for name in [m.name for m in runs.METRICS] + [
-        f"eval_{m.name}" for m in runs.METRICS
-    ]:
-        logged = [(e["step"], e[name]) for e in state["log_history"] if name in e]
+    names = [metric.name for metric in logged.METRICS]
+    for name in names + [f"eval_{name}" for name in names]:
+        said = [(e["step"], e[name]) for e in state["log_history"] if name in e]
         read = made["logged"].get(name, {"steps": [], "values": []})
-        assert [*zip(read["steps"], read["values"], strict=True)] == logged, name
+        assert [*zip(read["steps"], read["values"], strict=True)] == said, name
     assert len(made["logged"]["loss"]["steps"]) == 10
     assert made["logged"]["eval_loss"]["steps"] == [0, 4, 8, 10]
     assert made["status"] == "finished: 10 steps"
@@ -192,7 +191,7 @@ def test_every_chart_is_in_the_page_and_a_picture(outputs, tmp_path):
 def test_the_curves_are_where_the_values_are(outputs):
     run = runs.read_run(outputs / "epsilon")
     train, held_out = run.series("kl/beta"), run.series("eval_kl/beta")
-    (axes,) = figures.draw_metric(runs.BETA, train, held_out).axes
+    (axes,) = figures.draw_metric(logged.BETA, train, held_out).axes
     line, dots = axes.lines
     assert line.get_xdata().tolist() == [*range(1, 11)] == train.steps
     assert line.get_ydata().tolist() == train.values
@@ -203,9 +202,9 @@ def test_the_curves_are_where_the_values_are(outputs):
     assert up.get_ydata().tolist() == run.series("kl/p_epsilon_steps").values
 
 
-def test_a_smooth_line_is_a_mean_of_what_is_near():
+def test_a_smooth_line_is_a_mean_of_what_is_near_and_starts_where_values_do():
     assert figures.smooth([1, 2, 6, 3], 1) == [1, 2, 6, 3]
-    assert figures.smooth([1, 2, 6, 3, 9], 3) == [1.5, 3, 11 / 3, 6, 6]
+    assert figures.smooth([1, 2, 6, 3, 9], 3) == [1, 3, 11 / 3, 6, 6]
     assert [figures.window(count) for count in (1, 15, 16, 94, 320)] == [
         1,
         1,
@@ -222,6 +221,7 @@ def test_a_page_needs_no_other_file(outputs, tmp_path, paths):
     names = {name for name, _ in page.attributes}
     assert not names & {"src", "srcset", "data", "onload", "xmlns"}
     ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
     links = {value for name, value in page.attributes if "href" in name}
     assert links <= {f"#{name}" for name in ids} and links
     assert not re.search(r"url\((?!#)|@import", page.source)
@@ -357,8 +357,8 @@ def test_an_evaluation_without_kl_is_put_where_training_was():
         {"step": 5, "eval_rewards/accuracies": 0.75},
     ]
     run = runs.Run(Path("out"), Path("out"), {"global_step": 5, "log_history": log})
-    assert runs.path_over_kl(run, runs.ACCURACY) == [(5, 0.5, 0.75)]
-    assert runs.path_over_kl(run, runs.MARGIN) == []
+    assert runs.path_over_kl(run, logged.ACCURACY) == [(5, 0.5, 0.75)]
+    assert runs.path_over_kl(run, logged.MARGIN) == []
 
 
 def test_names_are_what_sets_paths_apart(outputs, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@
     output_dir/edpo_pairs/*.parquet               what single pairs did, if traced
 
 Files, in reading order:
+    logged.py      what a run logs, and how to read it
     runs.py        runs, read from their directories
     trace.py       pairs, read from a run's trace
     figures.py     charts, as SVG and PNG

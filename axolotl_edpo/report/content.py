@@ -5,15 +5,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import figures, runs, trace
-from .runs import EVAL, Metric, Run
+from . import figures, logged, runs, trace
+from .logged import EVAL, Metric
+from .runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-CURVES = (runs.AVERAGE, runs.KL, runs.LOSS, runs.MARGIN, runs.ACCURACY, runs.RATE)
-COMPARED = (runs.BETA, runs.NET, *CURVES)
+CURVES = (
+    logged.AVERAGE,
+    logged.KL,
+    logged.LOSS,
+    logged.MARGIN,
+    logged.ACCURACY,
+    logged.RATE,
+)
+COMPARED = (logged.BETA, logged.NET, *CURVES)
 
 
 @dataclass(frozen=True)
@@ -52,9 +60,9 @@ def read_pairs(run: Run) -> Pairs | None:
 
 def charts_of_run(run: Run) -> Iterator[Chart]:
     """Curves of what one run logged."""
-    if run.has(runs.BETA):
-        yield _curve(run, runs.BETA)
-    if run.has(runs.UP):
+    if run.has(logged.BETA):
+        yield _curve(run, logged.BETA)
+    if run.has(logged.UP):
         yield Chart(
             "shares",
             figures.draw_shares(run),
@@ -90,10 +98,10 @@ def charts_of_runs(several: Sequence[Run], names: Sequence[str]) -> Iterator[Cha
 
 def _frontier(several: Sequence[Run], names: Sequence[str]) -> Iterator[Chart]:
     notes = {
-        runs.ACCURACY: "A path per run over its evaluations, its end marked. Further "
+        logged.ACCURACY: "A path per run over its evaluations, its end marked. Further "
         "up and further left is better: more pairs told apart for less distance from "
         "the reference.",
-        runs.MARGIN: "The same for margins. They contain β, so compare accuracies "
+        logged.MARGIN: "The same for margins. They contain β, so compare accuracies "
         "where runs differ in it.",
     }
     for metric, note in notes.items():
@@ -106,8 +114,13 @@ def _frontier(several: Sequence[Run], names: Sequence[str]) -> Iterator[Chart]:
 # --- pairs -------------------------------------------------------------------------
 
 
-def charts_of_pairs(pairs: Pairs) -> Iterator[Chart]:
-    """What a trace says of all pairs together."""
+def charts_of_pairs(pairs: Pairs, suffix: str) -> Iterator[Chart]:
+    """What a trace says of all pairs together.
+
+    Args:
+        pairs: Of a run.
+        suffix: Of the charts' names.
+    """
     curves = trace.margin_by_step(pairs.observations)
     note = "Each pair as it was before the step that trained on it. "
     if trace.has_steps(pairs.observations):
@@ -116,9 +129,9 @@ def charts_of_pairs(pairs: Pairs) -> Iterator[Chart]:
             "against others."
         )
     if curves:
-        yield Chart("pairs_margins", figures.draw_margins(curves), note)
+        yield Chart(f"pairs_margins{suffix}", figures.draw_margins(curves), note)
     yield Chart(
-        "pairs_log_ratio",
+        f"pairs_log_ratio{suffix}",
         figures.draw_pairs(pairs.table),
         "Log-ratio: by how much more the policy has raised the log-probability of "
         "chosen than that of rejected, margin / β̃. The tail below 0 is what the table "
@@ -131,8 +144,9 @@ def charts_of_pairs(pairs: Pairs) -> Iterator[Chart]:
 
 def as_json(run: Run, name: str, pairs: Pairs | None) -> dict[str, Any]:
     """All numbers of a run, as they were logged; null where one is not finite."""
-    logged = run.logged()
-    paths = {m.name: runs.path_over_kl(run, m) for m in (runs.ACCURACY, runs.MARGIN)}
+    paths = {
+        m.name: runs.path_over_kl(run, m) for m in (logged.ACCURACY, logged.MARGIN)
+    }
     content = {
         "name": name,
         "path": str(run.path),
@@ -145,7 +159,7 @@ def as_json(run: Run, name: str, pairs: Pairs | None) -> dict[str, Any]:
         "model": runs.model_name(run),
         "control": run.control,
         "controller": run.controller,
-        "logged": {key: vars(series) for key, series in logged.items()},
+        "logged": {key: vars(series) for key, series in run.logged().items()},
         "frontier": {key: [p._asdict() for p in path] for key, path in paths.items()},
         "pairs": pairs and _pairs_as_json(pairs),
     }

@@ -16,8 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from . import runs
-from .runs import EVAL, Evaluation, Metric, Run, Series
+from . import logged
+from .logged import EVAL, Metric
+from .runs import Evaluation, Run, Series
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -56,7 +57,6 @@ STYLE: dict[Any, Any] = {
     "savefig.facecolor": "white",
     "svg.fonttype": "none",
     "text.parse_math": False,  # names of runs may hold dollars
-    "svg.hashsalt": "axolotl-edpo",  # the same run, the same page
     "xtick.color": "#444444",
     "ytick.color": "#444444",
 }
@@ -82,10 +82,16 @@ def window(count: int) -> int:
 
 
 def smooth(values: Sequence[float], width: int) -> list[float]:
-    """Centred means, of fewer values towards both ends."""
-    half = width // 2
-    around = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [sum(near) / len(near) for near in around]
+    """Means of `width` values around each, of fewer towards both ends.
+
+    A line starts where its values do: at 0, for what compares policy and reference.
+    """
+    means = []
+    for i in range(len(values)):
+        half = min(width // 2, i)
+        near = values[i - half : i + half + 1]
+        means.append(sum(near) / len(near))
+    return means
 
 
 @contextmanager
@@ -120,7 +126,7 @@ def draw_metric(
 
 
 def _smooth_over_raw(axes: Axes, train: Series, metric: Metric) -> None:
-    width = 1 if metric in runs.EXACT else window(len(train.steps))
+    width = 1 if metric in logged.EXACT else window(len(train.steps))
     marker = "." if len(train.steps) < 3 else None
     if width > 1:
         axes.plot(train.steps, train.values, color=BLUE, alpha=0.25, linewidth=0.9)
@@ -141,7 +147,7 @@ def draw_shares(run: Run) -> Figure:
 
 
 def _shares(run: Run, prefix: str) -> dict[int, Series]:
-    up, down = (run.series(prefix + m.name) for m in (runs.UP, runs.DOWN))
+    up, down = (run.series(prefix + m.name) for m in (logged.UP, logged.DOWN))
     if not up or not down:
         return {}
     still = [1 - u - d for u, d in zip(up.values, down.values, strict=True)]
@@ -164,7 +170,7 @@ def draw_runs(metric: Metric, several: Sequence[Run], names: Sequence[str]) -> F
         for run, name, look in zip(several, names, looks(len(names)), strict=True):
             train, held_out = run.series(metric.name), run.series(EVAL + metric.name)
             if train:
-                width = 1 if metric in runs.EXACT else window(len(train.steps))
+                width = 1 if metric in logged.EXACT else window(len(train.steps))
                 line = smooth(train.values, width)
                 axes.plot(train.steps, line, look.line, color=look.colour, label=name)
             if held_out:
@@ -267,10 +273,16 @@ def _finish(
     figure.legend(loc="outside lower left", ncols=legend_columns, handlelength=2.6)
 
 
-def as_svg(figure: Figure) -> str:
-    """A figure as an `<svg>` element to stand in a page, without ids of groups."""
+def as_svg(figure: Figure, name: str) -> str:
+    """A figure as an `<svg>` element to stand in a page.
+
+    Args:
+        figure: The drawing.
+        name: Of this one in the page: no other has the same ids, and the same drawing
+            always has the same.
+    """
     file = StringIO()
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure.savefig(file, format="svg", metadata={"Date": None})
     _, start, element = file.getvalue().partition("<svg")
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)

@@ -26,6 +26,15 @@ class Report:
     pairs: list[Pairs | None]
 
 
+@dataclass(frozen=True)
+class Section:
+    """A part of the page; with tables, where it is of pairs."""
+
+    title: str
+    charts: list[Chart]
+    pairs: Pairs | None = None
+
+
 def read(paths: Sequence[Path]) -> Report:
     """Reads all that a report is about.
 
@@ -62,7 +71,7 @@ def write(report: Report, folder: Path) -> tuple[Path, int]:
         ValueError: The folder cannot be written to.
     """
     sections = _sections(report)
-    pictures = [chart for section in sections for chart in section["charts"]]
+    pictures = [chart for section in sections for chart in section.charts]
     text = _render(report, sections)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,34 +89,23 @@ def _replace(file: Path, data: bytes) -> None:
     partial.replace(file)
 
 
-def _sections(report: Report) -> list[dict[str, Any]]:
+def _sections(report: Report) -> list[Section]:
     """Curves, then the pairs of each run that traced them."""
-    if len(report.runs) == 1:
-        curves = content.charts_of_run(report.runs[0])
-    else:
+    several = len(report.runs) > 1
+    if several:
         curves = content.charts_of_runs(report.runs, report.names)
-    sections: list[dict[str, Any]] = [
-        {"title": "Curves", "charts": list(curves), "pairs": None}
-    ]
-    for number, (name, pairs) in enumerate(
-        zip(report.names, report.pairs, strict=True)
-    ):
+    else:
+        curves = content.charts_of_run(report.runs[0])
+    sections = [Section("Curves", [*curves])]
+    for number, pairs in enumerate(report.pairs):
         if pairs:
-            several = len(report.runs) > 1
-            charts = list(content.charts_of_pairs(pairs))
-            if several:
-                charts = [_numbered(chart, number + 1) for chart in charts]
-            title = f"Pairs of {name}" if several else "Pairs"
-            sections.append({"title": title, "charts": charts, "pairs": pairs})
+            title = f"Pairs of {report.names[number]}" if several else "Pairs"
+            charts = content.charts_of_pairs(pairs, f"_{number + 1}" if several else "")
+            sections.append(Section(title, [*charts], pairs))
     return sections
 
 
-def _numbered(chart: Chart, number: int) -> Chart:
-    """A chart of the n-th run, so that its picture has a name of its own."""
-    return Chart(f"{chart.name}_{number}", chart.figure, chart.caption)
-
-
-def _render(report: Report, sections: list[dict[str, Any]]) -> str:
+def _render(report: Report, sections: list[Section]) -> str:
     made = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -123,9 +121,10 @@ def _render(report: Report, sections: list[dict[str, Any]]) -> str:
         style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
         fold=FOLD,
         tables=tables,
+        status=runs.status,
     )
 
 
 def _svg(chart: Chart) -> Markup:
     """The drawing of a chart; matplotlib has escaped its texts."""
-    return Markup(figures.as_svg(chart.figure))
+    return Markup(figures.as_svg(chart.figure, chart.name))

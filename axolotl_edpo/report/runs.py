@@ -13,91 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..saved import PREFIX, STATE, checkpoints, is_complete, last_complete
-
-EVAL = "eval_"
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A logged quantity.
-
-    Attributes:
-        name: As it is logged.
-        label: As people call it.
-        note: How to read its curve.
-    """
-
-    name: str
-    label: str
-    note: str
-
-
-BETA = Metric(
-    "kl/beta",
-    "KL penalty β",
-    "The β that each step used. Falling: the policy is being let go from its "
-    "reference. Rising: it is being held closer.",
-)
-UP = Metric(
-    "kl/p_epsilon_steps",
-    "Share of pairs moved up, s = +1",
-    "Their answers separate better under a smaller β.",
-)
-DOWN = Metric(
-    "kl/n_epsilon_steps",
-    "Share of pairs moved down, s = −1",
-    "Their answers separate better under a larger β.",
-)
-NET = Metric(
-    "kl/avg_steps",
-    "Moved up minus moved down",
-    "Above 0: more pairs ask for a smaller β than for a larger one, so β falls.",
-)
-KL = Metric(
-    "kl/policy_ref",
-    "KL(π‖π_ref) per token, nats",
-    "How far the policy has moved from its reference, on the answers' tokens. It is "
-    "what β is there to bound.",
-)
-AVERAGE = Metric(
-    "kl/margin_average",
-    "Average margin M₀, nats",
-    "What the margins of a step are compared with: above it, β rises.",
-)
-LOSS = Metric("loss", "Loss", "At ln 2 = 0.693 chosen and rejected are not told apart.")
-MARGIN = Metric(
-    "rewards/margins",
-    "Reward margin",
-    "Implicit reward of chosen minus that of rejected. It contains β: where β "
-    "falls, the same policy has a smaller margin.",
-)
-ACCURACY = Metric(
-    "rewards/accuracies",
-    "Reward accuracy",
-    "Share of pairs with a margin above 0. It is 0, not one half, while policy and "
-    "reference are equal. Training rising and evaluation not: the policy learns its "
-    "pairs by heart.",
-)
-CHOSEN = Metric("rewards/chosen", "Reward of chosen", "")
-REJECTED = Metric("rewards/rejected", "Reward of rejected", "")
-RATE = Metric("learning_rate", "Learning rate", "The schedule, as it was applied.")
-
-METRICS = (
-    BETA,
-    AVERAGE,
-    UP,
-    DOWN,
-    NET,
-    KL,
-    LOSS,
-    MARGIN,
-    ACCURACY,
-    CHOSEN,
-    REJECTED,
-    RATE,
-)
-# Not means over pairs: nothing to smooth.
-EXACT = (BETA, RATE)
+from .logged import EVAL, KL, METRICS, Metric
 
 
 @dataclass(frozen=True)
@@ -127,7 +43,8 @@ class Run:
     @property
     def output_dir(self) -> Path:
         """The recipe's `output_dir`."""
-        return self.folder.parent if _is_checkpoint(self.folder) else self.folder
+        folder = self.folder.resolve()
+        return folder.parent if _is_checkpoint(folder) else folder
 
     @property
     def steps(self) -> int:
@@ -258,7 +175,7 @@ def _stopped_itself(run: Run) -> bool:
 def _saved_later(run: Run) -> bool:
     """Whether a run that kept no last checkpoint ended all the same."""
     state = (run.folder / STATE).stat()
-    weights = [*run.output_dir.glob("*.safetensors"), *run.output_dir.glob("*.bin")]
+    weights = run.output_dir.glob("*.safetensors")
     return any(file.stat().st_mtime > state.st_mtime for file in weights)
 
 

@@ -4,9 +4,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from . import runs, trace
+from . import logged, runs, trace
 from .content import Pairs
-from .runs import EVAL, Metric, Run, Series, status
+from .logged import EVAL, Metric
+from .runs import Run, Series
 
 # Pairs in the table of either extreme.
 SHOWN = 10
@@ -24,14 +25,12 @@ SETTINGS = {
     "margin_keep": "Share of pairs kept",
 }
 MISSING = {
-    runs.BETA: "β",
-    runs.KL: "KL(π‖π_ref)",
-    runs.UP: "shares of pairs moved",
-    runs.MARGIN: "rewards",
-    runs.RATE: "learning rate",
+    logged.BETA: "β",
+    logged.KL: "KL(π‖π_ref)",
+    logged.UP: "shares of pairs moved",
+    logged.MARGIN: "rewards",
+    logged.RATE: "learning rate",
 }
-
-__all__ = ["facts", "first_and_last", "notes", "row_of_run", "status", "summary"]
 
 
 def number(value: float | None) -> str:
@@ -85,7 +84,7 @@ def first_and_last(run: Run) -> list[tuple[str, list[str]]]:
     """Rows: a label, and the first and last value of training and of evaluation."""
     return [
         (metric.label, [_ends(run.series(pre + metric.name)) for pre in ("", EVAL)])
-        for metric in runs.METRICS
+        for metric in logged.METRICS
         if run.has(metric)
     ]
 
@@ -112,11 +111,11 @@ RUN_COLUMNS: list[tuple[str, Callable[[Run], str]]] = [
     ("control", lambda run: run.control or "–"),
     ("ε", lambda run: number(run.controller.get("epsilon"))),
     ("β", _first_to_now),
-    ("KL, nats", _last(runs.KL)),
-    ("accuracy", _last(runs.ACCURACY)),
-    ("margin", _last(runs.MARGIN)),
-    ("loss", _last(runs.LOSS)),
-    ("state", status),
+    ("KL, nats", _last(logged.KL)),
+    ("accuracy", _last(logged.ACCURACY)),
+    ("margin", _last(logged.MARGIN)),
+    ("loss", _last(logged.LOSS)),
+    ("state", runs.status),
 ]
 
 
