@@ -494,15 +494,17 @@ def test_pairs_of_a_control_without_steps_are_ranked_and_move_nowhere(run, tmp_p
     assert "Mean margin of traced pairs" in page.text("svg").splitlines()
 
 
-def test_long_texts_are_folded_and_none_is_lost(run, tmp_path):
+def test_long_texts_are_folded_between_words_and_none_is_lost(run, tmp_path):
     long = " ".join(f"word{i}" for i in range(200))
-    write_trace(
-        run, [observation(1, "a", 1, 1.0, prompt=long, chosen="", rejected="b")]
-    )
+    texts = dict(prompt=long, chosen="", rejected="<b>" * 200)
+    write_trace(run, [observation(1, "a", 1, 1.0, **texts)])
     page = page_of(tmp_path / "page", run)
-    assert 0 < len(page.text("summary")) < 300
-    folded = page.text("details").replace(" …\n", "")
-    assert folded.replace(" ", "") == long.replace(" ", "")
+    start, cut = page.text("summary").split(" …\n")
+    assert start.split() == long.split()[: len(start.split())]
+    assert 200 < len(start) <= len(cut) - len(" …") == 280
+    pieces = page.text("details").replace(" …", "").split("\n")
+    assert " ".join(pieces[:2]) == long
+    assert "".join(pieces[2:]) == "<b>" * 200
 
 
 def test_margins_by_step_are_means_of_their_class():

@@ -13,8 +13,6 @@ from .content import Chart, Pairs
 from .runs import Run
 
 HERE = Path(__file__).parent
-# Longer texts of pairs are folded after so many characters.
-FOLD = 280
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,6 @@ def _render(report: Report, sections: list[Section]) -> str:
         sections=sections,
         looks=figures.looks(len(report.runs)),
         style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
-        fold=FOLD,
         tables=tables,
         status=runs.status,
     )

@@ -11,6 +11,8 @@ from .runs import Run, Series
 
 # Pairs in the table of either extreme.
 SHOWN = 10
+# Longer texts are folded after so many characters.
+FOLD = 280
 CONTROLS: dict[str | None, str] = {
     "epsilon": "ε-DPO, a β per pair (edpo_control: epsilon)",
     "fixed": "DPO, one β throughout (edpo_control: fixed)",
@@ -156,6 +158,17 @@ def surest(pairs: Pairs) -> list[Any]:
     """Rows of the pairs at the other end, and in neither table twice."""
     rest = pairs.table.iloc[SHOWN:]
     return list(rest.tail(SHOWN).iloc[::-1].itertuples())
+
+
+def folded(text: str | None) -> tuple[str, str]:
+    """Start and rest of a text, cut between words; a short one has no rest."""
+    if text is None:
+        return "–", ""
+    if len(text) <= FOLD:
+        return text, ""
+    space = text.rfind(" ", FOLD // 2, FOLD)
+    cut = space if space > 0 else FOLD
+    return text[:cut], text[cut:]
 
 
 def summary(pairs: Pairs) -> str:
