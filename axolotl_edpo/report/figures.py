@@ -5,7 +5,7 @@ well, so that charts can be read without colour. All text stays text in the SVG.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO, StringIO
 from itertools import cycle, islice
@@ -34,6 +34,7 @@ MOVES = {
     0: (GREY, ":", "not moved"),
     -1: (BLUE, "--", "down, s = −1"),
 }
+STEP = "optimizer step"
 SIZE = (5.0, 3.1)  # inches: wide enough for a phone, twice on a desktop
 STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
@@ -95,14 +96,37 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
 
 
 @contextmanager
-def _panel(title: str, x_label: str = "optimizer step"):
-    """A figure and its one panel, drawn in the house style."""
+def _panel(title: str, x_label: str = STEP) -> Iterator[tuple[Figure, Axes]]:
+    """A figure and its one panel; what is drawn in it gets a legend below."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=SIZE)
         axes = figure.subplots()
         axes.set_title(title)
         axes.set_xlabel(x_label)
+        if x_label == STEP:
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         yield figure, axes
+        _add_legend(figure, axes)
+
+
+def _add_legend(figure: Figure, axes: Axes) -> None:
+    """In as many columns as the longest name leaves room for."""
+    _, names = axes.get_legend_handles_labels()
+    longest = max(map(len, names))
+    columns = 3 if longest < 14 else 2 if longest < 28 else 1
+    rows = -(-len(names) // columns)
+    figure.set_figheight(SIZE[1] + 0.17 * (rows - 1))
+    figure.legend(loc="outside lower left", ncols=columns, handlelength=2.6)
+
+
+def _draw_line(axes: Axes, x, y, line: str, colour: str, name: str) -> None:
+    """A line; points, where there are too few for one."""
+    marker = "." if len(x) < 3 else None
+    axes.plot(x, y, line, color=colour, marker=marker, label=name)
+
+
+def _width(metric: Metric, series: Series) -> int:
+    return 1 if metric in logged.EXACT else window(len(series.steps))
 
 
 def draw_metric(
@@ -121,18 +145,15 @@ def draw_metric(
                 markeredgecolor="white",
                 label="evaluation",
             )
-        _finish(figure, axes)
     return figure
 
 
 def _smooth_over_raw(axes: Axes, train: Series, metric: Metric) -> None:
-    width = 1 if metric in logged.EXACT else window(len(train.steps))
-    marker = "." if len(train.steps) < 3 else None
+    width, name = _width(metric, train), "training"
     if width > 1:
         axes.plot(train.steps, train.values, color=BLUE, alpha=0.25, linewidth=0.9)
-    label = f"training, mean of {width} logs" if width > 1 else "training"
-    line = smooth(train.values, width)
-    axes.plot(train.steps, line, color=BLUE, marker=marker, label=label)
+        name += f", mean of {width} logs"
+    _draw_line(axes, train.steps, smooth(train.values, width), "-", BLUE, name)
 
 
 def draw_shares(run: Run) -> Figure:
@@ -142,7 +163,6 @@ def draw_shares(run: Run) -> Figure:
             for step, share in _shares(run, prefix).items():
                 _draw_share(axes, share, step, as_dots)
         axes.set_ylim(-0.03, 1.03)
-        _finish(figure, axes, legend_columns=3)
     return figure
 
 
@@ -160,8 +180,7 @@ def _draw_share(axes: Axes, share: Series, step: int, as_dots: bool) -> None:
         axes.plot(share.steps, share.values, "o", color=colour, markersize=4)
         return
     values = smooth(share.values, window(len(share.steps)))
-    marker = "." if len(share.steps) < 3 else None
-    axes.plot(share.steps, values, line, color=colour, marker=marker, label=name)
+    _draw_line(axes, share.steps, values, line, colour, name)
 
 
 def draw_runs(metric: Metric, several: Sequence[Run], names: Sequence[str]) -> Figure:
@@ -170,13 +189,11 @@ def draw_runs(metric: Metric, several: Sequence[Run], names: Sequence[str]) -> F
         for run, name, look in zip(several, names, looks(len(names)), strict=True):
             train, held_out = run.series(metric.name), run.series(EVAL + metric.name)
             if train:
-                width = 1 if metric in logged.EXACT else window(len(train.steps))
-                line = smooth(train.values, width)
-                axes.plot(train.steps, line, look.line, color=look.colour, label=name)
+                values = smooth(train.values, _width(metric, train))
+                _draw_line(axes, train.steps, values, look.line, look.colour, name)
             if held_out:
                 label = None if train else name
                 _mark(axes, held_out.steps, held_out.values, look, label=label)
-        _finish(figure, axes, names_of_runs=True)
     return figure
 
 
@@ -206,7 +223,6 @@ def draw_frontier(
                 _mark(axes, x, y, look, **line)
                 last = {"markersize": 10, "markeredgecolor": BLACK, "label": name}
                 _mark(axes, x[-1:], y[-1:], look, **last)
-        _finish(figure, axes, names_of_runs=True, whole_steps=False)
     return figure
 
 
@@ -216,18 +232,15 @@ def draw_margins(curves: "dict[int | None, DataFrame]") -> Figure:
     with _panel(f"Mean margin of traced pairs{classes}") as (figure, axes):
         for step, means in curves.items():
             colour, line, name = MOVES[step] if step is not None else (BLUE, "-", "all")
-            marker = "." if len(means) < 3 else None
             x, y = means["global_step"], means["margin"]
-            axes.plot(x, y, line, color=colour, marker=marker, label=name)
-        _finish(figure, axes, legend_columns=3)
+            _draw_line(axes, x, y, line, colour, name)
     return figure
 
 
 def draw_pairs(pairs: "DataFrame") -> Figure:
     """How many pairs have which mean log-ratio, by how they moved most."""
-    with _panel("Pairs by mean log-ratio", "nats, chosen minus rejected") as both:
-        figure, axes = both
-        groups = _by_move(pairs)
+    groups, x_label = _by_move(pairs), "nats, chosen minus rejected"
+    with _panel("Pairs by mean log-ratio", x_label) as (figure, axes):
         axes.hist(
             [own["log_ratio"] for own, *_ in groups],
             bins=min(40, 8 + len(pairs) // 20),
@@ -238,7 +251,6 @@ def draw_pairs(pairs: "DataFrame") -> Figure:
             linewidth=0.3,
         )
         axes.set_ylabel("pairs")
-        _finish(figure, axes)
     return figure
 
 
@@ -253,24 +265,6 @@ def _by_move(pairs: "DataFrame") -> list[tuple["DataFrame", str, str]]:
         (pairs[moved < 0], BLUE, "mostly down"),
     ]
     return [group for group in groups if len(group[0])]
-
-
-def _finish(
-    figure: Figure,
-    axes: Axes,
-    legend_columns: int = 2,
-    names_of_runs: bool = False,
-    whole_steps: bool = True,
-) -> None:
-    """Ticks and legend, once everything is drawn."""
-    if whole_steps:
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    _, labels = axes.get_legend_handles_labels()
-    if names_of_runs:
-        longest = max(map(len, labels))
-        legend_columns = 3 if longest < 12 else 2 if longest < 24 else 1
-        figure.set_figheight(SIZE[1] + 0.17 * (len(labels) // legend_columns))
-    figure.legend(loc="outside lower left", ncols=legend_columns, handlelength=2.6)
 
 
 def as_svg(figure: Figure, name: str) -> str:
