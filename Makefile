@@ -20,12 +20,13 @@ $(VENV)/installed-%: pyproject.toml
 	@echo "Installing into $(VENV): the first time this takes some minutes."
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -q "$(TORCH)"
-	$(VENV)/bin/python -m pip install --disable-pip-version-check -q -e ".[$*]"
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -q -e ".$(if $(filter-out package,$*),[$*])"
 	touch $@
 
-demo: $(VENV)/installed-demo
+demo: $(VENV)/installed-package
 	python examples/tiny/build.py
 	axolotl train examples/tiny_edpo.yml --launcher python
+	axolotl edpo-report examples/tiny/out
 	python examples/tiny/report.py
 
 test: $(VENV)/installed-test

@@ -15,7 +15,8 @@ Files, in reading order:
     backbone.py    hidden states and heads of policy and reference
     router.py      the router loss of a mixture of experts
     metrics.py     weighted means, reduced over ranks once per log
-    checkpoint.py  which checkpoint directories are complete
+    saved.py       which checkpoint directories are complete
+    checkpoint.py  which one to resume, and what else is in it
     pairs.py       pairs that cannot be trained on, or teach nothing
     guard.py       numbers that are not finite stop a run
     rows.py        how a recipe wants its rows, and whether its model can
@@ -37,6 +38,7 @@ Files, in reading order:
     plugin.py      what axolotl calls
     memory.py      memory per GPU, by calculation
     schema.py      the JSON schema of a recipe, for editors
+    report/        what runs did, as a page: its own list of files
 """
 
 from typing import Any

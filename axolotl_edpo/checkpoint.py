@@ -1,11 +1,5 @@
-"""Which checkpoint directories are complete, and which one to resume.
+"""Which checkpoint to resume, and what is in one besides transformers' files."""
 
-transformers writes `trainer_state.json` last, so a directory whose file is missing or
-cut short belongs to a save that was interrupted: its weights, optimizer or β may be
-missing, or left there by an earlier run.
-"""
-
-import json
 from pathlib import Path
 
 from accelerate.utils import gather_object
@@ -13,10 +7,9 @@ from axolotl.utils.logging import get_logger
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .engine import gathered, write
+from .saved import STATE, checkpoints, is_complete, last_complete, newest_complete
 
 LOG = get_logger(__name__)
 
@@ -24,37 +17,9 @@ REFERENCE = "reference.safetensors"
 _PEFT_PREFIX = "base_model.model."
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether the save that wrote this directory came to its end."""
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoint directories of a run, oldest step first, complete or not."""
-    found = {
-        int(step): path
-        for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (step := path.name.rpartition("-")[2]).isdigit()
-    }
-    return [found[step] for step in sorted(found)]
-
-
-def last_complete(output_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
-    return _last_complete_of(checkpoints(output_dir))
-
-
-def _last_complete_of(found: list[Path]) -> Path | None:
-    return next(filter(is_complete, reversed(found)), None)
-
-
 def mark_incomplete(checkpoint: Path) -> None:
     """Called before a save: what an earlier run left here no longer counts."""
-    (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    (checkpoint / STATE).unlink(missing_ok=True)
 
 
 def require_complete(checkpoint: Path) -> None:
@@ -73,7 +38,7 @@ def require_complete(checkpoint: Path) -> None:
     other = last_complete(checkpoint.parent)
     remedy = f"set it to {other}" if other else "remove the directory to start anew"
     raise ValueError(
-        f"`resume_from_checkpoint: {checkpoint}`: its {TRAINER_STATE_NAME} is missing "
+        f"`resume_from_checkpoint: {checkpoint}`: its {STATE} is missing "
         f"or cut short, so the save was interrupted: {remedy}"
     )
 
@@ -116,7 +81,7 @@ def choose_auto_resume(cfg) -> None:
     if cfg.resume_from_checkpoint:
         return
     found = checkpoints(Path(cfg.output_dir))
-    complete = _last_complete_of(found)
+    complete = newest_complete(found)
     _require_the_same(cfg.output_dir, complete)
     if not found:
         return

@@ -86,13 +86,15 @@ def test_every_option_is_there_and_nothing_of_axolotl_is_lost(schema):
         assert described.items() <= properties[name].items(), name
 
 
-def test_the_entry_point_is_a_command_of_its_name():
+def test_an_entry_point_is_a_command_of_its_name():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    ((name, target),) = project["entry-points"][GROUP].items()
-    module, _, attribute = target.partition(":")
-    command = getattr(importlib.import_module(module), attribute)
-    assert isinstance(command, click.Command)
-    assert command.name == name == "edpo-schema"
+    targets = project["entry-points"][GROUP]
+    assert sorted(targets) == ["edpo-report", "edpo-schema"]
+    for name, target in targets.items():
+        module, _, attribute = target.partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        assert command.name == name
 
 
 def test_the_command_prints_the_schema(schema):

@@ -1,4 +1,4 @@
-"""Before and after: what ε-DPO did to the tiny model, in numbers and one figure.
+"""Before and after: what ε-DPO did to the tiny model, in numbers and answers.
 
     python examples/tiny/report.py
 
@@ -11,7 +11,7 @@ Reads what build.py and `axolotl train examples/tiny_edpo.yml` left behind. Prin
     KL                  of policy from reference per token of those answers, summed
                         exactly over the vocabulary
 
-and writes examples/tiny/out/edpo.png, the run step by step.
+The run step by step is what `axolotl edpo-report examples/tiny/out` draws.
 """
 
 import json
@@ -23,48 +23,37 @@ import lm
 import torch
 from world import best_reward, true_reward
 
-try:
-    from matplotlib.figure import Figure
-except ImportError:
-    sys.exit("no matplotlib: run `pip install axolotl-edpo[demo]`")
+from axolotl_edpo.report.runs import read_run
 
 HERE = Path(__file__).parent
 BUILD = HERE / "build"
 OUT = HERE / "out"
-FIGURE = OUT / "edpo.png"
 
 ANSWERS_PER_PROMPT = 4
 SHOWN = 3
-WINDOW = 9  # steps
-# Okabe and Ito's colours, told apart by the colour-blind.
-BLUE, ORANGE = "#0072B2", "#D55E00"
 
 
 def main() -> None:
-    """Measure both models, print, draw."""
+    """Measure both models, print."""
     pairs = read_pairs()
-    history = read_history()
+    betas = read_betas()
     torch.set_num_threads(1)
     reference, tokenizer = lm.load(BUILD / "model")
     policy, _ = lm.load(OUT)
     before = measure(reference, reference, tokenizer, pairs)
     after = measure(policy, reference, tokenizer, pairs)
-    betas = [entry["kl/beta"] for entry in history if "kl/beta" in entry]
     print_table(before, after, betas)
     print_answers(pairs, before["answers"], after["answers"])
-    draw(history)
-    print(f"The run step by step: {FIGURE}")
 
 
-def read_history() -> list[dict]:
-    """What the trainer logged, from the newest checkpoint."""
-    states = OUT.glob("checkpoint-*/trainer_state.json")
-    newest = max(states, key=lambda path: path.stat().st_mtime, default=None)
-    if newest is None or not (OUT / "model.safetensors").exists():
+def read_betas() -> list[float]:
+    """β of each step that was logged."""
+    model = OUT / "model.safetensors"
+    if not model.exists():
         sys.exit("no trained model: run `axolotl train examples/tiny_edpo.yml`")
-    if newest.stat().st_mtime < (BUILD / "manifest.json").stat().st_mtime:
+    if model.stat().st_mtime < (BUILD / "manifest.json").stat().st_mtime:
         sys.exit("build/ is newer: run `axolotl train examples/tiny_edpo.yml` again")
-    return json.loads(newest.read_text())["log_history"]
+    return read_run(OUT).series("kl/beta").values
 
 
 def read_pairs() -> list[dict[str, str]]:
@@ -128,77 +117,6 @@ def print_answers(pairs: list[dict], before: list[str], after: list[str]) -> Non
             worth = true_reward(pair["prompt"], answer)
             print(f"  {when:<7}{worth:>5.1f}  {answer}")
     print()
-
-
-def draw(history: list[dict]) -> None:
-    """Four panels over the optimizer steps."""
-    figure = Figure(figsize=(10, 6.4), dpi=150, layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True)
-    (beta, shares), (kl, margins) = axes
-
-    beta.plot(*series(history, "kl/beta"), color=BLUE, linewidth=2)
-    beta.set_title("KL penalty β")
-
-    shares.plot(
-        *smoothed(history, "kl/p_epsilon_steps"),
-        color=ORANGE,
-        label="s = +1:  β̃ = β/(1+ε), a smaller penalty",
-    )
-    shares.plot(
-        *smoothed(history, "kl/n_epsilon_steps"),
-        color=BLUE,
-        linestyle="--",
-        label="s = −1:  β̃ = β/(1−ε), a larger penalty",
-    )
-    shares.set_ylim(0, 1)
-    shares.set_ylabel("share of pairs")
-    shares.set_title(f"Pairs that ask for another β, mean of {WINDOW} steps")
-
-    draw_train_and_eval(kl, history, "kl/policy_ref")
-    kl.set_title("KL(policy ‖ reference) per completion token")
-    draw_train_and_eval(margins, history, "rewards/margins")
-    margins.set_title("Implicit reward margin, at the β̃ of each pair")
-
-    for panel in axes.flat:
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
-    for panel in (shares, kl, margins):
-        panel.legend(frameon=False, fontsize=9, loc="upper left")
-    for panel in axes[1]:
-        panel.set_xlabel("optimizer step")
-    figure.suptitle("ε-DPO on the tiny world")
-    figure.savefig(FIGURE)
-
-
-def draw_train_and_eval(panel, history: list[dict], name: str) -> None:
-    """A metric of the training pairs as a line, of the held-out pairs as dots."""
-    panel.plot(*series(history, name), color=BLUE, alpha=0.25, linewidth=1)
-    panel.plot(
-        *smoothed(history, name), color=BLUE, label=f"train, mean of {WINDOW} steps"
-    )
-    panel.plot(
-        *series(history, f"eval_{name}"),
-        color=ORANGE,
-        linestyle="--",
-        marker="o",
-        label="held out",
-    )
-
-
-def series(history: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric."""
-    found = [(entry["step"], entry[name]) for entry in history if name in entry]
-    return [step for step, _ in found], [value for _, value in found]
-
-
-def smoothed(history: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """The same, each value the mean of up to WINDOW steps around it."""
-    steps, values = series(history, name)
-    half = WINDOW // 2
-    return steps, [
-        statistics.mean(values[max(0, i - half) : i + half + 1])
-        for i in range(len(values))
-    ]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,292 @@
+"""Charts of runs and of their pairs, each a matplotlib figure of one panel.
+
+Colours are Okabe and Ito's, told apart by the colour-blind; lines and markers differ as
+well, so that charts can be read without colour. All text stays text in the SVG.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO, StringIO
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from . import logged
+from .logged import EVAL, Metric
+from .runs import Evaluation, Run, Series
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+BLUE, RED, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+ORANGE, SKY, BLACK, GREY = "#E69F00", "#56B4E9", "#000000", "#666666"
+COLOURS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK)
+LINES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+# Of s = +1, 0, -1: colour, line, name.
+MOVES = {
+    1: (RED, "-", "up, s = +1"),
+    0: (GREY, ":", "not moved"),
+    -1: (BLUE, "--", "down, s = −1"),
+}
+STEP = "optimizer step"
+SIZE = (5.0, 3.1)  # inches: wide enough for a phone, twice on a desktop
+STYLE: dict[Any, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#999999",
+    "axes.grid": True,
+    "axes.labelcolor": "#444444",
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "figure.constrained_layout.use": True,
+    "font.family": "sans-serif",
+    "font.size": 9.5,
+    "grid.color": "#e6e6e6",
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "savefig.dpi": 160,
+    "savefig.facecolor": "white",
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # names of runs may hold dollars
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+}
+
+
+class Look(NamedTuple):
+    """How a run is drawn in charts of several."""
+
+    colour: str
+    line: str
+    marker: str
+
+
+def looks(count: int) -> list[Look]:
+    """As many looks, different in line and marker as well while there are few."""
+    ways = zip(cycle(COLOURS), cycle(LINES), cycle(MARKERS), strict=False)
+    return [Look(*way) for way in islice(ways, count)]
+
+
+def window(count: int) -> int:
+    """Logged values that one point of a smooth line is the mean of; odd."""
+    return 2 * (count // 16) + 1
+
+
+def smooth(values: Sequence[float], width: int) -> list[float]:
+    """Means of `width` values around each, of fewer towards both ends.
+
+    A line starts where its values do: at 0, for what compares policy and reference.
+    """
+    means = []
+    for i in range(len(values)):
+        half = min(width // 2, i)
+        near = values[i - half : i + half + 1]
+        means.append(sum(near) / len(near))
+    return means
+
+
+@contextmanager
+def _panel(title: str, x_label: str = STEP) -> Iterator[tuple[Figure, Axes]]:
+    """A figure and its one panel; what is drawn in it gets a legend below."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=SIZE)
+        axes = figure.subplots()
+        axes.set_title(title)
+        axes.set_xlabel(x_label)
+        if x_label == STEP:
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        yield figure, axes
+        _add_legend(figure, axes)
+
+
+def _add_legend(figure: Figure, axes: Axes) -> None:
+    """In as many columns as the longest name leaves room for."""
+    _, names = axes.get_legend_handles_labels()
+    longest = max(map(len, names))
+    columns = 3 if longest < 14 else 2 if longest < 28 else 1
+    rows = -(-len(names) // columns)
+    figure.set_figheight(SIZE[1] + 0.17 * (rows - 1))
+    figure.legend(loc="outside lower left", ncols=columns, handlelength=2.6)
+
+
+def _draw_line(axes: Axes, x, y, line: str, colour: str, name: str) -> None:
+    """A line; points, where there are too few for one."""
+    marker = "." if len(x) < 3 else None
+    axes.plot(x, y, line, color=colour, marker=marker, label=name)
+
+
+def _width(metric: Metric, series: Series) -> int:
+    return 1 if metric in logged.EXACT else window(len(series.steps))
+
+
+def draw_metric(
+    metric: Metric, train: Series | None, held_out: Series | None
+) -> Figure:
+    """A metric of one run: a smooth line over training values, evaluations as dots."""
+    with _panel(metric.label) as (figure, axes):
+        if train:
+            _smooth_over_raw(axes, train, metric)
+        if held_out:
+            axes.plot(
+                held_out.steps,
+                held_out.values,
+                "o",
+                color=RED,
+                markeredgecolor="white",
+                label="evaluation",
+            )
+    return figure
+
+
+def _smooth_over_raw(axes: Axes, train: Series, metric: Metric) -> None:
+    width, name = _width(metric, train), "training"
+    if width > 1:
+        axes.plot(train.steps, train.values, color=BLUE, alpha=0.25, linewidth=0.9)
+        name += f", mean of {width} logs"
+    _draw_line(axes, train.steps, smooth(train.values, width), "-", BLUE, name)
+
+
+def draw_shares(run: Run) -> Figure:
+    """Shares of pairs that the steps of one run moved up, down and not."""
+    with _panel("Share of pairs, by how β̃ moved") as (figure, axes):
+        for prefix, as_dots in (("", False), (EVAL, True)):
+            for step, share in _shares(run, prefix).items():
+                _draw_share(axes, share, step, as_dots)
+        axes.set_ylim(-0.03, 1.03)
+    return figure
+
+
+def _shares(run: Run, prefix: str) -> dict[int, Series]:
+    up, down = (run.series(prefix + m.name) for m in (logged.UP, logged.DOWN))
+    if not up or not down:
+        return {}
+    still = [1 - u - d for u, d in zip(up.values, down.values, strict=True)]
+    return {1: up, 0: Series(up.steps, still), -1: down}
+
+
+def _draw_share(axes: Axes, share: Series, step: int, as_dots: bool) -> None:
+    colour, line, name = MOVES[step]
+    if as_dots:
+        axes.plot(share.steps, share.values, "o", color=colour, markersize=4)
+        return
+    values = smooth(share.values, window(len(share.steps)))
+    _draw_line(axes, share.steps, values, line, colour, name)
+
+
+def draw_runs(metric: Metric, several: Sequence[Run], names: Sequence[str]) -> Figure:
+    """A metric of several runs: smooth training lines, evaluations as markers."""
+    with _panel(metric.label) as (figure, axes):
+        for run, name, look in zip(several, names, looks(len(names)), strict=True):
+            train, held_out = run.series(metric.name), run.series(EVAL + metric.name)
+            if train:
+                values = smooth(train.values, _width(metric, train))
+                _draw_line(axes, train.steps, values, look.line, look.colour, name)
+            if held_out:
+                label = None if train else name
+                _mark(axes, held_out.steps, held_out.values, look, label=label)
+    return figure
+
+
+def _mark(axes: Axes, x, y, look: Look, **more) -> None:
+    """Markers, small, open enough to see a line below."""
+    style = {"linestyle": "", "markersize": 5, "markeredgecolor": "white", **more}
+    axes.plot(x, y, marker=look.marker, color=look.colour, **style)
+
+
+def draw_frontier(
+    metric: Metric, paths: Sequence[Sequence[Evaluation]], names: Sequence[str]
+) -> Figure:
+    """What runs gained for their distance from the reference: a path per run.
+
+    Args:
+        metric: What was gained.
+        paths: Of each run, in order; an empty one is not drawn.
+        names: Of the runs.
+    """
+    x_label = "KL(π‖π_ref) per token, nats"
+    with _panel(f"{metric.label} over KL", x_label) as (figure, axes):
+        for path, name, look in zip(paths, names, looks(len(names)), strict=True):
+            if path:
+                x = [point.kl for point in path]
+                y = [point.gain for point in path]
+                line = {"linestyle": look.line, "linewidth": 1.2, "markersize": 4}
+                _mark(axes, x, y, look, **line)
+                last = {"markersize": 10, "markeredgecolor": BLACK, "label": name}
+                _mark(axes, x[-1:], y[-1:], look, **last)
+    return figure
+
+
+def draw_margins(curves: "dict[int | None, DataFrame]") -> Figure:
+    """Mean margins over time, of the pairs that steps moved up, down or not."""
+    classes = "" if None in curves else ", by how β̃ moved"
+    with _panel(f"Mean margin of traced pairs{classes}") as (figure, axes):
+        for step, means in curves.items():
+            colour, line, name = MOVES[step] if step is not None else (BLUE, "-", "all")
+            x, y = means["global_step"], means["margin"]
+            _draw_line(axes, x, y, line, colour, name)
+    return figure
+
+
+def draw_pairs(pairs: "DataFrame") -> Figure:
+    """How many pairs have which mean log-ratio, by how they moved most."""
+    groups, x_label = _by_move(pairs), "nats, chosen minus rejected"
+    with _panel("Pairs by mean log-ratio", x_label) as (figure, axes):
+        axes.hist(
+            [own["log_ratio"] for own, *_ in groups],
+            bins=min(40, 8 + len(pairs) // 20),
+            stacked=True,
+            color=[colour for _, colour, _ in groups],
+            label=[name for *_, name in groups],
+            edgecolor="white",
+            linewidth=0.3,
+        )
+        axes.set_ylabel("pairs")
+    return figure
+
+
+def _by_move(pairs: "DataFrame") -> list[tuple["DataFrame", str, str]]:
+    """Pairs that moved, up or down in the mean; with colour and name."""
+    moved = pairs["mean_step"]
+    if moved.isna().all():
+        return [(pairs, BLUE, "all")]
+    groups = [
+        (pairs[moved > 0], RED, "mostly up"),
+        (pairs[moved == 0], GREY, "neither"),
+        (pairs[moved < 0], BLUE, "mostly down"),
+    ]
+    return [group for group in groups if len(group[0])]
+
+
+def as_svg(figure: Figure, name: str) -> str:
+    """A figure as an `<svg>` element to stand in a page.
+
+    Args:
+        figure: The drawing.
+        name: Of this one in the page: no other has the same ids, and the same drawing
+            always has the same.
+    """
+    file = StringIO()
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    _, start, element = file.getvalue().partition("<svg")
+    element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
+    element = re.sub(r' xmlns(:xlink)?="[^"]*"', "", element)
+    return start + re.sub(r'<g id="[^"]*"', "<g", element)
+
+
+def as_png(figure: Figure) -> bytes:
+    """A figure as a picture."""
+    file = BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(file, format="png")
+    return file.getvalue()

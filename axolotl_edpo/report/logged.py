@@ -1,0 +1,81 @@
+"""What a run logs, how people call it, and how to read its curve."""
+
+from dataclasses import dataclass
+
+# In front of what was logged in evaluation.
+EVAL = "eval_"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A logged quantity.
+
+    Attributes:
+        name: As it is logged.
+        label: As people call it.
+        note: How to read its curve.
+    """
+
+    name: str
+    label: str
+    note: str = ""
+
+
+BETA = Metric(
+    "kl/beta",
+    "KL penalty β",
+    "The β that each step used. Falling: the policy is being let go from its "
+    "reference. Rising: it is being held closer.",
+)
+UP = Metric("kl/p_epsilon_steps", "Share of pairs moved up, s = +1")
+DOWN = Metric("kl/n_epsilon_steps", "Share of pairs moved down, s = −1")
+NET = Metric(
+    "kl/avg_steps",
+    "Moved up minus moved down",
+    "Above 0: more pairs ask for a smaller β than for a larger one, so β falls.",
+)
+KL = Metric(
+    "kl/policy_ref",
+    "KL(π‖π_ref) per token, nats",
+    "How far the policy has moved from its reference, on the answers' tokens. It is "
+    "what β is there to bound.",
+)
+AVERAGE = Metric(
+    "kl/margin_average",
+    "Average margin M₀, nats",
+    "What the margins of a step are compared with: above it, β rises.",
+)
+LOSS = Metric("loss", "Loss", "At ln 2 = 0.693 chosen and rejected are not told apart.")
+MARGIN = Metric(
+    "rewards/margins",
+    "Reward margin",
+    "Implicit reward of chosen minus that of rejected. It contains β: where β "
+    "falls, the same policy has a smaller margin.",
+)
+ACCURACY = Metric(
+    "rewards/accuracies",
+    "Reward accuracy",
+    "Share of pairs with a margin above 0. It is 0, not one half, while policy and "
+    "reference are equal. Training rising and evaluation not: the policy learns its "
+    "pairs by heart.",
+)
+CHOSEN = Metric("rewards/chosen", "Reward of chosen")
+REJECTED = Metric("rewards/rejected", "Reward of rejected")
+RATE = Metric("learning_rate", "Learning rate", "The schedule, as it was applied.")
+
+METRICS = (
+    BETA,
+    AVERAGE,
+    UP,
+    DOWN,
+    NET,
+    KL,
+    LOSS,
+    MARGIN,
+    ACCURACY,
+    CHOSEN,
+    REJECTED,
+    RATE,
+)
+# Not means over pairs: nothing to smooth.
+EXACT = (BETA, RATE)

@@ -1,0 +1,191 @@
+"""Tables and sentences of a page."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from . import logged, runs, trace
+from .content import Pairs
+from .logged import EVAL, Metric
+from .runs import Run, Series
+
+# Pairs in the table of either extreme.
+SHOWN = 10
+# Longer texts are folded after so many characters.
+FOLD = 280
+CONTROLS: dict[str | None, str] = {
+    "epsilon": "ε-DPO, a β per pair (edpo_control: epsilon)",
+    "fixed": "DPO, one β throughout (edpo_control: fixed)",
+    "batch_margin": "β-DPO, a β per step from its margins (edpo_control: batch_margin)",
+    None: "none of `rl: edpo`",
+}
+SETTINGS = {
+    "epsilon": "ε",
+    "beta_mean": "Mean of β̃",
+    "margin_weight": "Margin weight α",
+    "margin_momentum": "Margin momentum",
+    "margin_keep": "Share of pairs kept",
+}
+MISSING = {
+    logged.BETA: "β",
+    logged.KL: "KL(π‖π_ref)",
+    logged.UP: "shares of pairs moved",
+    logged.MARGIN: "rewards",
+    logged.RATE: "learning rate",
+}
+
+
+def number(value: float | None) -> str:
+    """A value for readers: four digits, or a dash where there is none."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:.4g}".replace("-", "−")
+
+
+def percent(share: float) -> str:
+    """A share for readers, or a dash where there is none."""
+    return "–" if math.isnan(share) else f"{share:.0%}"
+
+
+# --- runs --------------------------------------------------------------------------
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """What a run is: name and value of what is known of it."""
+    control = CONTROLS.get(run.control) or str(run.control)
+    settings = {key: run.controller[key] for key in SETTINGS if key in run.controller}
+    return [
+        ("Run", str(run.path)),
+        ("Control", control),
+        ("Model", runs.model_name(run) or "–"),
+        ("β", _first_to_now(run)),
+        *((SETTINGS[key], str(said)) for key, said in settings.items()),
+        ("Epochs", number(run.state.get("epoch"))),
+    ]
+
+
+def _first_to_now(run: Run) -> str:
+    betas = (run.controller.get("initial_beta"), run.controller.get("beta"))
+    return " → ".join(map(number, betas)) if run.controller else "–"
+
+
+def notes(run: Run) -> list[str]:
+    """What a reader has to know before reading curves."""
+    lines = []
+    if run.skipped:
+        lines.append(f"Not saved to the end, and not read: {', '.join(run.skipped)}.")
+    missing = [label for metric, label in MISSING.items() if not run.has(metric)]
+    if missing:
+        lines.append(f"Not logged by this run: {', '.join(missing)}.")
+    if not any(name.startswith(EVAL) for name in run.logged()):
+        lines.append("No evaluation up to here: curves are of training pairs only.")
+    return lines
+
+
+def first_and_last(run: Run) -> list[tuple[str, list[str]]]:
+    """Rows: a label, and the first and last value of training and of evaluation."""
+    return [
+        (metric.label, [_ends(run.series(pre + metric.name)) for pre in ("", EVAL)])
+        for metric in logged.METRICS
+        if run.has(metric)
+    ]
+
+
+def _ends(series: Series | None) -> str:
+    if series is None:
+        return "–"
+    return f"{number(series.values[0])} → {number(series.values[-1])}"
+
+
+def _last(metric: Metric) -> Callable[[Run], str]:
+    """The last value of evaluation, else that of training with a mark."""
+
+    def show(run: Run) -> str:
+        evaluated, trained = run.series(EVAL + metric.name), run.series(metric.name)
+        if evaluated:
+            return number(evaluated.values[-1])
+        return number(trained.values[-1]) + " t" if trained else "–"
+
+    return show
+
+
+RUN_COLUMNS: list[tuple[str, Callable[[Run], str]]] = [
+    ("control", lambda run: run.control or "–"),
+    ("ε", lambda run: number(run.controller.get("epsilon"))),
+    ("β", _first_to_now),
+    ("KL, nats", _last(logged.KL)),
+    ("accuracy", _last(logged.ACCURACY)),
+    ("margin", _last(logged.MARGIN)),
+    ("loss", _last(logged.LOSS)),
+    ("state", runs.status),
+]
+
+
+def row_of_run(run: Run) -> list[str]:
+    """A value for each of RUN_COLUMNS."""
+    return [show(run) for _, show in RUN_COLUMNS]
+
+
+# --- pairs -------------------------------------------------------------------------
+
+PAIR_COLUMNS: list[tuple[str, Callable[[Any], str]]] = [
+    ("seen", lambda pair: str(pair.seen)),
+    ("up", lambda pair: percent(pair.up)),
+    ("down", lambda pair: percent(pair.down)),
+    ("log-ratio", lambda pair: number(pair.log_ratio)),
+    ("last margin", lambda pair: number(pair.margin)),
+    ("last KL", lambda pair: number(pair.kl)),
+    ("tokens", lambda pair: " + ".join(_tokens(pair))),
+]
+DOUBTFUL = (
+    "Lowest mean log-ratio first: what the policy learned from the other pairs speaks "
+    "against these labels. Look for flipped ones here, above all where a pair keeps "
+    "moving down (s = −1). Tokens are of prompt + chosen + rejected."
+)
+SUREST = "Highest mean log-ratio first."
+
+
+def _tokens(pair: Any) -> list[str]:
+    return [str(getattr(pair, name)) for name in trace.TOKENS]
+
+
+def doubtful(pairs: Pairs) -> list[Any]:
+    """Rows of the pairs whose labels the policy doubts most."""
+    return list(pairs.table.head(SHOWN).itertuples())
+
+
+def surest(pairs: Pairs) -> list[Any]:
+    """Rows of the pairs at the other end, and in neither table twice."""
+    rest = pairs.table.iloc[SHOWN:]
+    return list(rest.tail(SHOWN).iloc[::-1].itertuples())
+
+
+def folded(text: str | None) -> tuple[str, str]:
+    """Start and rest of a text, cut between words; a short one has no rest."""
+    if text is None:
+        return "–", ""
+    if len(text) <= FOLD:
+        return text, ""
+    space = text.rfind(" ", FOLD // 2, FOLD)
+    cut = space if space > 0 else FOLD
+    return text[:cut], text[cut:]
+
+
+def summary(pairs: Pairs) -> str:
+    """What was traced, and how pairs moved."""
+    table = pairs.table
+    often = table["seen"] > 1
+    up, down = ((often & (table[move] == 1)).sum() for move in ("up", "down"))
+    if not trace.has_steps(pairs.observations):
+        moved = "Under this control pairs do not move; they are ranked by log-ratio."
+    elif often.any():
+        moved = (
+            f"Of the {often.sum()} seen more than once, {up} moved up each time and "
+            f"{down} down each time."
+        )
+    else:
+        moved = (
+            "Each was seen once. One step is a sign only, so pairs are ranked by "
+            "log-ratio, which says by how much as well."
+        )
+    return f"{len(pairs.observations)} observations of {len(table)} pairs. {moved}"
