@@ -1,6 +1,7 @@
 # Commands, each of which sets itself up in .venv and nowhere else:
 #   make demo   a first run: builds a tiny world, trains on it, shows what happened
 #   make test   the tests
+#   make study  ε-DPO, DPO, β-DPO and TR-DPO on a world with a known true reward
 #   make bench  head, training runs and balance, measured; writes benchmarks/RESULTS.md
 #   make lint   what pre-commit checks
 
@@ -14,7 +15,7 @@ export AXOLOTL_DO_NOT_TRACK ?= 1
 # further. Set TORCH to another one for another build.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test bench lint clean
+.PHONY: demo study test bench lint clean
 
 $(VENV)/installed-%: pyproject.toml
 	@echo "Installing into $(VENV): the first time this takes some minutes."
@@ -28,6 +29,9 @@ demo: $(VENV)/installed-package
 	axolotl train examples/tiny_edpo.yml --launcher python
 	axolotl edpo-report examples/tiny/out
 	python examples/tiny/report.py
+
+study: $(VENV)/installed-package
+	python examples/study/run.py
 
 test: $(VENV)/installed-test
 	python -m pytest

@@ -560,7 +560,7 @@ def test_numbers_can_be_piped_and_neither_torch_nor_axolotl_is_imported(run):
     """The module prints no banner; what it imports is named by Python itself."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "axolotl_edpo.report"]
-        + [str(run), "--json", "-"],
+        + [str(run), "--json"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

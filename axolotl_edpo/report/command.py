@@ -20,10 +20,12 @@ FOLDER = "edpo_report"
 @click.option(
     "--json",
     "numbers",
+    is_flag=False,
+    flag_value="-",
     type=click.File("w", encoding="utf-8", lazy=True),
-    metavar="FILE",
-    help="Write all numbers to FILE instead of a page. As `axolotl` prints its banner "
-    "first, to pipe them: python -m axolotl_edpo.report RUN --json -",
+    metavar="[FILE]",
+    help="Print all numbers, or write them to FILE, instead of a page. `axolotl` "
+    "prints its banner first; to pipe them: python -m axolotl_edpo.report RUN --json",
 )
 def edpo_report(run: tuple[Path, ...], out: Path | None, numbers: TextIO | None):
     """Show what runs did: curves, KL against accuracy, doubtful pairs.
