@@ -38,7 +38,7 @@ test: $(VENV)/installed-test
 
 # A small model whose head is a small part of the work, as in large models.
 BODY := --vocab 4096 --hidden 512 --layers 12 --pairs 96
-CACHE := --contenders shared,cached --baseline shared --repeats 2
+PATHS := --contenders shared,cached,traced,batch_margin --baseline shared --repeats 2
 
 # DATA: preference pairs in JSON lines to train on; without it synthetic ones.
 DATA ?=
@@ -47,7 +47,7 @@ bench: $(VENV)/installed-test
 	python benchmarks/head.py --write
 	python benchmarks/train_step.py $(addprefix --data ,$(DATA)) --write
 	for adapter in "" "--adapter lora"; do python benchmarks/train_step.py \
-		$(addprefix --data ,$(DATA)) $(BODY) $(CACHE) $$adapter --write || exit; done
+		$(addprefix --data ,$(DATA)) $(BODY) $(PATHS) $$adapter --write || exit; done
 	python benchmarks/balance.py $(addprefix --data ,$(DATA)) --write
 
 lint: $(VENV)/installed-dev

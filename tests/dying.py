@@ -10,15 +10,20 @@
     flips: 3                     # a bit in all pieces of a cache, after that step
 
 SIGKILL is what a rank gets that is out of memory, or whose machine is gone.
+`train_until_killed` is for a run of one process.
 """
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
+import tiny
+import yaml
 from axolotl.integrations.base import BasePlugin
 from transformers import Trainer, TrainerCallback
 
@@ -30,6 +35,24 @@ OTHERS_GO_ON = 1.0
 SMALL_PIECE = 64
 # less than any such piece takes
 LEFT_ON_DISK = 4096
+
+
+def train_until_killed(folder: Path, keys: dict, step: int) -> None:
+    """Trains a recipe in a process of its own, which is killed after a step."""
+    plugins = [*keys["plugins"], "dying.Dying"]
+    dying = {**keys, "plugins": plugins, "dies": {"rank": 0, "step": step}}
+    here = Path(__file__)
+    killed = subprocess.run(
+        [sys.executable, str(here), str(tiny.write(folder, dying))],
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(here.parent.parent), str(here.parent)]),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
 
 
 class Dying(BasePlugin):
@@ -175,3 +198,8 @@ def _flip_in_the_middle(path: Path) -> None:
         (byte,) = file.read(1)
         file.seek(middle)
         file.write(bytes([byte ^ 1]))
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    tiny.train(path.parent, yaml.safe_load(path.read_text()))

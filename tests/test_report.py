@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -18,9 +17,9 @@ import pytest
 import tiny
 from click.testing import CliRunner
 from conftest import ROOT
+from dying import train_until_killed
 from matplotlib.image import imread
 from test_cli import command
-from test_trainer import KILLED
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -306,14 +305,9 @@ def test_a_run_that_kept_no_last_checkpoint_is_not_called_unfinished(run, tmp_pa
 
 
 def test_a_killed_run_is_read_up_to_its_last_checkpoint(recipe, tmp_path):
-    """KILLED kills it after step 12, and the trace of steps 11 and 12 with it."""
+    """Killed after step 12, and the trace of steps 11 and 12 with it."""
     keys = recipe(num_epochs=4, save_strategy="steps", save_steps=5, edpo_log_pairs=1)
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tiny.write(tmp_path, keys))],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-        capture_output=True,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    train_until_killed(tmp_path, keys, step=12)
     page = page_of(tmp_path / "page", tmp_path / "out")
     status = "not finished: 10 of 20 steps, last complete checkpoint checkpoint-10"
     assert status in page.text()

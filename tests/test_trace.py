@@ -1,16 +1,11 @@
 """trace.py: what every pair did is in Parquet files, whole, once, and cheap to note."""
 
-import os
-import signal
-import subprocess
-import sys
 from functools import partial
 
 import pandas
 import pytest
 import tiny
-from conftest import ROOT
-from test_trainer import KILLED
+from dying import train_until_killed
 from tiny import CACHED, LORA
 
 TRACED = {"edpo_log_pairs": 1}
@@ -112,14 +107,7 @@ def test_a_killed_run_that_goes_on_has_every_step_once(recipe, tmp_path):
     straight, out = tmp_path / "straight", tmp_path / "out"
     tiny.train(tmp_path, recipe(**keys, output_dir=str(straight)))
     keys = recipe(**keys, auto_resume_from_checkpoints=True)
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tiny.write(tmp_path, keys))],
-        cwd=ROOT / "tests",
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    train_until_killed(tmp_path, keys, step=12)
     assert sorted(set(trace(out)["global_step"])) == [*range(1, 11)]
     half = out / "edpo_pairs" / ".steps-00000011-00000015-rank0.parquet.partial"
     half.write_bytes(b"PAR1")

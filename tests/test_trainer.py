@@ -2,16 +2,12 @@
 
 import gc
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from conftest import ROOT
+from dying import train_until_killed
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import LORA, NF4
@@ -246,14 +242,7 @@ def test_a_killed_run_continues_as_if_it_had_not_stopped(recipe, tmp_path, adapt
     straight, out = tmp_path / "straight", tmp_path / "out"
     whole = tiny.train(tmp_path, recipe(**keys, output_dir=str(straight)))
     keys = recipe(**keys, auto_resume_from_checkpoints=True)
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tiny.write(tmp_path, keys))],
-        cwd=ROOT / "tests",
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    train_until_killed(tmp_path, keys, step=12)
     assert (out / "checkpoint-10").is_dir() and not (out / "checkpoint-15").exists()
     # and a save that was cut short must not be taken for a checkpoint
     (out / "checkpoint-12").mkdir()
@@ -261,29 +250,6 @@ def test_a_killed_run_continues_as_if_it_had_not_stopped(recipe, tmp_path, adapt
     resumed = tiny.train(tmp_path, keys)
     assert resumed.controller.beta == whole.controller.beta
     assert_same_weights(straight / "checkpoint-20", out / "checkpoint-20")
-
-
-KILLED = """
-import os, signal, sys, pathlib, yaml
-import conftest, tiny, torch
-from transformers import TrainerCallback
-from axolotl_edpo.run import BetaCallback
-torch.set_num_threads(1)
-
-class Kill(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 12:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-def add(self, trainer, init=BetaCallback.__init__):
-    init(self, trainer)
-    trainer.add_callback(Kill())
-
-if __name__ == "__main__":
-    BetaCallback.__init__ = add
-    path = pathlib.Path(sys.argv[1])
-    tiny.train(path.parent, yaml.safe_load(path.read_text()))
-"""
 
 
 def test_a_checkpoint_of_plain_dpo_resumes_with_a_warning(recipe, tmp_path, caplog):
