@@ -60,12 +60,12 @@ class ControllerSettings:
         """
         return cls(
             beta,
-            cfg.edpo_epsilon,
-            cfg.edpo_beta_mean,
-            cfg.edpo_control,
-            cfg.edpo_margin_weight,
-            cfg.edpo_margin_momentum,
-            cfg.edpo_margin_keep,
+            epsilon=cfg.edpo_epsilon,
+            beta_mean=cfg.edpo_beta_mean,
+            control=cfg.edpo_control,
+            margin_weight=cfg.edpo_margin_weight,
+            margin_momentum=cfg.edpo_margin_momentum,
+            margin_keep=cfg.edpo_margin_keep,
         )
 
 
@@ -117,6 +117,9 @@ class BetaController:
     def discard(self) -> None:
         """Forgets what was observed: the optimizer skipped its step."""
 
+    def reference_moved(self, share: float) -> None:
+        """The reference took over a share of the policy, from 0 to 1 (TR-DPO)."""
+
     def reset(self) -> None:
         """Back to the start of a run."""
         self.beta = self.settings.beta
@@ -132,14 +135,18 @@ class BetaController:
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
         """Takes the state of a checkpoint; the settings stay the recipe's.
 
+        Of another control's nothing is taken: β is β₀ again.
+
         Args:
             state: What `state_dict` returned.
 
         Returns:
             One line per setting in which checkpoint and recipe differ.
         """
-        self.discard()
-        self._load(state)
+        self.reset()
+        state = {"control": "epsilon", **state}  # the only one there was
+        if state["control"] == self.settings.control:
+            self._load(state)
         return [
             f"{key} was {state.get(key)} in the checkpoint and is {value} now"
             for key, value in self._settings().items()
@@ -198,10 +205,10 @@ class EpsilonController(BetaController):
 
 
 class MarginController(BetaController):
-    """β of a step by the margins of its own pairs.
+    """β of a step by the margins of its own pairs; between steps, as in evaluation, β₀.
 
-    A step's margins are in the averages that it is compared with, and averages begin at
-    0: as in the authors' code.
+    A step's margins are in the averages that it is compared with, as in the authors'
+    code, and the averages begin with those of the first step.
 
     Attributes:
         average: M₀, moving average of the mean margin, nats.
@@ -209,32 +216,50 @@ class MarginController(BetaController):
     """
 
     _reads = ("margin_weight", "margin_momentum", "margin_keep")
+    average: float | None
+    deviation: float | None
     _begun: tuple[float, float] | None
+
+    @property
+    def filters(self) -> bool:
+        """Whether pairs may be left out."""
+        return self.settings.margin_keep < 1
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether β of this step is known."""
+        return self._begun is not None
 
     def begin(self, pairs: Sequence[tuple[float, float]]) -> list[bool]:
         """β of a step, before its losses.
 
         Args:
             pairs: Of all pairs of the step on all ranks, the margin (log π_θ - log
-                π_ref of chosen minus that of rejected, nats), and the Gumbel noise by
-                which the filter draws.
+                π_ref of chosen minus that of rejected, nats, finite), and the Gumbel
+                noise by which the filter draws.
 
         Returns:
             For each pair, whether it is trained on.
         """
         if not pairs:
             return []
-        margins, momentum = [m for m, _ in pairs], self.settings.margin_momentum
-        mean, spread = _mean(margins), stdev(margins) if len(margins) > 1 else 0.0
-        average = momentum * self.average + (1 - momentum) * mean
-        deviation = momentum * self.deviation + (1 - momentum) * spread
+        margins = [margin for margin, _ in pairs]
+        spread = stdev(margins) if len(margins) > 1 else 0.0
+        average = self._moved(self.average, _mean(margins))
+        deviation = self._moved(self.deviation, spread)
+        self._begun = average, deviation
         kept = self._draw(pairs, average, deviation)
         used = [m for m, is_kept in zip(margins, kept, strict=True) if is_kept]
         self.beta = loss.batch_beta(
             self.settings.beta, self.settings.margin_weight, _mean(used), average
         )
-        self._begun = average, deviation
         return kept
+
+    def _moved(self, average: float | None, value: float) -> float:
+        if average is None:
+            return value
+        momentum = self.settings.margin_momentum
+        return momentum * average + (1 - momentum) * value
 
     def _draw(self, pairs, average: float, deviation: float) -> list[bool]:
         """Without replacement, with weights exp(-(margin - M₀)²/2σ²).
@@ -242,6 +267,8 @@ class MarginController(BetaController):
         The largest sums of log-weight and Gumbel noise are such a draw; it depends on
         neither the order of the pairs nor the rank that has them.
         """
+        if not self.filters:
+            return [True] * len(pairs)
         count = max(int(len(pairs) * self.settings.margin_keep), 1)
         keys = [
             noise - ((margin - average) / deviation) ** 2 / 2 if deviation else noise
@@ -259,17 +286,27 @@ class MarginController(BetaController):
     def discard(self) -> None:
         """As BetaController's."""
         self._begun = None
+        self.beta = self.settings.beta
+
+    def reference_moved(self, share: float) -> None:
+        """As BetaController's: margins, from the new reference, are smaller.
+
+        To 1 - share of what they were: exact for 1, and to first order for less.
+        """
+        if self.average is not None and self.deviation is not None:
+            self.average *= 1 - share
+            self.deviation *= 1 - share
 
     def reset(self) -> None:
         """As BetaController's."""
-        super().reset()
-        self.average = self.deviation = 0.0
+        self.average = self.deviation = None
         self.discard()
 
     def metrics(self) -> dict[str, float]:
         """As BetaController's, and M₀."""
-        average, _ = self._begun or (self.average, self.deviation)
-        return {**super().metrics(), "kl/margin_average": average}
+        if self._begun is None:
+            return super().metrics()
+        return {**super().metrics(), "kl/margin_average": self._begun[0]}
 
     def state_dict(self) -> dict[str, Any]:
         """As BetaController's."""
@@ -277,9 +314,7 @@ class MarginController(BetaController):
         return {**super().state_dict(), **averages}
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        self.beta = float(state["beta"])
-        self.average = float(state.get("average", 0.0))
-        self.deviation = float(state.get("deviation", 0.0))
+        self.average, self.deviation = state["average"], state["deviation"]
 
 
 CONTROLLERS: dict[Control, type[BetaController]] = {

@@ -153,8 +153,7 @@ class PairFeed(AxolotlDPOTrainer):
         """As TRL's, without axolotl's cache flush after every micro-batch."""
         step = super(AxolotlDPOTrainer, self).training_step
         loss = step(model, inputs, *args, **kwargs)
-        if "segments" in inputs:  # else its masks live to the end of the window
-            inputs["segments"].cache.made.clear()
+        forget_masks(inputs)
         return loss
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
@@ -185,3 +184,9 @@ class PairFeed(AxolotlDPOTrainer):
         return self.accelerator.reduce(
             values.to(self.accelerator.device), reduction="sum"
         )
+
+
+def forget_masks(batch: dict[str, Any]) -> None:
+    """What was made for a batch's forward: else it lives to the end of the window."""
+    if "segments" in batch:
+        batch["segments"].cache.made.clear()

@@ -9,6 +9,7 @@ run once more, without gradient, before the first.
 
 import math
 import random
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -23,26 +24,24 @@ from .batch import (
     sum_per_sequence,
 )
 from .controller import MarginController
+from .feed import forget_masks
 from .logprobs import TokenStats
 from .precompute import pair_digest
 from .run import PairRun
 
-WEIGHTS = "weights"
+KEPT = "kept"
 
 
 class PairMargins(PairRun):
     """The trainer's look at a step before it is taken."""
 
-    def _score(
-        self, model: nn.Module, inputs, completions: Completions
-    ) -> tuple[TokenStats, torch.Tensor | None]:
-        """What the head says of a batch: the walk's."""
-        raise NotImplementedError
+    _score: Any  # the walk's
+    _weight = 1.0
 
     def _ahead(self, model: nn.Module, batches: list[dict[str, Any]]) -> None:
         """As PairReference's; then the margins of a step of several micro-batches."""
         super()._ahead(model, batches)
-        if not self._follows_margins() or len(batches) == 1:
+        if self._margin_controller() is None or len(batches) == 1:
             return
         margins = []
         for batch in map(self._prepare_inputs, batches):
@@ -50,43 +49,60 @@ class PairMargins(PairRun):
             with self.compute_loss_context_manager(), self._without_gradient():
                 stats, _ = self._score(model, batch, completions)
             margins.append(margins_of(stats, completions))
-        self._weigh(batches, torch.cat(margins))
+            forget_masks(batch)
+        self._begin(batches, torch.cat(margins))
+        if reading := batches[0].get("reading"):
+            reading.start()  # once more
 
-    def _follows_margins(self) -> bool:
-        return self.model.training and isinstance(self.controller, MarginController)
+    def _margin_controller(self) -> MarginController | None:
+        """The one whose steps have to begin, if this run has one and trains."""
+        if self.model.training and isinstance(self.controller, MarginController):
+            return self.controller
+        return None
 
     def _weights(
         self, batch: dict[str, Any], stats: TokenStats, completions: Completions
     ) -> torch.Tensor | None:
-        """How much each pair of a batch counts, by its margin; None: all the same.
+        """How much each pair of a batch counts, where some are left out.
 
         Returns:
-            Shape (pairs,), with a mean of 1 over the step.
+            Shape (pairs,), float32, with a mean of 1 over the step.
         """
-        if self._follows_margins() and WEIGHTS not in batch:
-            self._weigh([batch], margins_of(stats, completions))
-        return batch.get(WEIGHTS)
+        controller = self._margin_controller()
+        if controller and not controller.has_begun:
+            self._begin([batch], margins_of(stats, completions))
+        return batch[KEPT] * self._weight if KEPT in batch else None
 
-    def _weigh(self, batches: list[dict[str, Any]], margins: torch.Tensor) -> None:
-        """Begins a step; each of its batches learns how much its pairs count.
+    def _begin(self, batches: list[dict[str, Any]], margins: torch.Tensor) -> None:
+        """Begins a step; where the controller filters, batches learn what is kept.
+
+        As truth values: DeepSpeed rounds numbers in a batch to its dtype.
 
         Args:
             batches: All of this rank.
             margins: Of their pairs, shape (pairs,), nats.
+
+        Raises:
+            Diverged: If a margin is not finite, on every rank.
         """
-        assert isinstance(self.controller, MarginController)
+        controller: Any = self.controller
         pairs = [batch["examples"].pairs for batch in batches]
         seed = f"{self.args.seed} {self.state.global_step}"
-        noise = [gumbel(seed, pair) for pair in chain(*pairs)]
-        own = [*zip(margins.tolist(), noise, strict=True)]
+        draw = partial(gumbel, seed) if controller.filters else lambda pair: 0.0
+        own = [*zip(margins.tolist(), map(draw, chain(*pairs)), strict=True)]
         ranks = gather_object([own])
-        kept = self.controller.begin([*chain(*ranks)])
+        step = [*chain(*ranks)]
+        if broken := sum(not math.isfinite(margin) for margin, _ in step):
+            self._stop(f"the margin of {broken} of the step's pairs is")
+        kept = controller.begin(step)
+        if not controller.filters:
+            return
+        self._weight = len(kept) / max(sum(kept), 1)
         first = sum(map(len, ranks[: self.accelerator.process_index]))
-        weights = margins.new_tensor(kept[first : first + len(own)])
-        weights *= len(kept) / max(sum(kept), 1)
-        parts = weights.split([*map(len, pairs)])
+        mine = torch.tensor(kept[first : first + len(own)], dtype=torch.bool)
+        parts = mine.to(margins.device).split([*map(len, pairs)])
         for batch, part in zip(batches, parts, strict=True):
-            batch[WEIGHTS] = part
+            batch[KEPT] = part
 
 
 def margins_of(stats: TokenStats, completions: Completions) -> torch.Tensor:

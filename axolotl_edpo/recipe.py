@@ -108,6 +108,7 @@ def check_recipe(recipe: Mapping[str, Any]) -> float | None:
     _check_values({**own, "beta": beta})
     recipe |= _check_values(recipe, model=Bounds)
     _check_control(recipe, beta)
+    _check_trace(recipe)
     _check_unsupported(recipe)
     _check_loss(recipe)
     check_entries(recipe)
@@ -207,15 +208,11 @@ def _check_values(
 
 
 def _check_control(recipe: Mapping[str, Any], beta: Any) -> None:
-    """Keys of another `edpo_control`, and what β-DPO does not go with.
-
-    A recipe that was lowered before is validated, and holds all defaults.
-    """
-    if recipe.get("rl") == "dpo":
-        return
+    """Keys of another `edpo_control`, and what β-DPO does not go with."""
     control = recipe.get(CONTROL) or "epsilon"
+    written = recipe.get("rl") != "dpo"  # else lowered before: all defaults are in it
     for key, owner in OF_CONTROL.items():
-        if recipe.get(key) is not None and owner != control:
+        if written and recipe.get(key) is not None and owner != control:
             remedy = f"remove it: it has no effect beside `{CONTROL}: {control}`"
             refuse(key, recipe[key], remedy)
     if control != "batch_margin":
@@ -227,6 +224,15 @@ def _check_control(recipe: Mapping[str, Any], beta: Any) -> None:
     if filtered and SFT in (recipe.get("dpo_loss_type") or ()):
         remedy = "remove it, or `sft`, which is a mean over tokens, not over pairs"
         refuse("edpo_margin_keep", recipe["edpo_margin_keep"], remedy)
+
+
+def _check_trace(recipe: Mapping[str, Any]) -> None:
+    """Texts of pairs stay on the machine."""
+    hub = recipe.get("hub_model_id")
+    if recipe.get("edpo_log_pairs") and hub:
+        remedy = f"remove it, or `hub_model_id: {hub}`: everything in `output_dir` is "
+        remedy += "uploaded there, and it would hold the texts of your pairs"
+        refuse("edpo_log_pairs", recipe["edpo_log_pairs"], remedy)
 
 
 def _check_unsupported(recipe: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from . import checkpoint, guard
 from .controller import BetaController, ControllerSettings, controller_of
 from .reference import PairReference
-from .trace import PairTrace, TraceSettings
+from .trace import PairTrace
 
 LOG = get_logger(__name__)
 
@@ -56,13 +56,12 @@ class PairRun(PairReference):
     _new_tokens: int = 0
     _broken_pairs: Any = 0
 
-    def _start_run(
-        self, settings: ControllerSettings, traced: TraceSettings | None
-    ) -> None:
+    def _start_run(self, settings: ControllerSettings, traced: int | None) -> None:
         self.controller = controller_of(settings)
         if traced is not None:
             tokenizer: Any = self.processing_class
             self.trace = PairTrace(
+                Path(self.args.output_dir),
                 traced,
                 self.accelerator.process_index,
                 perturbed=self.controller.epsilon is not None,
@@ -109,6 +108,12 @@ class PairRun(PairReference):
         else:
             self.controller.advance(self._sum_over_ranks)
             self.stepped()
+        args = self.args
+        if (
+            args.sync_ref_model
+            and not self.state.global_step % args.ref_model_sync_steps
+        ):
+            self.controller.reference_moved(args.ref_model_mixup_alpha)
 
     def _save_checkpoint(self, model, trial):
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -163,12 +168,24 @@ class PairRun(PairReference):
                 ranks = self.accelerator.num_processes
                 checkpoint.require_ranks(Path(resume_from_checkpoint), ranks)
         try:
-            return super().train(
+            done = super().train(
                 resume_from_checkpoint=resume_from_checkpoint, **kwargs
             )
-        finally:
-            if self.trace is not None:
-                self.trace.flush()
+        except BaseException:
+            self._save_trace_of_failed_run()
+            raise
+        if self.trace is not None:
+            self.trace.flush()
+        return done
+
+    def _save_trace_of_failed_run(self) -> None:
+        """The error of the run is told, whatever becomes of the trace."""
+        if self.trace is None:
+            return
+        try:
+            self.trace.flush()
+        except Exception as error:
+            LOG.warning(f"{self.trace.folder}: the last steps are not in it: {error}")
 
     def _stop_where_losses_break(self, losses: torch.Tensor) -> None:
         """Counts them on the device; all ranks look once per optimizer step.

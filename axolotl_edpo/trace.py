@@ -3,10 +3,10 @@
     <output_dir>/edpo_pairs/steps-00000001-00000050-rank0.parquet
 
 Noting a micro-batch keeps one small tensor on the device and the pairs as they are;
-rows are made and texts decoded when a file is written: with each checkpoint, at the end
-of the run, however it ends, and after ROWS rows. A file gets its name when it is whole.
-No step is in two files and no file spans a checkpoint: a run that goes on from one
-drops the files after it, and notes those steps again.
+rows are made and texts decoded when a file is written: with each checkpoint, after
+TOKENS tokens, and at the end of the run, also of one that fails. A file gets its name
+when it is whole. No step is in two files and no file spans a checkpoint: a run that
+goes on from one drops the files after it, and notes those steps again.
 
 A row is an observation:
 
@@ -20,8 +20,8 @@ A row is an observation:
     prompt, chosen, rejected    text without special tokens; where a file has it first
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -32,9 +32,9 @@ from .pairs import IDS
 from .precompute import pair_digest
 
 FOLDER = "edpo_pairs"
-# Observations of a rank after which the next step begins a new file: until then their
-# tokens are in memory, some 10 kB each.
-ROWS = 2**12
+# Tokens of a rank's pairs after which the next step begins a new file: until then they
+# are in memory, as Python's lists of numbers.
+TOKENS = 2**21
 # What is noted of a pair besides its tokens, in the order of `observe`.
 VALUES = (
     "plus",
@@ -51,25 +51,12 @@ WHOLE = ("step", "chosen_tokens", "rejected_tokens")
 TEXTS = ("prompt", "chosen", "rejected")
 
 
-@dataclass(frozen=True)
-class TraceSettings:
-    """Every how many optimizer steps pairs are noted, and where."""
-
-    every: int
-    output_dir: Path
-
-    @classmethod
-    def of(cls, cfg: Any) -> "TraceSettings | None":
-        """Those of a recipe, axolotl's config; None where it asks for no trace."""
-        every = cfg.edpo_log_pairs
-        return cls(every, Path(cfg.output_dir)) if every else None
-
-
 class PairTrace:
     """The trace of one rank.
 
     Args:
-        settings: What the recipe says.
+        output_dir: Of the run.
+        every: Optimizer steps from one that is noted to the next.
         rank: Of this process.
         perturbed: Whether there are Δ+, Δ- and s.
         decode: Texts of lists of token ids.
@@ -80,14 +67,16 @@ class PairTrace:
 
     def __init__(
         self,
-        settings: TraceSettings,
+        output_dir: Path,
+        every: int,
         rank: int,
         perturbed: bool,
         decode: Callable[[list[list[int]]], list[str]],
     ):
-        self.folder = settings.output_dir / FOLDER
+        self.folder = output_dir / FOLDER
         self.seconds = 0.0
-        self._every, self._rank = settings.every, rank
+        self._began: float | None = None
+        self._every, self._rank = every, rank
         self._perturbed, self._decode = perturbed, decode
         self._forget()
 
@@ -105,23 +94,33 @@ class PairTrace:
             pairs: As the data loader gave them.
             values: Those of VALUES, each of shape (pairs,).
         """
-        if self._rows >= ROWS and step != self._noted[-1][0]:
+        if self._tokens >= TOKENS and step != self._noted[-1][0]:
             self.flush()
-        before = perf_counter()
         columns = torch.stack([value.detach().float() for value in values])
         self._noted.append((step, pairs, columns))
-        self._rows += len(pairs)
-        self.seconds += perf_counter() - before
+        self._tokens += sum(len(pair[key]) for pair in pairs for key in IDS)
 
     def flush(self) -> None:
         """Writes what was noted since the last file."""
-        before = perf_counter()
-        if self._rows:
-            first, last = self._noted[0][0], self._noted[-1][0]
-            name = f"steps-{first:08}-{last:08}-rank{self._rank}.parquet"
-            self._write(self.folder / name)
-        self._forget()
-        self.seconds += perf_counter() - before
+        with self.timed():
+            if self._tokens:
+                first, last = self._noted[0][0], self._noted[-1][0]
+                name = f"steps-{first:08}-{last:08}-rank{self._rank}.parquet"
+                self._write(self.folder / name)
+            self._forget()
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """What happens inside counts as time of the trace, once."""
+        if self._began is not None:
+            yield
+            return
+        self._began = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += perf_counter() - self._began
+            self._began = None
 
     def drop_after(self, step: int) -> None:
         """Removes what another run, or this one before it was interrupted, left.
@@ -129,15 +128,15 @@ class PairTrace:
         Args:
             step: The last one that counts; 0 where a run begins.
         """
-        for file in self.folder.glob("*.parquet*"):
-            *_, last, _ = file.name.split("-")
-            if file.suffix != ".parquet" or int(last) > step:
+        for file in self.folder.glob("steps-*-rank*.parquet"):
+            if int(file.name.split("-")[2]) > step:
                 file.unlink(missing_ok=True)  # another machine may be faster
-        self._forget()
+        for file in self.folder.glob(".steps-*.partial"):
+            file.unlink(missing_ok=True)
 
     def _forget(self) -> None:
         self._noted: list[tuple[int, list[dict[str, Any]], torch.Tensor]] = []
-        self._rows = 0
+        self._tokens = 0
 
     def _write(self, file: Path) -> None:
         import pyarrow as pa

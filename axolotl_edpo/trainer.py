@@ -41,7 +41,6 @@ from .router import (
     warn_of_reentrance,
 )
 from .rows import RowSettings
-from .trace import TraceSettings
 
 LOG = get_logger(__name__)
 
@@ -74,8 +73,8 @@ class Pairs(NamedTuple):
         """Implicit reward margins."""
         return self.chosen_rewards - self.rejected_rewards
 
-    def weighted(self, weights: torch.Tensor | None) -> "Pairs":
-        """With losses times weights, shape (pairs,)."""
+    def filtered(self, weights: torch.Tensor | None) -> "Pairs":
+        """With losses times weights, shape (pairs,), 0 for what is left out."""
         return self if weights is None else self._replace(losses=self.losses * weights)
 
 
@@ -90,7 +89,8 @@ class EDPOTrainer(PairMargins):
             with `settings` of one's own, padded.
         cache: Where the reference's hidden states are kept; by default as the recipe
             says, or, with `settings` of one's own, nowhere.
-        trace: Whether and where pairs are noted; as `cache`.
+        log_pairs: Every so many steps pairs are noted; by default as the recipe says,
+            or, with `settings` of one's own, never.
         **kwargs: As AxolotlDPOTrainer takes them.
     """
 
@@ -120,7 +120,7 @@ class EDPOTrainer(PairMargins):
         settings: ControllerSettings | None = None,
         rows: RowSettings | None = None,
         cache: CacheSettings | None = None,
-        trace: TraceSettings | None = None,
+        log_pairs: int | None = None,
         **kwargs,
     ):
         # whoever passes settings is no recipe of axolotl's
@@ -154,7 +154,7 @@ class EDPOTrainer(PairMargins):
         self._start_feed(rows, self._models())
         self._start_run(
             settings or ControllerSettings.of(cfg, self.args.beta),
-            trace if cfg is None else TraceSettings.of(cfg),
+            log_pairs if cfg is None else cfg.edpo_log_pairs,
         )
         self.loss = LossSettings(
             tuple(self.loss_types),
@@ -265,12 +265,12 @@ class EDPOTrainer(PairMargins):
         stats, routing = self._score(model, inputs, completions)
         training = self.model.training
         weights = self._weights(inputs, stats, completions)
-        pairs = self._judge(stats, completions).weighted(weights)
+        pairs = self._judge(stats, completions).filtered(weights)
+        mode = "train" if training else "eval"
+        self._record(mode, inputs, completions, stats, pairs)
         if training:
             self.controller.observe(pairs.steps)
             self._stop_where_losses_break(pairs.losses.detach())
-        mode = "train" if training else "eval"
-        self._record(mode, inputs, completions, stats, pairs)
         if num_items_in_batch is None:
             whole = (max(len(pairs.steps), 1), max(inputs["chosen_tokens"], 1))
         else:
@@ -409,12 +409,13 @@ class EDPOTrainer(PairMargins):
         step = self.state.global_step + 1
         if self.trace is None or not self.trace.is_due(step):
             return
-        kl = sum_per_sequence(stats.kl, completions.lengths)
-        chosen, rejected = completions.lengths.chunk(2)
-        tokens = chosen + rejected
-        per_token = torch.stack(kl.chunk(2)).sum(dim=0) / tokens.clamp(min=1)
-        changed = pairs.plus, pairs.minus, pairs.steps, pairs.betas, pairs.margins
-        self.trace.observe(step, examples, [*changed, per_token, chosen, rejected])
+        with self.trace.timed():
+            kl = sum_per_sequence(stats.kl, completions.lengths)
+            chosen, rejected = completions.lengths.chunk(2)
+            tokens = (chosen + rejected).clamp(min=1)
+            kl = torch.stack(kl.chunk(2)).sum(dim=0) / tokens
+            moved = pairs.plus, pairs.minus, pairs.steps, pairs.betas, pairs.margins
+            self.trace.observe(step, examples, [*moved, kl, chosen, rejected])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Hands TRL the means over everything since the last log."""

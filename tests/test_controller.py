@@ -129,16 +129,53 @@ def test_the_margins_of_three_steps_move_beta_as_worked_by_hand():
     assert c.average == pytest.approx(0.08)
 
 
+def margins_after(c, *margins):
+    """Begins a step with these; the step before had a margin of 0."""
+    c.begin(quiet(0.0, 0.0))
+    c.advance(here)
+    return c.begin(quiet(*margins))
+
+
 def test_beta_of_a_batch_has_a_floor():
     c = margin_controller(margin_weight=2.0, margin_momentum=0.5)
-    c.begin(quiet(-3.0))  # 0.1 (1 + 2 (-3 + 1.5)) is below 0
+    margins_after(c, -3.0)  # 0.1 (1 + 2 (-3 + 1.5)) is below 0
     assert c.beta == 1e-3
+
+
+def test_beta_is_the_recipes_between_steps():
+    c = margin_controller()
+    margins_after(c, 2.0)
+    assert c.beta > 0.2 and c.has_begun
+    c.advance(here)
+    assert (c.beta, c.has_begun) == (0.1, False)
+
+
+def test_averages_begin_with_the_first_step():
+    c = margin_controller()
+    c.begin(quiet(9.0, 11.0))  # as of a policy that was trained before
+    assert c.beta == 0.1
+    c.advance(here)
+    assert (c.average, c.deviation) == (10.0, pytest.approx(2**0.5))
+
+
+def test_a_reference_that_takes_over_a_share_of_the_policy_takes_it_of_the_averages():
+    c = margin_controller()
+    c.reference_moved(0.5)
+    assert c.average is None
+    c.begin(quiet(3.0, 5.0))
+    c.advance(here)
+    c.reference_moved(0.25)
+    assert (c.average, c.deviation) == (3.0, pytest.approx(0.75 * 2**0.5))
+    c.reference_moved(1.0)
+    c.begin(quiet(0.0, 0.0))
+    assert c.beta == 0.1
 
 
 def test_the_filter_keeps_the_share_nearest_to_the_average_without_noise():
     """M₀ 0.1·3 = 0.3; β is by the mean of what is kept, (0 + 1 + 2 + 3) / 4."""
     c = margin_controller(margin_keep=0.8)
-    assert c.begin(quiet(9.0, 0.0, 1.0, 2.0, 3.0)) == [False, True, True, True, True]
+    kept = margins_after(c, 9.0, 0.0, 1.0, 2.0, 3.0)
+    assert kept == [False, True, True, True, True]
     assert c.beta == pytest.approx(0.1 * (1 + 0.6 * (1.5 - 0.3)))
 
 
@@ -178,25 +215,32 @@ def test_the_order_of_pairs_does_not_matter_to_the_last_bit():
 
 def test_a_skipped_step_and_a_step_without_pairs_leave_the_average():
     c = margin_controller()
-    c.begin(quiet(5.0))
+    margins_after(c, 5.0)
     c.discard()
     c.advance(here)
     assert c.begin([]) == []
     c.advance(here)
-    assert c.average == 0.0
+    assert (c.average, c.beta) == (0.0, 0.1)
 
 
 def test_averages_survive_json_exactly():
     c = margin_controller()
-    c.begin(quiet(0.3, 0.1))
+    margins_after(c, 0.3, 0.1)
     c.advance(here)
     again = margin_controller()
     assert again.load_state_dict(json.loads(json.dumps(c.state_dict()))) == []
-    assert (again.beta, again.average, again.deviation) == (
-        c.beta,
-        c.average,
-        c.deviation,
-    )
+    assert (again.average, again.deviation) == (c.average, c.deviation)
     assert c.average != 0.0 != c.deviation
     again.reset()
-    assert (again.beta, again.average, again.deviation) == (0.1, 0.0, 0.0)
+    assert (again.beta, again.average, again.deviation) == (0.1, None, None)
+
+
+def test_another_control_begins_where_the_recipe_does():
+    """The β of one is nothing to the other; a checkpoint that names none is ε-DPO's."""
+    c = controller()
+    state = {**margin_controller().state_dict(), "beta": 0.001}
+    assert "control was batch_margin in the checkpoint" in c.load_state_dict(state)[0]
+    assert c.beta == 0.1
+    old = {**c.state_dict(), "beta": 0.07}
+    del old["control"]
+    assert c.load_state_dict(old) == [] and c.beta == 0.07

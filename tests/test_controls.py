@@ -13,7 +13,7 @@ from test_trainer import weights
 from tiny import CACHED, DPO, LORA
 from trl.trainer.callbacks import SyncRefModelCallback
 
-from axolotl_edpo.margins import gumbel
+from axolotl_edpo.margins import PairMargins, gumbel
 from axolotl_edpo.precompute import pair_digest
 
 FIXED = dict(edpo_control="fixed", edpo_epsilon=None)
@@ -165,6 +165,43 @@ def test_gradient_checkpointing_changes_nothing_of_batch_margin(train):
     keys = dict(**FILTERED, max_steps=4, **CUTS["cut"])
     plain, checkpointed = train(**keys), train(**keys, gradient_checkpointing=True)
     assert logged(checkpointed, "loss") == pytest.approx(logged(plain, "loss"))
+
+
+def test_evaluation_takes_the_beta_of_the_recipe_and_leaves_no_pair_out(train, parts):
+    """Else its loss would depend on the batch before it. Training does not notice."""
+    keys = dict(**FILTERED, num_epochs=2, adam_epsilon=1e-4)
+    data = tiny.dataset(parts["pairs"])
+    evaluated = train(**keys, test_datasets=data, eval_steps=1)
+    betas = [e["eval_kl/beta"] for e in tiny.logs(evaluated, "eval_kl/beta")]
+    assert len(betas) > 9 and {*betas} == {0.1}
+    plain = train(**keys)
+    for name in ("kl/beta", "kl/margin_average", "loss"):
+        assert logged(evaluated, name) == logged(plain, name)
+    # the last evaluation by hand: the DPO loss at 0.1 of all pairs
+    fixed = train(**FIXED, test_datasets=data, max_steps=1, learning_rate=0.0)
+    fixed.model.load_state_dict(evaluated.model.state_dict())
+    last = tiny.logs(evaluated, "eval_loss")[-1]["eval_loss"]
+    assert fixed.evaluate()["eval_loss"] == pytest.approx(last, abs=1e-6)
+
+
+def test_after_a_hard_update_margins_and_their_average_are_0_alike(train):
+    trainer = train(**MARGIN, trl=HARD, num_epochs=4)
+    betas, averages = logged(trainer, "kl/beta"), logged(trainer, "kl/margin_average")
+    assert [betas[step] for step in (0, 7, 14)] == [0.1] * 3
+    assert [averages[step] for step in (0, 7, 14)] == [0.0] * 3
+    assert averages[6] > 0.1
+
+
+def test_the_look_at_a_step_leaves_no_masks_behind(train, monkeypatch):
+    left, begin = [], PairMargins._begin
+
+    def watched(self, batches, margins):
+        left.append(sum(len(batch["segments"].cache.made) for batch in batches))
+        begin(self, batches, margins)
+
+    monkeypatch.setattr(PairMargins, "_begin", watched)
+    train(**MARGIN, max_steps=3, **CUTS["dealt"])
+    assert left == [0, 0, 0]
 
 
 @pytest.mark.parametrize("control", [FIXED, FILTERED], ids=["fixed", "batch_margin"])

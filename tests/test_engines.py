@@ -276,6 +276,15 @@ def test_batch_margin_takes_the_pairs_of_all_ranks_for_its_batch(runs, name, ada
         assert_same_run(runs.double(name, **keys, resume_from_checkpoint=start), whole)
 
 
+def test_the_filter_weighs_alike_where_deepspeed_rounds_batches_to_bf16(runs):
+    """In the first step all margins are 0, so its loss is ln 2, however it is cut."""
+    keys = dict(**FILTERED, bf16=True, max_steps=1)
+    for rows in (dict(micro_batch_size=4, gradient_accumulation_steps=1), {}):
+        first, second = runs.double("zero2", **keys, **rows)
+        assert series(first, "loss") == pytest.approx([0.693147], abs=1e-5)
+        assert series(second, "loss") == series(first, "loss")
+
+
 @pytest.mark.parametrize("name", SHARDING)
 def test_every_rank_traces_its_own_pairs(runs, name):
     """33 pairs: the last step is one pair, on one rank."""

@@ -12,6 +12,8 @@ from pathlib import Path
 from unittest import mock
 
 import matrix
+import numpy as np
+import pandas
 import pytest
 import ranks
 import tiny
@@ -314,6 +316,12 @@ CELLS = [
         dpo_loss_type=["sigmoid", "sft"],
     ),
     ours(
+        "`edpo_log_pairs` with `hub_model_id`",
+        r"`edpo_log_pairs: 1`.*`hub_model_id: me/model`.*texts of your pairs",
+        edpo_log_pairs=1,
+        hub_model_id="me/model",
+    ),
+    ours(
         "`edpo_log_pairs: 0`",
         r"`edpo_log_pairs: 0`.*greater than 0",
         edpo_log_pairs=0,
@@ -501,6 +509,16 @@ CELLS = [
         note="the last complete checkpoint is named",
         base_model="{files}/inf",
         max_steps=5,
+        **texts("texts.jsonl"),
+    ),
+    ours(
+        "a margin becomes NaN or infinite, `edpo_control: batch_margin`",
+        r"the margin of 1 of the step's pairs is not finite in step \d ",
+        "training",
+        base_model="{files}/inf",
+        max_steps=5,
+        edpo_control="batch_margin",
+        edpo_epsilon=None,
         **texts("texts.jsonl"),
     ),
     ours(
@@ -696,6 +714,17 @@ def test_a_stop_leaves_the_checkpoint_of_the_step_before_it(recipe, files, tmp_p
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_the_pairs_of_the_step_that_broke_are_in_the_trace(recipe, files, tmp_path):
+    keys = placed({"base_model": "{files}/inf", **texts("texts.jsonl")}, files)
+    with pytest.raises(Diverged) as caught:
+        tiny.train(tmp_path, recipe(**keys, edpo_log_pairs=1, max_steps=5))
+    (step,) = map(int, re.findall(r"in step (\d+)", str(caught.value)))
+    rows = pandas.read_parquet(tmp_path / "out" / "edpo_pairs")
+    (broken,) = rows[~np.isfinite(rows["margin"])].itertuples()
+    assert broken.global_step == step
+    assert (broken.chosen + broken.rejected).count("Z") == 1
+
+
 def test_the_command_ends_with_the_message_and_a_status_of_failure(
     recipe, files, tmp_path
 ):
@@ -715,6 +744,7 @@ def rank(number: int, port: int, folder: Path, keys: dict) -> None:
 
 
 INF, NAN = ({"base_model": "{files}/" + model} for model in ("inf", "nan"))
+MARGINS = {"edpo_control": "batch_margin", "edpo_epsilon": None}
 NAN_GRADIENT = {"plugins": ["axolotl_edpo.EDPOPlugin", "ranks.BrokenGradient"]}
 
 
@@ -724,6 +754,7 @@ NAN_GRADIENT = {"plugins": ["axolotl_edpo.EDPOPlugin", "ranks.BrokenGradient"]}
         ("ddp", INF, "the loss of 1 of the step's pairs is not finite"),
         # the optimizer's step is in the backward
         ("zero2", INF, "the loss of 1 of the step's pairs is not finite"),
+        ("ddp", INF | MARGINS, "the margin of 1 of the step's pairs is not finite"),
         ("zero2", NAN_GRADIENT, "the gradient is not finite in step 2"),
         ("zero3", NAN_GRADIENT, "the gradient is not finite in step 2"),
         # a rank has half of every weight

@@ -8,6 +8,8 @@ import tiny
 from dying import train_until_killed
 from tiny import CACHED, LORA
 
+from axolotl_edpo.run import PairRun
+
 TRACED = {"edpo_log_pairs": 1}
 
 
@@ -109,7 +111,7 @@ def test_a_killed_run_that_goes_on_has_every_step_once(recipe, tmp_path):
     keys = recipe(**keys, auto_resume_from_checkpoints=True)
     train_until_killed(tmp_path, keys, step=12)
     assert sorted(set(trace(out)["global_step"])) == [*range(1, 11)]
-    half = out / "edpo_pairs" / ".steps-00000011-00000015-rank0.parquet.partial"
+    half = out / "edpo_pairs" / ".steps-00000011-00000015-rank7.parquet.partial"
     half.write_bytes(b"PAR1")
     tiny.train(tmp_path, keys)
     pandas.testing.assert_frame_equal(
@@ -122,11 +124,29 @@ def test_going_on_from_an_early_checkpoint_drops_what_came_after_it(recipe, tmp_
     keys = dict(num_epochs=2, save_steps=4, save_strategy="steps", **TRACED)
     tiny.train(tmp_path, recipe(**keys))
     whole = trace(tmp_path / "out")
-    start = str(tmp_path / "out" / "checkpoint-4")
-    tiny.train(tmp_path, recipe(**keys, resume_from_checkpoint=start))
+    keys |= dict(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    tiny.train(tmp_path, recipe(**keys, max_steps=6))
     pandas.testing.assert_frame_equal(
-        without_text(trace(tmp_path / "out")), without_text(whole)
+        without_text(trace(tmp_path / "out")),
+        without_text(whole[whole["global_step"] <= 6]),
     )
+
+
+def test_files_of_others_in_its_folder_are_left_alone(recipe, tmp_path):
+    folder = tmp_path / "out" / "edpo_pairs"
+    folder.mkdir(parents=True)
+    others = [folder / "all.parquet", folder / "my-notes-7-x.parquet"]
+    for file in others:
+        file.write_bytes(b"mine")
+    tiny.train(tmp_path, recipe(max_steps=2, **TRACED))
+    assert [file.read_bytes() for file in others] == [b"mine", b"mine"]
+    assert len([*folder.glob("steps-*.parquet")]) == 1
+
+
+def test_a_home_directory_is_found(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tiny.train(tmp_path, recipe(max_steps=2, output_dir="~/runs/a", **TRACED))
+    assert set(trace(tmp_path / "runs" / "a")["global_step"]) == {1, 2}
 
 
 def test_a_new_run_in_the_same_folder_begins_a_new_trace(recipe, tmp_path):
@@ -135,8 +155,9 @@ def test_a_new_run_in_the_same_folder_begins_a_new_trace(recipe, tmp_path):
     assert set(trace(tmp_path / "out")["global_step"]) == {1, 2, 3}
 
 
-def test_a_run_that_stops_early_writes_what_it_noted(recipe, tmp_path, monkeypatch):
-    from axolotl_edpo.run import PairRun
+@pytest.fixture
+def stops(monkeypatch):
+    """Ctrl-C after the third step."""
 
     def stop(self, norm=None, **kwargs):
         if self.state.global_step == 3:
@@ -145,21 +166,37 @@ def test_a_run_that_stops_early_writes_what_it_noted(recipe, tmp_path, monkeypat
 
     get = PairRun._get_grad_norm
     monkeypatch.setattr(PairRun, "_get_grad_norm", stop)
+
+
+@pytest.mark.usefixtures("stops")
+def test_a_run_that_is_stopped_writes_what_it_noted(recipe, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         tiny.train(tmp_path, recipe(**TRACED))
     assert set(trace(tmp_path / "out")["global_step"]) == {1, 2, 3, 4}
 
 
-@pytest.mark.parametrize(("rows", "steps"), [(3, 1), (16, 2)])
-def test_files_are_cut_between_steps_and_hold_every_row_once(
-    recipe, tmp_path, monkeypatch, rows, steps
+@pytest.mark.usefixtures("stops")
+def test_what_stopped_a_run_is_told_where_the_trace_cannot_be_written(
+    recipe, tmp_path, caplog
 ):
-    """Steps of 4 + 4 pairs; 3 rows are full in the middle of one."""
-    monkeypatch.setattr("axolotl_edpo.trace.ROWS", rows)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "edpo_pairs").write_text("in the way")
+    with pytest.raises(KeyboardInterrupt):
+        tiny.train(tmp_path, recipe(**TRACED))
+    assert "edpo_pairs: the last steps are not in it" in caplog.text
+
+
+@pytest.mark.parametrize(("tokens", "files"), [(1, 10), (2**21, 1)])
+def test_files_are_cut_between_steps_and_hold_every_row_once(
+    recipe, tmp_path, monkeypatch, tokens, files
+):
+    """Steps of 4 + 4 pairs; one token is enough in the middle of one."""
+    monkeypatch.setattr("axolotl_edpo.trace.TOKENS", tokens)
     tiny.train(tmp_path, recipe(num_epochs=2, **TRACED))
     names = sorted(file.name for file in (tmp_path / "out" / "edpo_pairs").iterdir())
+    width = 10 // files
     assert names == [
-        f"steps-{first:08}-{first + steps - 1:08}-rank0.parquet"
-        for first in range(1, 11, steps)
+        f"steps-{first:08}-{first + width - 1:08}-rank0.parquet"
+        for first in range(1, 11, width)
     ]
     assert len(trace(tmp_path / "out")) == 80
