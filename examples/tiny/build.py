@@ -33,6 +33,8 @@ class Settings:
     """All there is to choose."""
 
     seed: int = 0
+    hidden_size: int = 192
+    layers: int = 2
     steps: int = 650
     batch_size: int = 16
     train_pairs: int = 1500
@@ -41,21 +43,21 @@ class Settings:
     flipped: float = 0.10
 
 
-def main(settings: Settings) -> None:
+def main(settings: Settings, folder: Path = BUILD) -> None:
     """Build, unless the same build is there already."""
-    manifest = _manifest(settings)
-    done = BUILD / "manifest.json"
-    if done.exists() and done.read_text() == manifest:
-        print(f"{BUILD} is up to date")
+    wanted = manifest(settings)
+    done = folder / "manifest.json"
+    if done.exists() and done.read_text() == wanted:
+        print(f"{folder} is up to date")
         return
     # A build appears under its name when it is whole, or not at all.
-    with tempfile.TemporaryDirectory(dir=HERE, prefix="build-") as scratch:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="build-") as scratch:
         unfinished = Path(scratch) / "build"
         build(unfinished, settings)
-        (unfinished / "manifest.json").write_text(manifest)
-        shutil.rmtree(BUILD, ignore_errors=True)
-        unfinished.rename(BUILD)
-    print(f"wrote {', '.join(sorted(p.name for p in BUILD.iterdir()))} to {BUILD}")
+        (unfinished / "manifest.json").write_text(wanted)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    print(f"wrote {', '.join(sorted(p.name for p in folder.iterdir()))} to {folder}")
 
 
 def build(folder: Path, settings: Settings) -> None:
@@ -73,7 +75,8 @@ def build(folder: Path, settings: Settings) -> None:
     seen = prompts[settings.held_out_prompts :]
 
     tokenizer = lm.train_tokenizer(seen + [write_answer(p, rng) for p in seen])
-    model = lm.new_model(tokenizer)
+    model = lm.new_model(tokenizer, settings.hidden_size, settings.layers)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     lm.train(model, tokenizer, seen, settings.steps, settings.batch_size, rng)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -117,7 +120,7 @@ def _write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _manifest(settings: Settings) -> str:
+def manifest(settings: Settings) -> str:
     """What a build depends on: the settings and the code."""
     code = b"".join(
         (HERE / name).read_bytes() for name in ("world.py", "lm.py", "build.py")

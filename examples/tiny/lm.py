@@ -8,6 +8,7 @@ What it should prefer among these is left for preference training.
 
 import random
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -53,15 +54,17 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """The untrained model, in float32."""
+def new_model(
+    tokenizer: PreTrainedTokenizerFast, hidden_size: int = 192, layers: int = 2
+) -> LlamaForCausalLM:
+    """The untrained model, in float32; `hidden_size` is a multiple of 48."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=192,
-            intermediate_size=576,
-            num_hidden_layers=2,
-            num_attention_heads=4,
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden_size // 48,
             max_position_embeddings=128,
             tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
@@ -101,7 +104,7 @@ def train(
     for _ in bar:
         asked = rng.choices(prompts, k=batch_size)
         answers = [write_answer(prompt, rng) for prompt in asked]
-        ids, is_answer = _encode(tokenizer, asked, answers)
+        ids, is_answer = (x.to(model.device) for x in encode(tokenizer, asked, answers))
         labels = ids.masked_fill(~is_answer, -100)
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
@@ -113,8 +116,27 @@ def train(
     model.eval()
 
 
-@torch.no_grad()
 def sample_answers(model, tokenizer, prompts: list[str]) -> list[str]:
+    """One answer to each prompt, at temperature 1, from torch's global generator."""
+    return decode(tokenizer, sample(model, tokenizer, prompts))
+
+
+class Sampled(NamedTuple):
+    """Answers as they were sampled.
+
+    Attributes:
+        ids: Prompts, padded left, and answers; shape (answers, length).
+        attention: 1 on prompt and answer, shape (answers, length).
+        is_answer: True on the answer's tokens, the end included; the same shape.
+    """
+
+    ids: torch.Tensor
+    attention: torch.Tensor
+    is_answer: torch.Tensor
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts: list[str]) -> Sampled:
     """One answer to each prompt, at temperature 1, from torch's global generator."""
     texts = tokenizer.apply_chat_template(
         [[_user(prompt)] for prompt in prompts],
@@ -122,6 +144,7 @@ def sample_answers(model, tokenizer, prompts: list[str]) -> list[str]:
         tokenize=False,
     )
     batch = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+    batch = batch.to(model.device)
     ids = model.generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
@@ -129,7 +152,18 @@ def sample_answers(model, tokenizer, prompts: list[str]) -> list[str]:
         top_k=0,
         max_new_tokens=LONGEST_ANSWER,
     )
+    is_answer = torch.zeros_like(ids, dtype=torch.bool)
     answers = ids[:, batch.input_ids.shape[1] :]
+    ends = answers == tokenizer.eos_token_id
+    is_answer[:, batch.input_ids.shape[1] :] = ends.cumsum(1) - ends.long() == 0
+    attention = is_answer.long()
+    attention[:, : batch.input_ids.shape[1]] = batch.attention_mask
+    return Sampled(ids, attention, is_answer)
+
+
+def decode(tokenizer, sampled: Sampled) -> list[str]:
+    """The answers as text."""
+    answers = sampled.ids.masked_fill(~sampled.is_answer, tokenizer.pad_token_id)
     return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
@@ -141,7 +175,8 @@ def compare(policy, reference, tokenizer, prompts: list[str], answers: list[str]
         log π(answer) - log π_ref(answer), shape (answers,), and at every token of
         every answer KL(π ‖ π_ref), exact over the vocabulary, shape (tokens,).
     """
-    ids, is_answer = _encode(tokenizer, prompts, answers)
+    encoded = encode(tokenizer, prompts, answers)
+    ids, is_answer = (x.to(policy.device) for x in encoded)
     targets, is_answer = ids[:, 1:, None], is_answer[:, 1:]
     log_p = policy(input_ids=ids).logits[:, :-1].log_softmax(-1)
     log_q = reference(input_ids=ids).logits[:, :-1].log_softmax(-1)
@@ -150,7 +185,7 @@ def compare(policy, reference, tokenizer, prompts: list[str], answers: list[str]
     return (log_ratios * is_answer).sum(-1), kl[is_answer]
 
 
-def _encode(tokenizer, prompts, answers) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(tokenizer, prompts, answers) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids of the chats, padded right, and which of them are the answer's.
 
     A causal model needs no attention mask here: what it says about the answer cannot

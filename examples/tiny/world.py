@@ -155,7 +155,7 @@ def _read_answer(
     animal: str, answer: str
 ) -> tuple[float, list[tuple[str, str]]] | None:
     """What the manners are worth and the (aspect, value) told; None if malformed."""
-    opening = "|".join(filter(None, MANNERS))
+    opening = "|".join(map(re.escape, filter(None, MANNERS)))
     match = re.fullmatch(rf"((?:{opening})?)The {animal} (.+)\.", answer)
     if match is None:
         return None
