@@ -1,4 +1,4 @@
-"""Which checkpoint directories are complete. Needs no torch.
+"""What a run leaves, and which checkpoint directories are complete. Needs no torch.
 
 transformers writes `trainer_state.json` last, so a directory whose file is missing or
 cut short belongs to a save that was interrupted: its weights, optimizer or β may be
@@ -10,6 +10,8 @@ from pathlib import Path
 
 STATE = "trainer_state.json"
 PREFIX = "checkpoint-"
+# The trace: a folder beside the checkpoints, and its files.
+TRACE, TRACE_FILES = "edpo_pairs", "steps-*-rank*.parquet"
 
 
 def is_complete(checkpoint: Path) -> bool:

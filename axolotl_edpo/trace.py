@@ -30,8 +30,8 @@ import torch
 
 from .pairs import IDS
 from .precompute import pair_digest
+from .saved import TRACE, TRACE_FILES
 
-FOLDER = "edpo_pairs"
 # Tokens of a rank's pairs after which the next step begins a new file: until then they
 # are in memory, as Python's lists of numbers.
 TOKENS = 2**21
@@ -73,7 +73,7 @@ class PairTrace:
         perturbed: bool,
         decode: Callable[[list[list[int]]], list[str]],
     ):
-        self.folder = output_dir / FOLDER
+        self.folder = output_dir / TRACE
         self.seconds = 0.0
         self._began: float | None = None
         self._every, self._rank = every, rank
@@ -128,7 +128,7 @@ class PairTrace:
         Args:
             step: The last one that counts; 0 where a run begins.
         """
-        for file in self.folder.glob("steps-*-rank*.parquet"):
+        for file in self.folder.glob(TRACE_FILES):
             if int(file.name.split("-")[2]) > step:
                 file.unlink(missing_ok=True)  # another machine may be faster
         for file in self.folder.glob(".steps-*.partial"):

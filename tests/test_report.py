@@ -426,7 +426,7 @@ def write_trace(run: Path, *files: list[dict]) -> None:
     shutil.rmtree(run / "edpo_pairs")
     (run / "edpo_pairs").mkdir()
     for number, rows in enumerate(files):
-        path = run / "edpo_pairs" / f"steps-{number}.parquet"
+        path = run / "edpo_pairs" / f"steps-{number:08}-{number:08}-rank0.parquet"
         pandas.DataFrame(rows).to_parquet(path)
 
 

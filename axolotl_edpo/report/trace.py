@@ -22,10 +22,11 @@ over rejected, which grows with the lengths of answers. s is hardly more than it
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..saved import TRACE, TRACE_FILES
+
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-FOLDER = "edpo_pairs"
 TEXTS = ("prompt", "chosen", "rejected")
 TOKENS = tuple(f"{text}_tokens" for text in TEXTS)
 # Points of a curve, at most, and observations that each is the mean of, at least.
@@ -50,7 +51,7 @@ def read_trace(output_dir: Path, last_step: int) -> "DataFrame | None":
     import pandas
 
     parts = [
-        _read_file(file) for file in sorted((output_dir / FOLDER).glob("*.parquet"))
+        _read_file(file) for file in sorted((output_dir / TRACE).glob(TRACE_FILES))
     ]
     if not parts:
         return None
