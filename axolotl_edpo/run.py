@@ -20,11 +20,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from . import checkpoint, guard
 from .controller import BetaController, ControllerSettings, controller_of
 from .reference import PairReference
+from .saved import CONTROLLER
 from .trace import PairTrace
 
 LOG = get_logger(__name__)
-
-STATE_KEY = "EDPO"
 
 
 class BetaCallback(TrainerCallback):
@@ -85,7 +84,7 @@ class PairRun(PairReference):
         self.controller.reset()
         if not resumed:
             return
-        state = self.state.stateful_callbacks.get(STATE_KEY)
+        state = self.state.stateful_callbacks.get(CONTROLLER)
         if state is None:
             LOG.warning(
                 "The checkpoint holds no ε-DPO state (was it trained with `rl: dpo`?): "
@@ -128,7 +127,7 @@ class PairRun(PairReference):
         self._count_tokens()
         tokens = {"num_tokens": self._total_train_tokens}
         state = self.controller.state_dict() | tokens
-        self.state.stateful_callbacks[STATE_KEY] = state
+        self.state.stateful_callbacks[CONTROLLER] = state
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir):

@@ -10,8 +10,11 @@ from pathlib import Path
 
 STATE = "trainer_state.json"
 PREFIX = "checkpoint-"
-# The trace: a folder beside the checkpoints, and its files.
+# β and its settings in that file.
+CONTROLLER = "EDPO"
+# The trace: a folder beside the checkpoints, its files, and their columns of text.
 TRACE, TRACE_FILES = "edpo_pairs", "steps-*-rank*.parquet"
+TEXTS = ("prompt", "chosen", "rejected")
 
 
 def is_complete(checkpoint: Path) -> bool:

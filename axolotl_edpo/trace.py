@@ -30,7 +30,7 @@ import torch
 
 from .pairs import IDS
 from .precompute import pair_digest
-from .saved import TRACE, TRACE_FILES
+from .saved import TEXTS, TRACE, TRACE_FILES
 
 # Tokens of a rank's pairs after which the next step begins a new file: until then they
 # are in memory, as Python's lists of numbers.
@@ -48,7 +48,6 @@ VALUES = (
 )
 PERTURBED = VALUES[:3]
 WHOLE = ("step", "chosen_tokens", "rejected_tokens")
-TEXTS = ("prompt", "chosen", "rejected")
 
 
 class PairTrace:

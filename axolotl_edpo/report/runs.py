@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..saved import PREFIX, STATE, checkpoints, is_complete, last_complete
+from ..saved import CONTROLLER, PREFIX, STATE, checkpoints, is_complete, last_complete
 from .logged import EVAL, KL, METRICS, Metric
 
 
@@ -59,7 +59,7 @@ class Run:
     @property
     def controller(self) -> dict[str, Any]:
         """β and what it came from; empty unless the run was of `rl: edpo`."""
-        return self.callbacks.get("EDPO", {})
+        return self.callbacks.get(CONTROLLER, {})
 
     @property
     def control(self) -> str | None:

@@ -22,12 +22,11 @@ over rejected, which grows with the lengths of answers. s is hardly more than it
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..saved import TRACE, TRACE_FILES
+from ..saved import TEXTS, TRACE, TRACE_FILES
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-TEXTS = ("prompt", "chosen", "rejected")
 TOKENS = tuple(f"{text}_tokens" for text in TEXTS)
 # Points of a curve, at most, and observations that each is the mean of, at least.
 BINS = 40

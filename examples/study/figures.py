@@ -18,15 +18,22 @@ import summary
 from grid import BASELINE, BETA, EPSILON, REFERENCE
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by the colour-blind.
-BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-BLUE, RED, PINK = "#0072B2", "#D55E00", "#CC79A7"
+from axolotl_edpo.report.figures import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+)
+
 STYLES = {
     "DPO": (BLACK, "s"),
     "ε-DPO": (BLUE, "o"),
     "β-DPO": (RED, "D"),
     "TR-DPO, soft": (GREEN, "^"),
-    "TR-DPO, hard": (PINK, "v"),
+    "TR-DPO, hard": (PURPLE, "v"),
 }
 CLASSES = {
     "1": (ORANGE, "s = +1: a smaller β separates better"),
@@ -34,7 +41,7 @@ CLASSES = {
     "0": (BLACK, "s = 0"),
 }
 SCORES = {"step": "mean s", "plus": "mean Δ+ (nats)", "margin": "mean reward margin"}
-SHADES = (SKY, BLUE, GREEN, ORANGE, RED, PINK, BLACK, "#999999")
+SHADES = (SKY, BLUE, GREEN, ORANGE, RED, PURPLE, BLACK, "#999999")
 WINDOW = 5  # kept steps
 
 
