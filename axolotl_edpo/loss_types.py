@@ -226,6 +226,31 @@ def wpo_weights(relative_logps: torch.Tensor) -> torch.Tensor:
     return (chosen + rejected).exp()
 
 
+def tail_weights(
+    lengths: torch.Tensor, tokens: int, alpha: float | None
+) -> torch.Tensor | float:
+    """How much each token counts: α beyond the length of its pair's shorter answer.
+
+    LD-DPO, arXiv 2409.06411 (`dpo_ld_alpha`).
+
+    Args:
+        lengths: Shape (2 x pairs,), tokens of all chosen, then of all rejected answers.
+        tokens: Their sum.
+        alpha: 0 <= α <= 1; None is 1.
+
+    Returns:
+        Shape (tokens,), or 1.
+    """
+    if alpha is None:
+        return 1.0
+    chosen, rejected = lengths.chunk(2)
+    ends = lengths.cumsum(0)
+    shared = ends - lengths + torch.minimum(chosen, rejected).repeat(2)
+    limits = torch.repeat_interleave(shared, lengths, output_size=tokens)
+    within = torch.arange(tokens, device=lengths.device) < limits
+    return torch.where(within, 1.0, alpha)
+
+
 def _check_type(name: str) -> None:
     if name in REFUSED:
         refuse("dpo_loss_type", name, f"{REFUSED[name]}; use another, or `rl: dpo`")

@@ -26,6 +26,7 @@ from .batch import (
 from .controller import MarginController
 from .feed import forget_masks
 from .logprobs import TokenStats
+from .loss_types import tail_weights
 from .precompute import pair_digest
 from .run import PairRun
 
@@ -48,7 +49,7 @@ class PairMargins(PairRun):
             completions = completions_of(batch)
             with self.compute_loss_context_manager(), self._without_gradient():
                 stats, _ = self._score(model, batch, completions)
-            margins.append(margins_of(stats, completions))
+            margins.append(margins_of(stats, completions, self.ld_alpha))
             forget_masks(batch)
         self._begin(batches, torch.cat(margins))
         if reading := batches[0].get("reading"):
@@ -70,7 +71,7 @@ class PairMargins(PairRun):
         """
         controller = self._margin_controller()
         if controller and not controller.has_begun:
-            self._begin([batch], margins_of(stats, completions))
+            self._begin([batch], margins_of(stats, completions, self.ld_alpha))
         return batch[KEPT] * self._weight if KEPT in batch else None
 
     def _begin(self, batches: list[dict[str, Any]], margins: torch.Tensor) -> None:
@@ -105,9 +106,12 @@ class PairMargins(PairRun):
             batch[KEPT] = part
 
 
-def margins_of(stats: TokenStats, completions: Completions) -> torch.Tensor:
+def margins_of(
+    stats: TokenStats, completions: Completions, alpha: float | None
+) -> torch.Tensor:
     """log π_θ - log π_ref of chosen minus that of rejected; shape (pairs,), nats."""
     log_ratios = (stats.policy_logp - stats.reference_logp).detach()
+    log_ratios = log_ratios * tail_weights(completions.lengths, len(log_ratios), alpha)
     return chosen_minus_rejected(sum_per_sequence(log_ratios, completions.lengths))
 
 

@@ -34,6 +34,7 @@ from .recipe import (
     without_effect,
 )
 from .spelling import misspelt
+from .upstream import always_on
 
 LOG = get_logger(__name__)
 
@@ -158,7 +159,7 @@ class EDPOPlugin(BasePlugin):
 
 
 def _check_registration(cfg: Mapping) -> None:
-    if PLUGIN not in (cfg.get("plugins") or []):
+    if PLUGIN not in {*(cfg.get("plugins") or []), *always_on()}:
         raise ValueError(f"`rl: edpo` needs `plugins: [{PLUGIN}]` in this recipe")
     if cfg.get("trainer_cls") not in (None, TRAINER):
         raise ValueError(

@@ -26,6 +26,7 @@ from .errors import refuse
 from .loss import LOWEST_BATCH_BETA
 from .loss_types import SFT, LossSettings
 from .spelling import check_own_keys
+from .upstream import default_fsdp_version
 
 SUPERVISED = "remove it: axolotl gives it to supervised training only"
 # Recipe keys that would change the loss or the batch in a way this version does not
@@ -156,7 +157,7 @@ def check_foreign_recipe(recipe: Mapping[str, Any]) -> None:
         ValueError: Names the first such key.
     """
     for key in recipe:
-        if str(key).startswith(PREFIX):
+        if str(key).startswith(PREFIX) and recipe[key] is not None:
             raise ValueError(
                 f"`{key}: {recipe[key]}` has no effect with `rl: {recipe.get('rl')}`: "
                 f"set `rl: edpo`, or remove `{key}`"
@@ -242,6 +243,8 @@ def _check_unsupported(recipe: Mapping[str, Any]) -> None:
     for key in SPLITTING:
         if (recipe.get(key) or 1) > 1:
             refuse(key, recipe[key], f"set `{key}: 1`")
+    if ((recipe.get("context_parallel") or {}).get("size") or 1) > 1:
+        refuse("context_parallel.size", recipe["context_parallel"]["size"], "set 1")
     if (recipe.get("accelerator_config") or {}).get("dispatch_batches"):
         remedy = "remove it: pairs are handed over before they are tensors"
         refuse("accelerator_config.dispatch_batches", True, remedy)
@@ -378,7 +381,7 @@ def _check_fsdp(recipe: Mapping[str, Any]) -> None:
     if not options:
         return
     own = options.get("fsdp_version") or options.get("version")
-    version = recipe.get("fsdp_version") or own or 1
+    version = recipe.get("fsdp_version") or own or default_fsdp_version()
     if str(version) != "2":
         remedy = "set `fsdp_version: 2`: FSDP 1 flattens the head that is read"
         refuse("fsdp_version", version, remedy)

@@ -138,6 +138,22 @@ class PairReference(PairFeed):
             )
         return ref_model
 
+    @staticmethod
+    def _require_copyable(model: PeftModel, evaluating: bool) -> None:
+        """TRL 1.9 makes no copy of some adapters; later ones may fail while they do.
+
+        Raises:
+            ValueError: If an adapter that is trained further has such a part.
+        """
+        if not evaluating and getattr(
+            model.peft_config["default"], "target_parameters", None
+        ):
+            raise ValueError(
+                "`lora_model_dir` holds an adapter with `lora_target_parameters`, of "
+                "which PEFT cannot hold a second as reference: merge it with `axolotl "
+                "merge-lora` and train from there"
+            )
+
     def _settle_reference_adapter(self, evaluating: bool) -> None:
         """The reference of an adapter that is trained further is its own start.
 
@@ -145,17 +161,10 @@ class PairReference(PairFeed):
         model below it. The copy is not saved: a checkpoint that holds two adapters
         resumes neither (transformers then loads the sub-directories only).
         """
-        copied = backbone.REFERENCE_ADAPTER in self.model.peft_config
         if evaluating:
-            if copied:
+            if backbone.REFERENCE_ADAPTER in self.model.peft_config:
                 self.model.delete_adapter(backbone.REFERENCE_ADAPTER)
             return
-        if not copied:
-            raise ValueError(
-                "`lora_model_dir` holds an adapter with `lora_target_parameters`, of "
-                "which PEFT cannot hold a second as reference: merge it with `axolotl "
-                "merge-lora` and train from there"
-            )
         backbone.copy_to_reference_adapter(self.model)
         self.model.save_pretrained = partial(
             self.model.save_pretrained, selected_adapters=["default"]

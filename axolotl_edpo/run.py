@@ -213,7 +213,10 @@ class PairRun(PairReference):
             weights = accelerator.unwrap_model(model).parameters()
             trained = [weight for weight in weights if weight.requires_grad]
             flags = guard.nan_flags(trained, accelerator.device)
-            if int(self._sum_over_ranks(flags.sum())):
+            taken = int(self._sum_over_ranks(flags.sum()))
+            # from 0.19 on it skips such a step, and the norm is alike on all ranks
+            scales = accelerator.mixed_precision == "fp16"
+            if taken or not (scales or norm is None) and guard.not_finite(norm):
                 self._stop("the gradient is")
             return norm
         # of fp16, whose scaler has the optimizer skip the step

@@ -30,7 +30,7 @@ from .batch import (
 )
 from .controller import ControllerSettings
 from .logprobs import TokenStats, logits_stats, token_stats
-from .loss_types import Answers, LossSettings, wpo_weights
+from .loss_types import Answers, LossSettings, tail_weights, wpo_weights
 from .margins import PairMargins
 from .metrics import WeightedMeans
 from .precompute import CacheSettings
@@ -97,6 +97,8 @@ class EDPOTrainer(PairMargins):
     _name = "ε-DPO"
     _tag_names = ["trl", "dpo", "edpo"]
     tag_names = ["axolotl", "dpo", "edpo"]
+    # losses are divided by the pairs of the optimizer step, see compute_loss
+    loss_is_scaled_for_ga = True
     _paper = {
         "title": "KL Penalty Control via Perturbation for Direct Preference "
         "Optimization",
@@ -137,6 +139,7 @@ class EDPOTrainer(PairMargins):
             model = PeftModel.from_pretrained(
                 model, cfg.lora_model_dir, is_trainable=True
             )
+            self._require_copyable(model, evaluating=peft_config is None)
         elif cfg is not None and peft_config is None:
             ref_model = self._base_reference(model, ref_model)
         self.ref_model = ref_model
@@ -162,8 +165,7 @@ class EDPOTrainer(PairMargins):
             self.label_smoothing,
             self.use_weighting,
         )
-        # losses are divided by the pairs of the optimizer step, see compute_loss
-        self.model_accepts_loss_kwargs = True
+        self.model_accepts_loss_kwargs = True  # how transformers < 5.19 is told so
         self._means = {"train": WeightedMeans(), "eval": WeightedMeans()}
 
     def _settle_models(self) -> None:
@@ -350,8 +352,10 @@ class EDPOTrainer(PairMargins):
     def _judge(self, stats: TokenStats, completions: Completions) -> Pairs:
         """Steps, betas and losses of a batch's pairs."""
 
+        tail = tail_weights(completions.lengths, len(stats.plus), self.ld_alpha)
+
         def per_sequence(values: torch.Tensor) -> torch.Tensor:
-            return sum_per_sequence(values, completions.lengths)
+            return sum_per_sequence(values * tail, completions.lengths)
 
         plus = chosen_minus_rejected(per_sequence(stats.plus))
         minus = chosen_minus_rejected(per_sequence(stats.minus))
@@ -362,9 +366,10 @@ class EDPOTrainer(PairMargins):
         lengths = completions.lengths
         losses = self.loss.losses(Answers.of(log_ratios, lengths, betas))
         if self.loss.weighted:
-            relative = per_sequence(stats.policy_logp - stats.collision.log())
+            likely = stats.policy_logp - stats.collision.log()
+            relative = sum_per_sequence(likely, lengths)
             losses = losses * wpo_weights(relative / lengths.clamp(min=1))
-        sft = -per_sequence(stats.policy_logp).chunk(2)[0]
+        sft = -sum_per_sequence(stats.policy_logp, lengths).chunk(2)[0]
         chosen, rejected = log_ratios.detach().chunk(2)
         rewards = betas * chosen, betas * rejected
         return Pairs(plus, minus, steps, betas, losses, sft, *rewards)

@@ -10,7 +10,7 @@ from importlib import metadata
 from packaging.specifiers import SpecifierSet
 
 # The releases whose seams tests/test_upstream.py pins.
-TESTED = {"axolotl": ">=0.19,<0.20", "trl": ">=1.9,<1.10"}
+TESTED = {"axolotl": ">=0.19,<0.22", "trl": ">=1.9,<1.15"}
 
 
 def check_versions(tested: Mapping[str, str] = TESTED) -> None:

@@ -27,6 +27,8 @@ from axolotl import utils
 from axolotl.cli import config
 from axolotl.integrations.base import BasePlugin
 
+torch.cuda.can_device_access_peer = lambda *args: True  # a CUDA build, forked
+
 # trackio: TRL asks it for a URL, and it takes seconds to import
 PRELOAD = ["deepspeed", "axolotl.train", "axolotl.core.builders", "trackio", "ranks"]
 

@@ -25,6 +25,7 @@ from tokenizers.processors import TemplateProcessing
 
 from axolotl_edpo.batch import completions_of
 from axolotl_edpo.feed import PairFeed
+from axolotl_edpo.upstream import cuts_answers
 
 TITLE = "Data sets"
 INTRO = """
@@ -299,7 +300,10 @@ OTHERS = [
         {"chat_template": "jinja", "chat_template_jinja": "own.jinja"},
         files={"a.jsonl": MESSAGES, "own.jinja": JINJA},
         options={"type": "chat_template.default"},
-        first="<user>Is red a colour?</user>It is.</assistant></s>",
+        # it knows no `add_generation_prompt`
+        first="<user>Is red a colour?</user>"
+        + ("" if cuts_answers() else "<assistant>")
+        + "It is.</assistant></s>",
     ),
     Data(
         "a tokenizer that begins a text with `<s>`, a template that does too",
@@ -861,6 +865,6 @@ def test_every_type_that_axolotl_ships_has_a_cell():
     for module in pkgutil.iter_modules(shipped.__path__, shipped.__name__ + "."):
         own = importlib.import_module(module.name)
         for name, thing in inspect.getmembers(own, inspect.isfunction):
-            if thing.__module__ == own.__name__:
+            if thing.__module__ == own.__name__ and not name.startswith("_"):
                 found.add(f"{module.name.rpartition('.')[2]}.{name}")
     assert found == {cell.type for cell in TYPES}

@@ -8,6 +8,7 @@ import tiny
 from axolotl.utils.logging import MultiProcessAdapter
 from matrix import Cell
 from tiny import EXPERTS
+from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeModel
 
 TITLE = "Models"
 INTRO = """
@@ -16,6 +17,8 @@ same; where a model cannot be packed, `sample_packing: auto` pads it.
 """
 HYBRID = "`sample_packing: true` is refused, as its layers carry a state; `auto` pads"
 ROUTER = "the router loss of each micro-batch is kept, packed as padded"
+# Not before transformers 5.20.
+GRANITE = "router_logits" in (GraniteMoeModel._can_record_outputs or ())
 WINDOW = {"sliding_window": 24}
 MAMBA = {
     "mamba_d_ssm": 32,
@@ -73,7 +76,8 @@ CELLS = [
         "Granite MoE",
         kind="granitemoe",
         config=EXPERTS,
-        note="a warning says that transformers 5.16 has no router loss for it",
+        router=GRANITE,
+        note=ROUTER if GRANITE else "a warning says that it has no router loss",
     ),
     Model(
         "Falcon-H1",

@@ -198,6 +198,12 @@ OPTIMIZERS = [
     optimizer("adamw_torch_xla", untested="an XLA device"),
     optimizer("adamw_torch_npu_fused", untested="an Ascend NPU"),
 ]
+# Of later releases of axolotl: 0.20, 0.21.
+OPTIMIZERS += [
+    cell
+    for cell in (*lacks("scao", "scao"), optimizer("muon_8bit", "Muon8bit"))
+    if cell.value in set(CustomSupportedOptimizers)
+]
 ANY_OTHER = Cell(
     "any other `optimizer`",
     {"optimizer": "adamw_torchh"},
@@ -498,6 +504,15 @@ COMPUTING = [
         {"attn_implementation": "flash_attention_torch"},
         refused="requires a transformers release that registers",
         note="axolotl: transformers 5.16 does not have it.",
+    ),
+    *(
+        Cell(
+            "`attn_implementation: varlen`",
+            {"attn_implementation": "varlen"},
+            refused="varlen is supported only for native",
+            note="axolotl: for diffusion models.",
+        )
+        for _ in {"varlen"} & set(CANONICAL_ATTN_IMPLS)
     ),
     Cell(
         "`torch_compile: true`",

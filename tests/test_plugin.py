@@ -8,12 +8,14 @@ import tiny
 import yaml
 from axolotl.cli.config import load_cfg
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
+from axolotl.integrations import base
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.dict import DictDefault
 from conftest import ROOT
 
 from axolotl_edpo.plugin import PLUGIN, TRAINER, EDPOPlugin
-from axolotl_edpo.versions import check_versions
+from axolotl_edpo.upstream import always_on
+from axolotl_edpo.versions import TESTED, check_versions
 
 
 def load(folder, recipe, **overrides):
@@ -86,13 +88,16 @@ def test_a_wrong_recipe_stops_before_a_model_is_loaded(recipe, tmp_path, keys, m
         load(tmp_path, recipe(**keys))
 
 
-def test_edpo_without_the_plugin_in_the_recipe_is_an_error(recipe, tmp_path):
-    with pytest.raises(ValueError, match="edpo"):
-        load(tmp_path, recipe(plugins=None, edpo_epsilon=None))
+def test_edpo_without_the_plugin_in_the_recipe_is_an_error_up_to_0_20(recipe, tmp_path):
+    load(tmp_path, recipe(plugins=[PLUGIN]))  # registered in this process
     spectrum = ["axolotl.integrations.spectrum.SpectrumPlugin"]
-    with pytest.raises(ValueError, match=rf"needs `plugins: \[{PLUGIN}\]`"):
-        load(tmp_path, recipe(plugins=[PLUGIN]))  # registered in this process
-        load(tmp_path, recipe(plugins=spectrum))
+    for plugins in (None, spectrum):
+        keys = recipe(plugins=plugins, edpo_epsilon=None)
+        if PLUGIN in always_on():
+            assert load(tmp_path, keys).trainer_cls == TRAINER
+            continue
+        with pytest.raises(ValueError, match="edpo"):
+            load(tmp_path, keys)
 
 
 @pytest.mark.parametrize("name", ["axolotl", "trl"])
@@ -123,7 +128,7 @@ def test_another_trl_stops_the_run_and_never_ends_in_plain_dpo(recipe, tmp_path)
         cwd=ROOT,
     )
     assert run.returncode == 1
-    assert "works with trl >=1.9,<1.10, here it is 1.16.0" in run.stderr
+    assert f"works with trl {TESTED['trl']}, here it is 1.16.0" in run.stderr
 
 
 LOAD = """
@@ -141,7 +146,9 @@ def test_plain_dpo_is_untouched_in_a_process_that_trained_edpo(recipe, tmp_path)
     keys = dict(rl="dpo", rl_beta=0.1, beta=None, edpo_epsilon=None, max_steps=1)
     for plugins in (None, spectrum):
         cfg = load(tmp_path, recipe(**keys, plugins=plugins))
-        assert not [key for key in cfg if key.startswith("edpo_") or key == "beta"]
+        own = [key for key in cfg if key.startswith("edpo_") or key == "beta"]
+        # 0.20 tells a plugin of no recipe without it; its keys stay, without effect
+        assert not own or set(base.BUILTIN_PLUGINS) and PLUGIN not in always_on()
         assert (cfg.rl, cfg.trainer_cls) == ("dpo", None)
     trainer = tiny.train(tmp_path, recipe(**keys, plugins=None))
     assert type(trainer) is AxolotlDPOTrainer

@@ -5,6 +5,7 @@ import pytest
 from axolotl_edpo.args import EDPOArgs
 from axolotl_edpo.recipe import check_foreign_recipe, check_recipe
 from axolotl_edpo.spelling import misspelt
+from axolotl_edpo.upstream import default_fsdp_version
 
 CHAT = {"path": "a", "type": "chat_template.default"}
 WRONG = [
@@ -87,7 +88,11 @@ WRONG = [
     ({"edpo_log_pairs": True}, r"`edpo_log_pairs: True`"),
     ({"dpo_label_smoothing": 0.5}, r"`dpo_label_smoothing: 0.5`.*below 0.5"),
     ({"fsdp": ["full_shard"]}, "`fsdp: .*`fsdp_version: 2`"),
-    ({"fsdp_config": {"offload_params": True}}, "`fsdp_version: 1`.*version: 2`"),
+    *(  # in 0.19
+        ({"fsdp_config": {"offload_params": True}}, "`fsdp_version: 1`.*version: 2`")
+        for _ in range(default_fsdp_version() == 1)
+    ),
+    ({"context_parallel": {"size": 2}}, "`context_parallel.size: 2`.*set 1"),
     (
         {"fsdp_version": 1, "fsdp_config": {"offload_params": True}},
         "`fsdp_version: 1`.*version: 2`",

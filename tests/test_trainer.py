@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from dying import train_until_killed
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -356,7 +357,7 @@ def test_a_head_that_cannot_be_read_trains_the_same_with_one_warning(
 
 
 def test_micro_batches_do_not_collect_garbage(recipe, tmp_path, monkeypatch):
-    """axolotl collects it, and flushes the GPU's cache, after each one."""
+    """axolotl up to 0.20 collects it, and flushes the GPU's cache, after each one."""
     calls = []
     real = gc.collect
     monkeypatch.setattr(gc, "collect", lambda *args: calls.append(1) or real(*args))
@@ -367,4 +368,5 @@ def test_micro_batches_do_not_collect_garbage(recipe, tmp_path, monkeypatch):
         return len(calls)
 
     assert count(4) == count(2)
-    assert count(4, **tiny.DPO) == count(2, **tiny.DPO) + 2 * 2
+    flushes = "training_step" in vars(AxolotlDPOTrainer)
+    assert count(4, **tiny.DPO) == count(2, **tiny.DPO) + 2 * 2 * flushes

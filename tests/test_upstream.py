@@ -95,7 +95,8 @@ def test_the_whole_optimizer_step_is_counted_before_its_first_micro_batch():
     text = source(Trainer.get_batch_samples)
     assert "self._get_num_items_in_batch(batch_samples, device)" in text, "feed.py"
     step = source(Trainer.training_step)
-    assert "not self.model_accepts_loss_kwargs" in step, "trainer.py: loss scale"
+    asked = ("if not loss_is_scaled_for_ga:", "not self.model_accepts_loss_kwargs or")
+    assert any(line in step for line in asked), "trainer.py: loss scale"
 
 
 def test_beta_moves_between_the_optimizer_step_and_the_log():
@@ -112,14 +113,19 @@ def test_the_dpo_trainer_logs_plain_means_of_its_lists():
 
 
 def test_axolotls_training_step_adds_only_the_cache_flush():
-    text = source(AxolotlDPOTrainer.training_step)
-    body = [line.strip() for line in text.splitlines()][-4:]
-    assert body == [
-        "loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)",
-        "gc.collect()",
-        "torch.cuda.empty_cache()",
-        "return loss",
-    ], "feed.py: training_step"
+    """Up to 0.20; then it has none."""
+    step = vars(AxolotlDPOTrainer).get("training_step")
+    body = [line.strip() for line in source(step).splitlines()][-4:] if step else []
+    assert body in (
+        [],
+        [
+            "loss: torch.Tensor = super().training_step("
+            "model, inputs, num_items_in_batch)",
+            "gc.collect()",
+            "torch.cuda.empty_cache()",
+            "return loss",
+        ],
+    ), "feed.py: training_step"
 
 
 def test_a_pretrained_adapter_gets_a_reference_copy_named_ref():
@@ -179,7 +185,8 @@ def test_trls_loss_options_have_the_names_that_are_read():
 
 def test_a_router_loss_is_asked_for_and_averaged_where_it_was():
     text = source(DPOTrainer.__init__)
-    assert "self.aux_loss_enabled = is_moe and" in text, "trainer.py: router"
+    assert "self.aux_loss_enabled = " in text, "trainer.py: router"
+    assert "self.router_aux_loss_coef = " in text, "trainer.py: router"
     text = source(DPOTrainer._compute_loss)
     assert "loss + self.router_aux_loss_coef * aux_loss" in text, "trainer.py: router"
     average = modeling_mixtral.load_balancing_loss_func
