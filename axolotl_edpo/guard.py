@@ -3,7 +3,7 @@
     weights      before the first step: a model that was saved broken
     losses       of every pair, before the last backward of an optimizer step
     gradients    before the optimizer takes them; under DeepSpeed, whose optimizer runs
-                 in the backward, by the weights, before the step counts and is saved
+                 in the backward, before the step counts and is saved
 
 A gradient that overflows under fp16 is no error: the optimizer's step is skipped, and
 loss scaling goes on with a smaller scale.

@@ -167,6 +167,8 @@ class LossSettings:
         label_smoothing: α, 0 <= α < 0.5.
         weighted: Whether pairs weigh as much as the policy is likely to write them
             (`dpo_use_weighting`; WPO, arXiv 2406.11827).
+        ld_alpha: How much a token counts beyond the length of its pair's shorter
+            answer, 0 <= α <= 1 (`dpo_ld_alpha`; LD-DPO, arXiv 2409.06411).
 
     Raises:
         ValueError: If the loss would not be what they say.
@@ -176,6 +178,7 @@ class LossSettings:
     weights: tuple[float, ...] = (1.0,)
     label_smoothing: float = 0.0
     weighted: bool = False
+    ld_alpha: float = 1.0
 
     def __post_init__(self) -> None:
         for name in self.types:
@@ -187,6 +190,8 @@ class LossSettings:
         if self.weighted and SFT in self.types:
             remedy = "remove it, or `sft`, which is a mean over tokens, not over pairs"
             refuse("dpo_use_weighting", True, remedy)
+        if not 0 <= self.ld_alpha <= 1:
+            refuse("dpo_ld_alpha", self.ld_alpha, "set a number from 0 to 1")
 
     @property
     def sft_weight(self) -> float:
@@ -208,6 +213,20 @@ class LossSettings:
                 losses = losses + weight * LOSSES[name](answers, self.label_smoothing)
         return losses
 
+    def counted(self, values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Values of tokens, times how much each token counts.
+
+        Args:
+            values: Shape (tokens,), all chosen, then all rejected answers.
+            lengths: Shape (2 x pairs,), tokens of each answer.
+
+        Returns:
+            Shape (tokens,).
+        """
+        if self.ld_alpha == 1:
+            return values
+        return values * tail_weights(lengths, len(values), self.ld_alpha)
+
     def _weights(self) -> Mapping[str, float]:
         return dict(zip(self.types, self.weights, strict=True))
 
@@ -226,23 +245,17 @@ def wpo_weights(relative_logps: torch.Tensor) -> torch.Tensor:
     return (chosen + rejected).exp()
 
 
-def tail_weights(
-    lengths: torch.Tensor, tokens: int, alpha: float | None
-) -> torch.Tensor | float:
-    """How much each token counts: α beyond the length of its pair's shorter answer.
-
-    LD-DPO, arXiv 2409.06411 (`dpo_ld_alpha`).
+def tail_weights(lengths: torch.Tensor, tokens: int, alpha: float) -> torch.Tensor:
+    """1 up to the length of a pair's shorter answer, α beyond it (LD-DPO).
 
     Args:
         lengths: Shape (2 x pairs,), tokens of all chosen, then of all rejected answers.
         tokens: Their sum.
-        alpha: 0 <= α <= 1; None is 1.
+        alpha: 0 <= α <= 1.
 
     Returns:
-        Shape (tokens,), or 1.
+        Shape (tokens,), float32.
     """
-    if alpha is None:
-        return 1.0
     chosen, rejected = lengths.chunk(2)
     ends = lengths.cumsum(0)
     shared = ends - lengths + torch.minimum(chosen, rejected).repeat(2)

@@ -26,7 +26,7 @@ from .batch import (
 from .controller import MarginController
 from .feed import forget_masks
 from .logprobs import TokenStats
-from .loss_types import tail_weights
+from .loss_types import LossSettings
 from .precompute import pair_digest
 from .run import PairRun
 
@@ -36,6 +36,7 @@ KEPT = "kept"
 class PairMargins(PairRun):
     """The trainer's look at a step before it is taken."""
 
+    loss: LossSettings
     _score: Any  # the walk's
     _weight = 1.0
 
@@ -49,7 +50,7 @@ class PairMargins(PairRun):
             completions = completions_of(batch)
             with self.compute_loss_context_manager(), self._without_gradient():
                 stats, _ = self._score(model, batch, completions)
-            margins.append(margins_of(stats, completions, self.ld_alpha))
+            margins.append(margins_of(stats, completions, self.loss))
             forget_masks(batch)
         self._begin(batches, torch.cat(margins))
         if reading := batches[0].get("reading"):
@@ -71,7 +72,7 @@ class PairMargins(PairRun):
         """
         controller = self._margin_controller()
         if controller and not controller.has_begun:
-            self._begin([batch], margins_of(stats, completions, self.ld_alpha))
+            self._begin([batch], margins_of(stats, completions, self.loss))
         return batch[KEPT] * self._weight if KEPT in batch else None
 
     def _begin(self, batches: list[dict[str, Any]], margins: torch.Tensor) -> None:
@@ -107,12 +108,12 @@ class PairMargins(PairRun):
 
 
 def margins_of(
-    stats: TokenStats, completions: Completions, alpha: float | None
+    stats: TokenStats, completions: Completions, loss: LossSettings
 ) -> torch.Tensor:
     """log π_θ - log π_ref of chosen minus that of rejected; shape (pairs,), nats."""
     log_ratios = (stats.policy_logp - stats.reference_logp).detach()
-    log_ratios = log_ratios * tail_weights(completions.lengths, len(log_ratios), alpha)
-    return chosen_minus_rejected(sum_per_sequence(log_ratios, completions.lengths))
+    counted = loss.counted(log_ratios, completions.lengths)
+    return chosen_minus_rejected(sum_per_sequence(counted, completions.lengths))
 
 
 def gumbel(seed: str, pair: dict[str, Any]) -> float:

@@ -26,15 +26,15 @@ except ImportError:
     check_versions()  # says more, and axolotl does not swallow it
     raise
 
-from .args import LIGER, LOWERED, PREFIX, handed_on, lowered_packing
+from .args import LIGER, LOWERED, PREFIX, EDPOArgs, handed_on, lowered_packing
 from .recipe import (
     check_foreign_recipe,
     check_recipe,
     check_without_gpu,
     without_effect,
 )
-from .spelling import misspelt
-from .upstream import always_on
+from .spelling import check_command_line, misspelt
+from .upstream import automatic_plugins, dropped_words, named_plugins
 
 LOG = get_logger(__name__)
 
@@ -60,6 +60,8 @@ class EDPOPlugin(BasePlugin):
             RuntimeError: If axolotl or TRL is missing or outside the tested range.
         """
         self._active = cfg.get("rl") == "edpo" or cfg.get("trainer_cls") == TRAINER
+        ours = EDPOArgs.model_fields if self._active else ()
+        check_command_line(dropped_words(), ours)
         if not self._active:
             if not cfg.get("inference"):  # there axolotl takes `rl` away itself
                 check_foreign_recipe(cfg)
@@ -159,8 +161,11 @@ class EDPOPlugin(BasePlugin):
 
 
 def _check_registration(cfg: Mapping) -> None:
-    if PLUGIN not in {*(cfg.get("plugins") or []), *always_on()}:
-        raise ValueError(f"`rl: edpo` needs `plugins: [{PLUGIN}]` in this recipe")
+    if PLUGIN not in {*named_plugins(cfg), *automatic_plugins()}:
+        raise ValueError(
+            f"`rl: edpo` needs `plugins: [{PLUGIN}]` in this recipe: only from 0.21 on "
+            "axolotl finds an installed plugin by itself"
+        )
     if cfg.get("trainer_cls") not in (None, TRAINER):
         raise ValueError(
             f"`trainer_cls: {cfg['trainer_cls']}` would replace the trainer of "

@@ -140,10 +140,10 @@ class PairReference(PairFeed):
 
     @staticmethod
     def _require_copyable(model: PeftModel, evaluating: bool) -> None:
-        """TRL 1.9 makes no copy of some adapters; later ones may fail while they do.
+        """TRL 1.9 does not copy an adapter of `target_parameters`, 1.14 fails in it.
 
         Raises:
-            ValueError: If an adapter that is trained further has such a part.
+            ValueError: If such an adapter is trained further.
         """
         if not evaluating and getattr(
             model.peft_config["default"], "target_parameters", None

@@ -203,27 +203,26 @@ class PairRun(PairReference):
                 self._stop(f"the loss of {broken} of the step's pairs is")
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """As transformers'; stops before the optimizer takes what is not finite.
+        """Stops a run whose gradient is not finite.
 
-        DeepSpeed's has taken it, and its norm does not say so: there the weights do.
+        DeepSpeed's optimizer has run by now. Up to 0.18 it took such a gradient, and
+        its norm does not say so: the weights do. From 0.19 on it skips the step, and
+        the norm says so, on every rank alike.
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        accelerator = self.accelerator
-        if self.is_deepspeed_enabled:
-            weights = accelerator.unwrap_model(model).parameters()
-            trained = [weight for weight in weights if weight.requires_grad]
-            flags = guard.nan_flags(trained, accelerator.device)
-            taken = int(self._sum_over_ranks(flags.sum()))
-            # from 0.19 on it skips such a step, and the norm is alike on all ranks
-            scales = accelerator.mixed_precision == "fp16"
-            if taken or not (scales or norm is None) and guard.not_finite(norm):
-                self._stop("the gradient is")
-            return norm
-        # of fp16, whose scaler has the optimizer skip the step
-        skips = accelerator.scaler or accelerator.optimizer_step_was_skipped
-        if norm is not None and not skips and guard.not_finite(norm):
+        taken = self.is_deepspeed_enabled and self._weights_hold_nan(model)
+        # under fp16 it is no error: the step is skipped, and the scale falls
+        scaled = self.accelerator.scaler or self.accelerator.mixed_precision == "fp16"
+        if taken or not (scaled or norm is None) and guard.not_finite(norm):
             self._stop("the gradient is")
         return norm
+
+    def _weights_hold_nan(self, model) -> bool:
+        """Whether a weight that trains does, on any rank."""
+        weights = self.accelerator.unwrap_model(model).parameters()
+        trained = [weight for weight in weights if weight.requires_grad]
+        flags = guard.nan_flags(trained, self.accelerator.device)
+        return int(self._sum_over_ranks(flags.sum())) > 0
 
     def _stop(self, what: str) -> None:
         step, beta = self.state.global_step + 1, self.controller.beta

@@ -1,8 +1,8 @@
-"""Keys that nobody knows: axolotl ignores them, a user meant another one."""
+"""Keys and options that nobody reads: axolotl ignores them, a user meant something."""
 
 import difflib
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .args import PREFIX, EDPOArgs
@@ -24,6 +24,27 @@ def check_own_keys(recipe: Mapping[str, Any]) -> None:
             )
 
 
+def check_command_line(words: Sequence[str], keys: Collection[str]) -> None:
+    """Refuses our options on axolotl's command line, which takes axolotl's only.
+
+    Args:
+        words: What axolotl did not take.
+        keys: Of our options, beside those that begin with `edpo_`.
+
+    Raises:
+        ValueError: Names the option and where to write it instead.
+    """
+    for place, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        key = option.removeprefix("--").replace("-", "_")
+        if word.startswith("--") and (key.startswith(PREFIX) or key in keys):
+            value = value if equals else " ".join(words[place + 1 : place + 2])
+            raise ValueError(
+                f"`{option} {value}` on the command line does not reach the recipe: "
+                f"write `{key}: {value}` into it; for several values use `--sweep`"
+            )
+
+
 def misspelt(recipe: Mapping[str, Any], known: Collection[str]) -> list[str]:
     """Finds keys that axolotl would ignore and that are nearly a key it knows.
 
@@ -39,12 +60,18 @@ def misspelt(recipe: Mapping[str, Any], known: Collection[str]) -> list[str]:
     Raises:
         ValueError: If a key is certainly another one: a single letter is missing, too
             many or wrong, or two are swapped, and that other one is not there itself.
+            Or if it is an option of the loss in another release of axolotl.
     """
     lines = []
     for key in map(str, recipe):
         if key in known or key.startswith(("_", "x-")):
             continue
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+        if not near and key.startswith("dpo_"):
+            raise ValueError(
+                f"`{key}` is not an option of this release of axolotl, and the loss "
+                "would be another one: remove it, or upgrade axolotl"
+            )
         if not near:
             continue
         if _one_slip(key, near[0]) and near[0] not in recipe:

@@ -21,7 +21,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import backbone, engine, loss
+from . import backbone, engine, loss, upstream
 from .batch import (
     Completions,
     chosen_minus_rejected,
@@ -30,7 +30,7 @@ from .batch import (
 )
 from .controller import ControllerSettings
 from .logprobs import TokenStats, logits_stats, token_stats
-from .loss_types import Answers, LossSettings, tail_weights, wpo_weights
+from .loss_types import Answers, LossSettings, wpo_weights
 from .margins import PairMargins
 from .metrics import WeightedMeans
 from .precompute import CacheSettings
@@ -97,8 +97,6 @@ class EDPOTrainer(PairMargins):
     _name = "ε-DPO"
     _tag_names = ["trl", "dpo", "edpo"]
     tag_names = ["axolotl", "dpo", "edpo"]
-    # losses are divided by the pairs of the optimizer step, see compute_loss
-    loss_is_scaled_for_ga = True
     _paper = {
         "title": "KL Penalty Control via Perturbation for Direct Preference "
         "Optimization",
@@ -164,8 +162,9 @@ class EDPOTrainer(PairMargins):
             tuple(self.loss_weights),
             self.label_smoothing,
             self.use_weighting,
+            1.0 if self.ld_alpha is None else self.ld_alpha,
         )
-        self.model_accepts_loss_kwargs = True  # how transformers < 5.19 is told so
+        upstream.leave_losses_as_they_are(self)
         self._means = {"train": WeightedMeans(), "eval": WeightedMeans()}
 
     def _settle_models(self) -> None:
@@ -351,11 +350,10 @@ class EDPOTrainer(PairMargins):
 
     def _judge(self, stats: TokenStats, completions: Completions) -> Pairs:
         """Steps, betas and losses of a batch's pairs."""
-
-        tail = tail_weights(completions.lengths, len(stats.plus), self.ld_alpha)
+        lengths = completions.lengths
 
         def per_sequence(values: torch.Tensor) -> torch.Tensor:
-            return sum_per_sequence(values * tail, completions.lengths)
+            return sum_per_sequence(self.loss.counted(values, lengths), lengths)
 
         plus = chosen_minus_rejected(per_sequence(stats.plus))
         minus = chosen_minus_rejected(per_sequence(stats.minus))
@@ -363,7 +361,6 @@ class EDPOTrainer(PairMargins):
         betas = self.controller.pair_betas(steps)
         # differences per token first: sums near -1000 would round them away
         log_ratios = per_sequence(stats.policy_logp - stats.reference_logp)
-        lengths = completions.lengths
         losses = self.loss.losses(Answers.of(log_ratios, lengths, betas))
         if self.loss.weighted:
             likely = stats.policy_logp - stats.collision.log()

@@ -1,22 +1,37 @@
-"""What differs between the releases of axolotl that this package works with.
+"""What differs between the releases of axolotl and its stack that this package takes.
 
-Found by what a release has, not by its number. Once 0.19 and 0.20 are left behind, all
-of this is what the last lines say.
+Each is found by what a release has, not by its number. Releases: axolotl 0.19, 0.20 and
+0.21, with transformers 5.16 to 5.20 and TRL 1.9 to 1.14.
 """
 
-from collections.abc import Collection
 from typing import Any
 
+import click
 from axolotl.integrations import base
 
 
-def always_on() -> Collection[str]:
-    """Plugins that axolotl loads without `plugins:`; from 0.21, of installed packages."""
-    return getattr(base, "get_builtin_plugins", tuple)()
+def automatic_plugins() -> tuple[str, ...]:
+    """Plugins that axolotl loads though no recipe names them.
+
+    From 0.21 on, those of the entry-point group `axolotl.plugins`.
+    """
+    found = getattr(base, "get_builtin_plugins", None)
+    return found() if found else ()
+
+
+def named_plugins(recipe: Any) -> list[str]:
+    """The `plugins:` of a recipe; 0.21 takes `module:Class` as well."""
+    return [str(name).replace(":", ".") for name in recipe.get("plugins") or ()]
+
+
+def dropped_words() -> list[str]:
+    """Words of the command line that axolotl hands to a launcher, if there is one."""
+    context = click.get_current_context(silent=True)
+    return [*context.args] if context else []
 
 
 def default_fsdp_version() -> int:
-    """Of a recipe that names none: 1 in 0.19, then 2."""
+    """Of a recipe that names none: 1 in axolotl 0.19, then 2."""
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
     fields: Any = AxolotlInputConfig.model_fields
@@ -24,7 +39,18 @@ def default_fsdp_version() -> int:
 
 
 def cuts_answers() -> bool:
-    """Whether `chat_template` types look for an answer in what they wrote; till 0.20."""
+    """Whether `chat_template` types find an answer in what they wrote by its text.
+
+    Up to axolotl 0.20. In 0.21 it is what follows the rendered prompt.
+    """
     from axolotl.prompt_strategies.dpo import chat_template
 
     return not hasattr(chat_template, "_completion_after_prompt")
+
+
+def leave_losses_as_they_are(trainer: Any) -> None:
+    """Losses are parts of a mean over the optimizer step: no further division.
+
+    transformers reads the first name from 5.19 on, and only the second before.
+    """
+    trainer.loss_is_scaled_for_ga = trainer.model_accepts_loss_kwargs = True

@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 
+from axolotl_edpo.batch import Completions
+from axolotl_edpo.logprobs import TokenStats
 from axolotl_edpo.loss_types import LOSSES, Answers, LossSettings, wpo_weights
+from axolotl_edpo.margins import margins_of
 
 ANSWERS = Answers(
     chosen=torch.tensor([1.5, -0.5, 0.2]),
@@ -47,6 +50,47 @@ def test_several_losses_add_up_by_their_weights():
     both = LossSettings(("sigmoid", "apo_zero"), (0.8, 0.2)).losses(ANSWERS)
     apart = [settings(name).losses(ANSWERS) for name in ("sigmoid", "apo_zero")]
     torch.testing.assert_close(both, 0.8 * apart[0] + 0.2 * apart[1])
+
+
+# Two pairs: chosen answers of 3 and 1 tokens, rejected ones of 1 and 2.
+LENGTHS = torch.tensor([3, 1, 1, 2])
+VALUES = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
+
+
+@pytest.mark.parametrize(
+    ("alpha", "counted"),
+    [
+        (1.0, [1, 2, 4, 8, 16, 32, 64]),
+        (0.5, [1, 1, 2, 8, 16, 32, 32]),
+        (0.0, [1, 0, 0, 8, 16, 32, 0]),
+    ],
+)
+def test_tokens_beyond_the_shorter_answer_count_alpha(alpha, counted):
+    settings = LossSettings(ld_alpha=alpha)
+    assert settings.counted(VALUES, LENGTHS).tolist() == counted
+
+
+def test_an_empty_answer_leaves_only_a_tail():
+    lengths = torch.tensor([2, 0])
+    counted = LossSettings(ld_alpha=0.25).counted(VALUES[:2], lengths)
+    assert counted.tolist() == [0.25, 0.5]
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.5])
+def test_an_ld_alpha_out_of_bounds_is_refused(alpha):
+    with pytest.raises(ValueError, match=f"`dpo_ld_alpha: {alpha}`.*from 0 to 1"):
+        LossSettings(ld_alpha=alpha)
+
+
+@pytest.mark.parametrize(("alpha", "margins"), [(1.0, [-9, -88]), (0.5, [-12, -56])])
+def test_the_margins_of_beta_dpo_count_tokens_as_the_loss_does(alpha, margins):
+    """1 + α (2 + 4) - 16 and 8 - 32 - α 64."""
+    zeros = torch.zeros(7)
+    stats = TokenStats(*[zeros] * len(TokenStats._fields))
+    stats = stats._replace(policy_logp=VALUES - 100, reference_logp=zeros - 100)
+    completions = Completions(zeros, zeros, LENGTHS)
+    found = margins_of(stats, completions, LossSettings(ld_alpha=alpha))
+    assert found.tolist() == margins
 
 
 def test_a_pair_weighs_what_the_policy_would_write():

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import yaml
 from axolotl.cli.config import load_cfg
+from axolotl.cli.main import cli
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations import base
 from axolotl.integrations.base import PluginManager
@@ -14,8 +15,11 @@ from axolotl.utils.dict import DictDefault
 from conftest import ROOT
 
 from axolotl_edpo.plugin import PLUGIN, TRAINER, EDPOPlugin
-from axolotl_edpo.upstream import always_on
+from axolotl_edpo.spelling import check_command_line
+from axolotl_edpo.upstream import automatic_plugins
 from axolotl_edpo.versions import TESTED, check_versions
+
+BY_ITSELF = PLUGIN in automatic_plugins()  # from axolotl 0.21 on
 
 
 def load(folder, recipe, **overrides):
@@ -88,16 +92,31 @@ def test_a_wrong_recipe_stops_before_a_model_is_loaded(recipe, tmp_path, keys, m
         load(tmp_path, recipe(**keys))
 
 
-def test_edpo_without_the_plugin_in_the_recipe_is_an_error_up_to_0_20(recipe, tmp_path):
+SPECTRUM = "axolotl.integrations.spectrum.SpectrumPlugin"
+
+
+@pytest.mark.parametrize("plugins", [None, [SPECTRUM]], ids=["none", "another"])
+def test_one_word_is_enough_from_axolotl_021_on(recipe, tmp_path, plugins):
     load(tmp_path, recipe(plugins=[PLUGIN]))  # registered in this process
-    spectrum = ["axolotl.integrations.spectrum.SpectrumPlugin"]
-    for plugins in (None, spectrum):
-        keys = recipe(plugins=plugins, edpo_epsilon=None)
-        if PLUGIN in always_on():
-            assert load(tmp_path, keys).trainer_cls == TRAINER
-            continue
-        with pytest.raises(ValueError, match="edpo"):
-            load(tmp_path, keys)
+    keys = recipe(plugins=plugins, edpo_epsilon=None)
+    if BY_ITSELF:
+        cfg = load(tmp_path, keys)
+        assert (cfg.rl, cfg.trainer_cls, cfg.edpo_epsilon) == ("dpo", TRAINER, 0.01)
+        return
+    # without a plugin of its own the recipe is axolotl's, which knows no `edpo`
+    asked = rf"needs `plugins: \[{PLUGIN}\]`.*only from 0.21 on" if plugins else "edpo"
+    with pytest.raises(ValueError, match=asked):
+        load(tmp_path, keys)
+
+
+def test_the_form_of_an_entry_point_names_the_plugin_too(recipe, tmp_path):
+    """`module:Class`, which axolotl takes from 0.21 on."""
+    colon = DictDefault(recipe(plugins=["axolotl_edpo:EDPOPlugin"]))
+    EDPOPlugin().register(colon)
+    assert colon.trainer_cls == TRAINER
+    if BY_ITSELF:
+        cfg = load(tmp_path, recipe(plugins=["axolotl_edpo:EDPOPlugin"]))
+        assert cfg.trainer_cls == TRAINER
 
 
 @pytest.mark.parametrize("name", ["axolotl", "trl"])
@@ -113,42 +132,84 @@ def test_a_missing_dependency_is_named():
         check_versions({"nothing-like-it": ">=1"})
 
 
-def test_another_trl_stops_the_run_and_never_ends_in_plain_dpo(recipe, tmp_path):
-    """A real process that finds the metadata of another TRL first."""
-    info = tmp_path / "site" / "trl-1.16.0.dist-info"
-    info.mkdir(parents=True)
+def load_with_another(name: str, folder, keys: dict) -> subprocess.CompletedProcess:
+    """Loads a recipe in a process that finds the metadata of another release first."""
+    info = folder / "site" / f"{name}-9.9.0.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: trl\nVersion: 1.16.0\n"
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.9.0\n"
     )
-    path = tiny.write(tmp_path, recipe())
-    run = subprocess.run(
-        [sys.executable, "-c", LOAD, str(tmp_path / "site"), str(path)],
+    path = tiny.write(folder, keys)
+    return subprocess.run(
+        [sys.executable, "-c", LOAD, str(folder / "site"), str(path)],
         capture_output=True,
         text=True,
         cwd=ROOT,
     )
-    assert run.returncode == 1
-    assert f"works with trl {TESTED['trl']}, here it is 1.16.0" in run.stderr
 
 
 LOAD = """
 import sys
 import axolotl.cli.config, trl
 sys.path.insert(0, sys.argv[1])
-axolotl.cli.config.load_cfg(sys.argv[2])
+cfg = axolotl.cli.config.load_cfg(sys.argv[2])
+print("plain dpo:", cfg.rl == "dpo" and cfg.trainer_cls is None)
 """
+
+
+@pytest.mark.parametrize("name", ["axolotl", "trl"])
+@pytest.mark.parametrize("plugins", [[PLUGIN], None], ids=["named", "by itself"])
+def test_another_release_ends_in_our_sentence_and_never_in_plain_dpo(
+    recipe, tmp_path, name, plugins
+):
+    """Before 0.21 a recipe without `plugins:` ends in axolotl's: it knows no `edpo`."""
+    run = load_with_another(name, tmp_path, recipe(plugins=plugins))
+    sentence = f"works with {name} {TESTED[name]}, here it is 9.9.0"
+    assert run.returncode == 1 and "plain dpo" not in run.stdout
+    last = run.stderr.strip().splitlines()[-1]
+    assert sentence in last if plugins or BY_ITSELF else "edpo" in run.stderr
+
+
+@pytest.mark.parametrize("name", ["axolotl", "trl"])
+def test_another_release_is_no_matter_of_plain_dpo(recipe, tmp_path, name):
+    run = load_with_another(name, tmp_path, recipe(**tiny.DPO))
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.splitlines()[-1] == "plain dpo: True"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--edpo-epsilon", "0.02"], "`--edpo-epsilon 0.02` .*`edpo_epsilon: 0.02`"),
+        (["--edpo_epsilon=0.02"], "`--edpo_epsilon 0.02` .*`edpo_epsilon: 0.02`"),
+        (["--beta", "0.02"], "`--beta 0.02` .*`beta: 0.02`"),
+    ],
+)
+def test_an_option_of_ours_on_the_command_line_is_refused(
+    recipe, tmp_path, words, message
+):
+    """axolotl's own command, up to where it loads the recipe."""
+    path = tiny.write(tmp_path, recipe(beta=None, edpo_epsilon=None))
+    with pytest.raises(ValueError, match=message):
+        cli(["train", str(path), "--launcher", "python", *words], standalone_mode=False)
+
+
+def test_words_for_a_launcher_are_left_alone():
+    check_command_line(["--nproc_per_node=2", "--beta", "2"], keys=())
+    with pytest.raises(ValueError, match="--edpo-epsilonn"):
+        check_command_line(["--nproc_per_node", "2", "--edpo-epsilonn"], keys=())
 
 
 def test_plain_dpo_is_untouched_in_a_process_that_trained_edpo(recipe, tmp_path):
     tiny.train(tmp_path, recipe(max_steps=1))
     assert PLUGIN in PluginManager.get_instance().plugins
-    spectrum = ["axolotl.integrations.spectrum.SpectrumPlugin"]
     keys = dict(rl="dpo", rl_beta=0.1, beta=None, edpo_epsilon=None, max_steps=1)
-    for plugins in (None, spectrum):
+    for plugins in (None, [SPECTRUM]):
         cfg = load(tmp_path, recipe(**keys, plugins=plugins))
-        own = [key for key in cfg if key.startswith("edpo_") or key == "beta"]
-        # 0.20 tells a plugin of no recipe without it; its keys stay, without effect
-        assert not own or set(base.BUILTIN_PLUGINS) and PLUGIN not in always_on()
+        left = [key for key in cfg if key.startswith("edpo_") or key == "beta"]
+        # axolotl 0.20 loads a plugin of its own into every recipe, and with it the keys
+        # of all plugins of the process; this one is not asked, and they do nothing
+        assert not left or set(base.BUILTIN_PLUGINS) and not BY_ITSELF
         assert (cfg.rl, cfg.trainer_cls) == ("dpo", None)
     trainer = tiny.train(tmp_path, recipe(**keys, plugins=None))
     assert type(trainer) is AxolotlDPOTrainer

@@ -88,10 +88,6 @@ WRONG = [
     ({"edpo_log_pairs": True}, r"`edpo_log_pairs: True`"),
     ({"dpo_label_smoothing": 0.5}, r"`dpo_label_smoothing: 0.5`.*below 0.5"),
     ({"fsdp": ["full_shard"]}, "`fsdp: .*`fsdp_version: 2`"),
-    *(  # in 0.19
-        ({"fsdp_config": {"offload_params": True}}, "`fsdp_version: 1`.*version: 2`")
-        for _ in range(default_fsdp_version() == 1)
-    ),
     ({"context_parallel": {"size": 2}}, "`context_parallel.size: 2`.*set 1"),
     (
         {"fsdp_version": 1, "fsdp_config": {"offload_params": True}},
@@ -291,3 +287,24 @@ def test_two_slips_are_a_warning():
         "`lerning_rte` is not an option of axolotl and has no effect: "
         "did you mean `learning_rate`?"
     )
+
+
+def test_fsdp_of_no_version_is_what_the_release_takes_it_for():
+    """Version 1 in axolotl 0.19; then 2, and there is no other."""
+    recipe = {"rl": "edpo", "fsdp_config": {"reshard_after_forward": True}}
+    if default_fsdp_version() == 2:
+        assert check_recipe(recipe) is None
+    else:
+        with pytest.raises(ValueError, match="`fsdp_version: 1`.*version: 2`"):
+            check_recipe(recipe)
+
+
+@pytest.mark.parametrize("key", ["dpo_ld_alphaa", "dpo_of_a_later_release"])
+def test_a_loss_option_of_another_release_is_refused(key):
+    """A recipe that is shared would train another loss here, without a word."""
+    with pytest.raises(ValueError, match=f"`{key}` is not an option of this release"):
+        misspelt({key: 0.5}, {"dpo_use_weighting", "rl_beta"})
+
+
+def test_an_empty_key_of_ours_says_nothing_beside_another_rl():
+    check_foreign_recipe({"rl": "dpo", "edpo_epsilon": None})

@@ -27,7 +27,9 @@ def save_pairs(path: Path, count: int) -> Path:
     rng = random.Random(0)
 
     def text(low: int, high: int) -> str:
-        return reference_text([rng.randrange(3, 256) for _ in range(rng.randint(low, high))])
+        return reference_text(
+            [rng.randrange(3, 256) for _ in range(rng.randint(low, high))]
+        )
 
     rows = [
         {"question": text(4, 20), "good": text(3, 24), "bad": text(3, 24)}
