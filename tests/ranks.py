@@ -27,7 +27,8 @@ from axolotl import utils
 from axolotl.cli import config
 from axolotl.integrations.base import BasePlugin
 
-torch.cuda.can_device_access_peer = lambda *args: True  # a CUDA build, forked
+# A CUDA build of torch would ask the driver, and a forked process may not.
+torch.cuda.can_device_access_peer = lambda *args: True
 
 # trackio: TRL asks it for a URL, and it takes seconds to import
 PRELOAD = ["deepspeed", "axolotl.train", "axolotl.core.builders", "trackio", "ranks"]
@@ -158,7 +159,7 @@ def _rank(rank: int, ranks: int, port: int, folder: Path, keys: dict, probe) -> 
         become(rank, ranks, port)
     else:
         _settle_in()
-    keys = {**keys, "plugins": [*keys["plugins"], "ranks.CpuRanks"]}
+    keys = {**keys, "plugins": [*keys.get("plugins", []), "ranks.CpuRanks"]}
 
     def train():
         return tiny.train(folder / f"rank{rank}", keys)

@@ -1,5 +1,7 @@
 """Every recipe in examples/: loaded by axolotl as it stands, trained on tiny parts.
 
+Before axolotl 0.21 a recipe gets the line `plugins:` that its comment asks for.
+
 Model, data, batch sizes and folders are swapped, and no checkpoint is written. Beyond
 that a swap is made only where the recipe asks for what this machine may lack:
 FlashAttention runs as `sdpa`, and engines are taken out where there is one process with
@@ -45,7 +47,7 @@ ARCHITECTURES = {
 
 
 def read(path) -> dict:
-    return yaml.safe_load(path.read_text())
+    return tiny.named(yaml.safe_load(path.read_text()))
 
 
 def header(path) -> str:
@@ -244,6 +246,14 @@ def test_recipe_has_128_pairs_a_step_on_the_hardware_it_names(path):
     cut = [recipe["micro_batch_size"], recipe["gradient_accumulation_steps"], gpus]
     assert math.prod(cut) == 128
     assert " x ".join(map(str, cut)) in path.read_text()
+
+
+@pytest.mark.parametrize("path", selected(RECIPES, rl="edpo"))
+def test_recipe_says_which_line_an_older_axolotl_needs(path):
+    """`make demo` runs on Python 3.11 too, whose axolotl needs it."""
+    written = yaml.safe_load(path.read_text())
+    assert ("plugins" in written) == (path.stem == "tiny_edpo")
+    assert "plugins: [axolotl_edpo.EDPOPlugin]" in path.read_text()
 
 
 def test_sweep_reaches_learning_rate_and_epsilon(shrink, tmp_path):

@@ -13,6 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from axolotl_edpo.plugin import PLUGIN
+from axolotl_edpo.upstream import automatic_plugins
+
 REFERENCE_SPECIAL = {0: "<s>", 1: "</s>", 2: "<pad>"}
 SPECIAL = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 CHAT_TEMPLATE = (
@@ -110,7 +113,7 @@ def recipe(folder: Path, model: Path, pairs: Path, **keys) -> dict:
     """An ε-DPO recipe for tiny parts; keys are added or replaced, None removes."""
     base = dict(
         base_model=str(model),
-        plugins=["axolotl_edpo.EDPOPlugin"],
+        plugins=[PLUGIN],
         rl="edpo",
         beta=0.1,
         edpo_epsilon=0.05,
@@ -134,6 +137,13 @@ def recipe(folder: Path, model: Path, pairs: Path, **keys) -> dict:
         seed=7,
     )
     return {k: v for k, v in {**base, **keys}.items() if v is not None}
+
+
+def named(keys: dict) -> dict:
+    """With `plugins:`, where this release of axolotl needs it."""
+    if keys.get("rl") != "edpo" or PLUGIN in automatic_plugins():
+        return keys
+    return {"plugins": [PLUGIN], **keys}
 
 
 def write(folder: Path, keys: dict) -> Path:
