@@ -8,12 +8,14 @@ import pandas
 import pytest
 import tiny
 import torch
+from axolotl.integrations.base import BasePlugin
 from safetensors.torch import load_file
 from test_trainer import weights
 from tiny import CACHED, DPO, LORA
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from axolotl_edpo.margins import PairMargins, gumbel
+from axolotl_edpo.plugin import PLUGIN
 from axolotl_edpo.precompute import pair_digest
 
 FIXED = dict(edpo_control="fixed", edpo_epsilon=None)
@@ -29,6 +31,17 @@ CUTS = {
 }
 SOFT = dict(sync_ref_model=True, ref_model_mixup_alpha=0.6, ref_model_sync_steps=3)
 HARD = dict(sync_ref_model=True, ref_model_mixup_alpha=1.0, ref_model_sync_steps=7)
+
+
+class HalfTails(BasePlugin):
+    """`dpo_ld_alpha: 0.5`, for axolotl before 0.21 too, whose TRL can do it."""
+
+    def get_training_args(self, cfg) -> dict:
+        # a plugin stays in the process, for recipes that do not name it too
+        return {"ld_alpha": 0.5} if HALF_TAILS[-1] in (cfg.plugins or ()) else {}
+
+
+HALF_TAILS = [PLUGIN, "test_controls.HalfTails"]
 
 
 def logged(trainer, name: str) -> list[float]:
@@ -62,6 +75,18 @@ def test_fixed_is_plain_dpo_for_twenty_steps(recipe, tmp_path, adapter):
         ours.train()
         assert logged(ours, "loss") == pytest.approx(losses, abs=1e-5)
         assert logged(ours, "kl/beta") == [0.1] * 20
+
+
+def test_tails_that_count_half_are_those_of_trl(train):
+    """axolotl's own trainer of `rl: dpo` against this one, twenty steps."""
+    keys = dict(num_epochs=4, adam_epsilon=1e-4)
+    plain = train(**keys, **{**DPO, "plugins": HALF_TAILS[1:]})
+    losses = logged(plain, "loss")
+    for rows in ({}, {"sample_packing": True}):
+        ours = train(**keys, **rows, **FIXED, plugins=HALF_TAILS)
+        assert logged(ours, "loss") == pytest.approx(losses, abs=1e-5)
+    whole = logged(train(**keys, **FIXED), "loss")
+    assert max(abs(a - b) for a, b in zip(losses, whole, strict=True)) > 1e-3
 
 
 @pytest.mark.parametrize("trl", [SOFT, HARD], ids=["soft", "hard"])
@@ -112,9 +137,12 @@ def trace_of(trainer) -> pandas.DataFrame:
     return pandas.read_parquet(f"{trainer.args.output_dir}/edpo_pairs")
 
 
-def test_beta_of_each_batch_is_what_its_margins_make_by_hand(train):
+@pytest.mark.parametrize("cut", ["whole", "cut"])
+@pytest.mark.parametrize("plugins", [[PLUGIN], HALF_TAILS], ids=["all", "half tails"])
+def test_beta_of_each_batch_is_what_its_margins_make_by_hand(train, cut, plugins):
     """Margins as the trace has them: β(w - l), so divided by the β of the step."""
-    trainer = train(**MARGIN, num_epochs=2, edpo_log_pairs=1, **CUTS["whole"])
+    keys = dict(num_epochs=2, edpo_log_pairs=1, plugins=plugins, **CUTS[cut])
+    trainer = train(**MARGIN, **keys)
     trace, average = trace_of(trainer), 0.0
     betas, averages = [], []
     for _, step in trace.groupby("global_step"):
