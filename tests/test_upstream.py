@@ -13,6 +13,7 @@ from axolotl.core.builders.causal import HFCausalTrainerBuilder
 from axolotl.core.builders.rl import HFRLTrainerBuilder
 from axolotl.core.trainers.dpo import DPOStrategy
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
+from axolotl.integrations import base
 from axolotl.integrations.base import BasePlugin
 from axolotl.train import save_trained_model, setup_model_and_trainer, train
 from axolotl.utils.config import validate_config
@@ -32,6 +33,8 @@ from trl.trainer.utils import disable_dropout_in_model
 from axolotl_edpo.args import HANDED_ON, Moving
 from axolotl_edpo.entries import FIELDS, IGNORED
 from axolotl_edpo.loss_types import LOSSES, REFUSED, SFT
+from axolotl_edpo.plugin import PLUGIN
+from axolotl_edpo.upstream import automatic_plugins
 
 
 def source(thing) -> str:
@@ -59,6 +62,25 @@ def test_the_plugin_hooks_exist():
         "post_trainer_create",
     ):
         assert hasattr(BasePlugin, name), f"plugin.py: {name}"
+
+
+def test_an_installed_plugin_is_registered_for_every_recipe():
+    """From 0.21 on, whose `plugins:` raises where 0.20 goes on without a plugin."""
+    group = getattr(base, "PLUGIN_ENTRY_POINT_GROUP", None)
+    assert group in (None, "axolotl.plugins"), "pyproject.toml: entry points"
+    assert (PLUGIN in automatic_plugins()) == bool(group), "upstream.py"
+    text = source(importlib.import_module("axolotl.utils.config").prepare_plugins)
+    asked = "(*builtin_plugins, *configured_plugins)" if group else 'cfg.get("plugins")'
+    assert asked in text and ".register(cfg)" in text, "plugin.py: register"
+
+
+def test_the_command_line_drops_what_it_does_not_know_under_one_launcher_only():
+    text = source(importlib.import_module("axolotl.cli.main"))
+    assert '"ignore_unknown_options": True' in text, "upstream.py: dropped_words"
+    launch = importlib.import_module("axolotl.cli.utils.train")
+    for name in ("_launch_accelerate_training", "_launch_torchrun_training"):
+        assert "launcher_args" in source(getattr(launch, name)), "plugin.py"
+    assert "launcher_args" not in source(launch._launch_python_training), "plugin.py"
 
 
 def test_axolotl_hands_these_keys_to_supervised_training_only():
@@ -96,7 +118,7 @@ def test_the_whole_optimizer_step_is_counted_before_its_first_micro_batch():
     assert "self._get_num_items_in_batch(batch_samples, device)" in text, "feed.py"
     step = source(Trainer.training_step)
     asked = ("if not loss_is_scaled_for_ga:", "not self.model_accepts_loss_kwargs or")
-    assert any(line in step for line in asked), "trainer.py: loss scale"
+    assert any(line in step for line in asked), "upstream.py: loss scale"
 
 
 def test_beta_moves_between_the_optimizer_step_and_the_log():
