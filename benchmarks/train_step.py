@@ -22,7 +22,8 @@ take turns. Measured are
                         loaded: Python, libraries and data are about 1 GiB
 
 There are two rivals: `rl: dpo`, and the same with TRL's chunked head, which makes no
-whole logits. All is relative to the better one that is installed, or to `--baseline`.
+whole logits (it needs liger-kernel, which axolotl 0.20 has in a version too old for
+its TRL). All is relative to the latter, or to `--baseline`.
 With β 0.1 the first loss of all runs must be log 2 = 0.6931. A run that begins
 elsewhere, a rival that took the other's head, and contenders whose pairs, optimizer
 steps or tokens differ are an error.
@@ -72,10 +73,11 @@ from transformers import (
     PreTrainedTokenizerFast,
     TrainerCallback,
 )
+from trl.import_utils import LIGER_KERNEL_MIN_VERSION, is_liger_kernel_available
 
 PROBE = "train_step.Probe"
 DPO: dict[str, Any] = {"rl": "dpo", "plugins": [PROBE]}
-# TRL's chunked head; with liger-kernel's own one where TRL has none yet
+# makes the logits of a few tokens at a time, or of a pair before TRL 1.14
 CHUNKED = {**DPO, "dpo_use_liger_kernel": True}
 EDPO: dict[str, Any] = {
     "rl": "edpo",
@@ -282,13 +284,15 @@ class Clock(TrainerCallback):
 class Probe(BasePlugin):
     """Lets a run print what its log does not, or only rounded."""
 
-    _imports_bytes: int | None = None
-    _head_calls = 0
+    def register(self, cfg) -> None:
+        """A run begins, of which there may be several in a process."""
+        self.imports_bytes: int | None = None
+        self.head_calls = 0
 
     def pre_model_load(self, cfg) -> None:
         """Notes the memory in use; the reference comes here after the policy."""
-        if self._imports_bytes is None:
-            self._imports_bytes = bytes_in_use()
+        if self.imports_bytes is None:
+            self.imports_bytes = bytes_in_use()
 
     def get_training_args(self, cfg) -> dict[str, Any] | None:
         """Leaves the layers of a model on a CPU as they are."""
@@ -306,7 +310,7 @@ class Probe(BasePlugin):
         head.register_forward_hook(self._count_head_call)
 
     def _count_head_call(self, *_) -> None:
-        self._head_calls += 1
+        self.head_calls += 1
 
     def post_train(self, cfg, model) -> None:
         """After the last optimizer step; no GPU, no bytes."""
@@ -321,8 +325,8 @@ class Probe(BasePlugin):
         print({"trained_tokens": int(tokens[-1])})
         print({"scored_tokens": int(scored)})
         print({"peak_gpu_bytes": torch.cuda.max_memory_allocated()})
-        print({"imports_bytes": self._imports_bytes})
-        print({"head_calls": self._head_calls})
+        print({"imports_bytes": self.imports_bytes})
+        print({"head_calls": self.head_calls})
         print({"reference_bytes": reference_bytes(trainer)})
         trace = getattr(trainer, "trace", None)
         print({"trace_seconds": trace.seconds if trace else 0.0})
@@ -917,13 +921,11 @@ def in_order(names: list[str], baseline: str) -> list[str]:
     return [baseline, *(n for n in CONTENDERS if n in names and n != baseline)]
 
 
-def better_rival() -> str:
-    """TRL's chunked head, where the installed one has it."""
-    # not above: a run that imports this file has no use for it
-    from trl.trainer import dpo_trainer
-
-    has_it = hasattr(dpo_trainer, "_ChunkedLogProbFunction")
-    return "dpo-chunked" if has_it else "dpo"
+def lacks_liger(least: str = LIGER_KERNEL_MIN_VERSION) -> str:
+    """Why the chunked head cannot run here; nothing where it can."""
+    if is_liger_kernel_available(least):
+        return ""
+    return f"dpo-chunked: TRL asks for liger-kernel {least} or newer"
 
 
 def data_parser(story: str | None) -> argparse.ArgumentParser:
@@ -956,10 +958,13 @@ def parse_args() -> argparse.Namespace:
     parser = data_parser(__doc__)
     parser.set_defaults(pairs=48)
     add = parser.add_argument
-    help = f"default: {', '.join(DEFAULT)}; there are also {', '.join(MORE)}"
-    add("--contenders", type=contenders, default=DEFAULT, help=help)
+    lacks = lacks_liger()
+    usual = [name for name in DEFAULT if not (lacks and name == "dpo-chunked")]
+    help = f"default: {', '.join(usual)}; there are also {', '.join(MORE)}"
+    add("--contenders", type=contenders, default=usual, help=help)
     help = "all are relative to it (default: %(default)s)"
-    add("--baseline", choices=list(CONTENDERS), default=better_rival(), help=help)
+    rival = "dpo" if lacks else "dpo-chunked"
+    add("--baseline", choices=list(CONTENDERS), default=rival, help=help)
     add("--adapter", choices=["lora"], help="default: full fine-tuning")
     add("--attention", default="sdpa", help="attn_implementation")
     add("--gradient-checkpointing", action="store_true", help="for all contenders")
@@ -969,6 +974,8 @@ def parse_args() -> argparse.Namespace:
     add("--layers", type=int, default=6, help="number of layers without --model")
     args = parser.parse_args()
     args.contenders = in_order(args.contenders, args.baseline)
+    if lacks and "dpo-chunked" in args.contenders:
+        parser.error(lacks)
     return args
 
 
