@@ -21,9 +21,10 @@ take turns. Measured are
     beyond the imports  of the peak, what was not there before the first model was
                         loaded: Python, libraries and data are about 1 GiB
 
-There are two rivals: `rl: dpo`, and the same with TRL's chunked head, which makes no
-whole logits (it needs liger-kernel, which axolotl 0.20 has in a version too old for
-its TRL). All is relative to the latter, or to `--baseline`.
+There are two rivals: `rl: dpo`, and the same with TRL's chunked head, whose logits are
+never there as a whole. (It needs liger-kernel; axolotl 0.20 has one that is too old for
+its TRL.) All is relative to the second where it can run, or to `--baseline`.
+
 With β 0.1 the first loss of all runs must be log 2 = 0.6931. A run that begins
 elsewhere, a rival that took the other's head, and contenders whose pairs, optimizer
 steps or tokens differ are an error.
@@ -153,7 +154,7 @@ class Run:
         waited: Share of those steps that was waiting for the cache.
         peak_bytes: Most memory in use.
         imports_bytes: In use before the first model was loaded.
-        head_calls: How often the policy's head made logits whole.
+        logits_bytes: Largest logits that the policy's head made.
         first_loss: Loss of the first optimizer step.
         pairs: Pairs of the epoch; those longer than `sequence_len` are not among them.
         steps: Optimizer steps.
@@ -170,7 +171,7 @@ class Run:
     waited: float
     peak_bytes: int
     imports_bytes: int
-    head_calls: int
+    logits_bytes: int
     first_loss: float
     pairs: int
     steps: int
@@ -193,7 +194,7 @@ class Run:
         told = (
             f"loss of step 1: {self.first_loss:.4f}; "
             f"{self.steps} steps, {self.tokens:,} tokens; "
-            f"whole logits {self.head_calls} times; "
+            f"largest logits {self.logits_bytes / MIB:.1f} MiB; "
             f"reference's own weights at the end: {self.reference_bytes / MIB:.1f} MiB"
         )
         if not self.trace_seconds:
@@ -287,7 +288,7 @@ class Probe(BasePlugin):
     def register(self, cfg) -> None:
         """A run begins, of which there may be several in a process."""
         self.imports_bytes: int | None = None
-        self.head_calls = 0
+        self.logits_bytes = 0
 
     def pre_model_load(self, cfg) -> None:
         """Notes the memory in use; the reference comes here after the policy."""
@@ -303,14 +304,16 @@ class Probe(BasePlugin):
         return None
 
     def post_trainer_create(self, cfg, trainer) -> None:
-        """Keeps the trainer for the end of the run; times steps, counts logits."""
+        """Keeps the trainer for the end of the run; times steps, measures logits."""
         self._trainer, self._clock = trainer, Clock(trainer)
         trainer.add_callback(self._clock)
         head = trainer.model.get_output_embeddings()
-        head.register_forward_hook(self._count_head_call)
+        head.register_forward_hook(self._measure_logits)
 
-    def _count_head_call(self, *_) -> None:
-        self.head_calls += 1
+    def _measure_logits(self, head, inputs, output) -> None:
+        # `rl: edpo` has its own op run as the head's forward: no logits come out of it
+        if isinstance(output, torch.Tensor):
+            self.logits_bytes = max(self.logits_bytes, output.nbytes)
 
     def post_train(self, cfg, model) -> None:
         """After the last optimizer step; no GPU, no bytes."""
@@ -326,7 +329,7 @@ class Probe(BasePlugin):
         print({"scored_tokens": int(scored)})
         print({"peak_gpu_bytes": torch.cuda.max_memory_allocated()})
         print({"imports_bytes": self.imports_bytes})
-        print({"head_calls": self.head_calls})
+        print({"logits_bytes": self.logits_bytes})
         print({"reference_bytes": reference_bytes(trainer)})
         trace = getattr(trainer, "trace", None)
         print({"trace_seconds": trace.seconds if trace else 0.0})
@@ -590,7 +593,7 @@ def reported(output: str, resident: int) -> Run:
         seconds=logged(output, "train_runtime")[-1],
         peak_bytes=int(logged(output, "peak_gpu_bytes")[-1]) or resident,
         imports_bytes=int(logged(output, "imports_bytes")[-1]),
-        head_calls=int(logged(output, "head_calls")[-1]),
+        logits_bytes=int(logged(output, "logits_bytes")[-1]),
         cache_seconds=logged(output, "cache_seconds")[-1],
         step_seconds=logged(output, "step_seconds")[-1],
         cpu_seconds=logged(output, "cpu_seconds")[-1],
@@ -683,18 +686,18 @@ def check_start(name: str, run: Run) -> None:
 
 
 def check_head(name: str, run: Run) -> None:
-    """That a rival took the head it is named for: a chunked one makes no whole logits.
+    """That a rival took the head it is named for: the chunked one makes no logits.
 
     Raises:
         RuntimeError: Names the contender.
     """
-    if name == "dpo-chunked" and run.head_calls:
+    if name == "dpo-chunked" and run.logits_bytes:
         raise RuntimeError(
-            f"{name} made whole logits {run.head_calls} times: the chunked head was "
-            "not used, or not always"
+            f"{name} made logits of {run.logits_bytes:,} bytes: the chunked head was "
+            "not used"
         )
-    if name == "dpo" and not run.head_calls:
-        raise RuntimeError(f"{name} made no whole logits: it is not the plain head")
+    if name == "dpo" and not run.logits_bytes:
+        raise RuntimeError(f"{name} made no logits: it is not the plain head")
 
 
 def check_same_work(runs: dict[str, list[Run]]) -> None:
