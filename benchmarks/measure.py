@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -66,6 +67,13 @@ def peak_extra_bytes(run: Callable[[], object]) -> int:
     before = _status("VmRSS")
     run()
     return _status("VmHWM") - before
+
+
+def bytes_in_use() -> int:
+    """What torch allocated on the GPU, or the resident set of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return psutil.Process().memory_info().rss
 
 
 def _status(field: str) -> int:

@@ -1,4 +1,4 @@
-"""Training runs of `rl: edpo`, padded, packed and cached, against one of `rl: dpo`.
+"""Training runs of `rl: edpo`, padded, packed and cached, against those of `rl: dpo`.
 
     python benchmarks/train_step.py                  # synthetic pairs
     python benchmarks/train_step.py --data a.jsonl --data b.jsonl --write
@@ -9,12 +9,25 @@
 
 A random Llama, or the model in `--model`, is trained for one epoch on the first
 `--pairs` pairs of each file, by `axolotl train` in a process of its own; contenders
-take turns. Measured are the trainer's own `train_runtime`, which begins after loading
-and tokenizing, the time of a step, from the end of the first to the end of the last,
-and the most memory in use: the resident set of the whole process (Python and its
-libraries are about 1 GiB of it), or what torch allocated on the GPU.
-With β 0.1 the first loss of all runs must be log 2 = 0.6931. Contenders whose pairs,
-optimizer steps or tokens differ are an error.
+take turns. Measured are
+
+    pairs per second    by the trainer's own `train_runtime`, which begins after loading
+                        and tokenizing
+    step time           from the end of the first step to the end of the last
+    CPU time            of all threads of the process over the same steps; what else the
+                        machine does moves it least
+    peak memory         the most in use: the resident set of the process, or what torch
+                        allocated on the GPU
+    beyond the imports  of the peak, what was not there before the first model was
+                        loaded: Python, libraries and data are about 1 GiB
+
+There are two rivals: `rl: dpo`, and the same with TRL's chunked head, whose logits are
+never there as a whole. (It needs liger-kernel; axolotl 0.20 has one that is too old for
+its TRL.) All is relative to the second where it can run, or to `--baseline`.
+
+With β 0.1 the first loss of all runs must be log 2 = 0.6931. A run that begins
+elsewhere, a rival that took the other's head, and contenders whose pairs, optimizer
+steps or tokens differ are an error.
 
 With `precompute_ref_log_probs`, what takes its turn is a run that finds the cache; one
 more run before fills it.
@@ -24,10 +37,9 @@ messages: whole conversations or, in files with a `prompt`, the answers to it. S
 pairs are random words with the lengths of the test split of harmless-base of
 Anthropic's hh-rlhf.
 
-Two things to know when reading the times. axolotl's DPO trainer collects garbage and
-empties the GPU's cache after every micro-batch, which `rl: edpo` leaves out: some
-tenths of a second each on a CPU, much for a small model. And the first run on a GPU
-compiles kernels: use `--repeats 3` there.
+The first run on a GPU compiles kernels: use `--repeats 3` there. Up to 0.20 axolotl's
+DPO trainer also collects garbage after every micro-batch, which costs a small model
+much of its time on a CPU.
 """
 
 import argparse
@@ -46,13 +58,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
 import yaml
 from axolotl.integrations.base import BasePlugin
-from measure import append_results, environment
+from measure import append_results, bytes_in_use, environment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -62,9 +74,12 @@ from transformers import (
     PreTrainedTokenizerFast,
     TrainerCallback,
 )
+from trl.import_utils import LIGER_KERNEL_MIN_VERSION, is_liger_kernel_available
 
 PROBE = "train_step.Probe"
 DPO: dict[str, Any] = {"rl": "dpo", "plugins": [PROBE]}
+# makes the logits of a few tokens at a time, or of a pair before TRL 1.14
+CHUNKED = {**DPO, "dpo_use_liger_kernel": True}
 EDPO: dict[str, Any] = {
     "rl": "edpo",
     "plugins": [PROBE, "axolotl_edpo.EDPOPlugin"],
@@ -77,6 +92,7 @@ CACHED = {"precompute_ref_log_probs": True}
 # Recipe keys of each contender.
 CONTENDERS = {
     "dpo": DPO,
+    "dpo-chunked": CHUNKED,
     "padded": EDPO,
     "padding-free": {**EDPO, "dpo_padding_free": True, "edpo_prefix_sharing": False},
     "packed": {**PACKED, "edpo_prefix_sharing": False},
@@ -87,15 +103,28 @@ CONTENDERS = {
     "fixed": {**SHARED, "edpo_control": "fixed", "edpo_epsilon": None},
     "batch_margin": {**SHARED, "edpo_control": "batch_margin", "edpo_epsilon": None},
 }
-MORE = ("padded-cached", "traced", "fixed", "batch_margin")
+RIVALS = ("dpo", "dpo-chunked")
+MORE = ("padding-free", "padded-cached", "traced", "fixed", "batch_margin")
 DEFAULT = [name for name in CONTENDERS if name not in MORE]
 LEGEND = (
-    "Contenders: `dpo` is axolotl's `rl: dpo`, the others are `rl: edpo`: `padded`; "
-    "`padding-free` with `dpo_padding_free`; `packed` with `sample_packing`; `shared` "
-    "the same with each prompt in its row once; `cached` that, and `padded-cached` as "
-    "`padded`, with `precompute_ref_log_probs`, where the cache is there; `traced` as "
-    "`shared` with `edpo_log_pairs: 1`; `fixed` and `batch_margin` as `shared` with "
-    "that `edpo_control`."
+    "Contenders: `dpo` is axolotl's `rl: dpo` and `dpo-chunked` the same with "
+    "`dpo_use_liger_kernel: true` (on a CPU without Liger's Triton kernels in the "
+    "layers); the others are `rl: edpo`: `padded`; `padding-free` with "
+    "`dpo_padding_free`; `packed` with `sample_packing`; `shared` the same with each "
+    "prompt in its row once; `cached` that, and `padded-cached` as `padded`, with "
+    "`precompute_ref_log_probs`, where the cache is there; `traced` as `shared` with "
+    "`edpo_log_pairs: 1`; `fixed` and `batch_margin` as `shared` with that "
+    "`edpo_control`."
+)
+# What liger-kernel may put into a model's layers.
+LAYER_KERNELS = (
+    "rope",
+    "rms_norm",
+    "layer_norm",
+    "swiglu",
+    "geglu",
+    "cross_entropy",
+    "fused_linear_cross_entropy",
 )
 ON_GPU = torch.cuda.is_available()
 MIB, GIB = 2**20, 2**30
@@ -121,8 +150,11 @@ class Run:
         seconds: `train_runtime`.
         cache_seconds: Of these, until the cache was there.
         step_seconds: Per step, without the first.
+        cpu_seconds: Likewise, of all threads.
         waited: Share of those steps that was waiting for the cache.
         peak_bytes: Most memory in use.
+        imports_bytes: In use before the first model was loaded.
+        logits_bytes: Largest logits that the policy's head made.
         first_loss: Loss of the first optimizer step.
         pairs: Pairs of the epoch; those longer than `sequence_len` are not among them.
         steps: Optimizer steps.
@@ -135,8 +167,11 @@ class Run:
     seconds: float
     cache_seconds: float
     step_seconds: float
+    cpu_seconds: float
     waited: float
     peak_bytes: int
+    imports_bytes: int
+    logits_bytes: int
     first_loss: float
     pairs: int
     steps: int
@@ -144,6 +179,11 @@ class Run:
     scored: int
     reference_bytes: int
     trace_seconds: float
+
+    @property
+    def extra_bytes(self) -> int:
+        """Of the peak, what is beyond the imports."""
+        return self.peak_bytes - self.imports_bytes
 
     def work(self) -> str:
         """What all contenders must have in common."""
@@ -154,6 +194,7 @@ class Run:
         told = (
             f"loss of step 1: {self.first_loss:.4f}; "
             f"{self.steps} steps, {self.tokens:,} tokens; "
+            f"largest logits {self.logits_bytes / MIB:.1f} MiB; "
             f"reference's own weights at the end: {self.reference_bytes / MIB:.1f} MiB"
         )
         if not self.trace_seconds:
@@ -165,8 +206,13 @@ class Run:
         """The time, which depends on the machine."""
         return (
             f"{self.pairs / self.seconds:.2f} pairs/s, {self.seconds:.2f} s, "
-            f"{self.step_seconds:.3f} s per step"
+            f"{self.step_seconds:.3f} s per step, {self.cpu_seconds:.3f} s of CPU"
         )
+
+    def memory(self) -> str:
+        """The peak, and what of it is beyond the imports."""
+        whole, extra = self.peak_bytes / GIB, self.extra_bytes / GIB
+        return f"{whole:.2f} GiB, {extra:.2f} GiB beyond the imports"
 
 
 @dataclass(frozen=True)
@@ -200,6 +246,7 @@ class Clock(TrainerCallback):
         self._trainer = trainer
         self.cache_seconds = 0.0
         self.ends: list[float] = []
+        self.cpu: list[float] = []
         self.waited: list[float] = []
         if hasattr(trainer, "_precompute"):
             self._precompute = trainer._precompute
@@ -215,6 +262,7 @@ class Clock(TrainerCallback):
         if ON_GPU:
             torch.cuda.synchronize()
         self.ends.append(perf_counter())
+        self.cpu.append(process_time())
         self.waited.append(getattr(self._trainer, "waited", 0.0))
 
     def found(self) -> dict[str, float]:
@@ -225,10 +273,11 @@ class Clock(TrainerCallback):
         """
         if len(self.ends) < 2:
             raise ValueError("a step's time shows from the second on: more --pairs")
-        spent = self.ends[-1] - self.ends[0]
+        spent, steps = self.ends[-1] - self.ends[0], len(self.ends) - 1
         return {
             "cache_seconds": self.cache_seconds,
-            "step_seconds": spent / (len(self.ends) - 1),
+            "step_seconds": spent / steps,
+            "cpu_seconds": (self.cpu[-1] - self.cpu[0]) / steps,
             "waited": (self.waited[-1] - self.waited[0]) / spent,
         }
 
@@ -236,10 +285,35 @@ class Clock(TrainerCallback):
 class Probe(BasePlugin):
     """Lets a run print what its log does not, or only rounded."""
 
+    def register(self, cfg) -> None:
+        """A run begins, of which there may be several in a process."""
+        self.imports_bytes: int | None = None
+        self.logits_bytes = 0
+
+    def pre_model_load(self, cfg) -> None:
+        """Notes the memory in use; the reference comes here after the policy."""
+        if self.imports_bytes is None:
+            self.imports_bytes = bytes_in_use()
+
+    def get_training_args(self, cfg) -> dict[str, Any] | None:
+        """Leaves the layers of a model on a CPU as they are."""
+        # transformers takes the chunked head's switch for its own as well and puts
+        # Triton kernels into the layers, which need a GPU; the chunked head does not
+        if cfg.dpo_use_liger_kernel and not ON_GPU:
+            return {"liger_kernel_config": dict.fromkeys(LAYER_KERNELS, False)}
+        return None
+
     def post_trainer_create(self, cfg, trainer) -> None:
-        """Keeps the trainer for the end of the run, and times its steps."""
+        """Keeps the trainer for the end of the run; times steps, measures logits."""
         self._trainer, self._clock = trainer, Clock(trainer)
         trainer.add_callback(self._clock)
+        head = trainer.model.get_output_embeddings()
+        head.register_forward_hook(self._measure_logits)
+
+    def _measure_logits(self, head, inputs, output) -> None:
+        # `rl: edpo` has its own op run as the head's forward: no logits come out of it
+        if isinstance(output, torch.Tensor):
+            self.logits_bytes = max(self.logits_bytes, output.nbytes)
 
     def post_train(self, cfg, model) -> None:
         """After the last optimizer step; no GPU, no bytes."""
@@ -254,6 +328,8 @@ class Probe(BasePlugin):
         print({"trained_tokens": int(tokens[-1])})
         print({"scored_tokens": int(scored)})
         print({"peak_gpu_bytes": torch.cuda.max_memory_allocated()})
+        print({"imports_bytes": self.imports_bytes})
+        print({"logits_bytes": self.logits_bytes})
         print({"reference_bytes": reference_bytes(trainer)})
         trace = getattr(trainer, "trace", None)
         print({"trace_seconds": trace.seconds if trace else 0.0})
@@ -466,6 +542,7 @@ def child_environment(cache: Path, threads: int) -> dict[str, str]:
         "HF_DATASETS_CACHE": str(cache),
         "AXOLOTL_DO_NOT_TRACK": "1",
         "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",  # a thread that waits takes no CPU time
     }
 
 
@@ -515,8 +592,11 @@ def reported(output: str, resident: int) -> Run:
     return Run(
         seconds=logged(output, "train_runtime")[-1],
         peak_bytes=int(logged(output, "peak_gpu_bytes")[-1]) or resident,
+        imports_bytes=int(logged(output, "imports_bytes")[-1]),
+        logits_bytes=int(logged(output, "logits_bytes")[-1]),
         cache_seconds=logged(output, "cache_seconds")[-1],
         step_seconds=logged(output, "step_seconds")[-1],
+        cpu_seconds=logged(output, "cpu_seconds")[-1],
         waited=logged(output, "waited")[-1],
         first_loss=losses[0],
         pairs=int(logged(output, "trained_pairs")[-1]),
@@ -553,7 +633,8 @@ def take_turns(
         The runs of each, in the order of the recipes, and what filled the caches.
 
     Raises:
-        RuntimeError: If the contenders did not train the same thing.
+        RuntimeError: If a contender did not train what its name says, or others
+            something else.
     """
     first = next(iter(recipes.values()))
     folder = first.parent
@@ -568,9 +649,10 @@ def take_turns(
         for name, path in recipes.items():
             print(f"{data}: {name}, run {repeat + 1} of {args.repeats} ...", flush=True)
             run = train(path, env)
-            gib = f"{run.peak_bytes / GIB:.2f} GiB"
-            print(f"  {run.speed()}; {gib}; {run.evidence()}", flush=True)
+            print(f"  {run.speed()}; {run.memory()}; {run.evidence()}", flush=True)
             runs[name].append(run)
+            check_start(name, run)
+            check_head(name, run)
             check_preparation(folder / "prepared", name)
             check_same_work(runs)
     return runs, fillings
@@ -587,6 +669,35 @@ def check_preparation(prepared: Path, name: str) -> None:
         raise RuntimeError(
             f"{name} prepared a dataset of its own: {prepared} holds {found}"
         )
+
+
+def check_start(name: str, run: Run) -> None:
+    """That policy and reference were equal at the first step.
+
+    Raises:
+        RuntimeError: Names the contender.
+    """
+    # the margin is for bfloat16, where two heads or kernels round differently
+    if abs(run.first_loss - math.log(2)) > 0.01:
+        raise RuntimeError(
+            f"{name} begins with a loss of {run.first_loss:.4f}: policy and reference "
+            "differ before the first step"
+        )
+
+
+def check_head(name: str, run: Run) -> None:
+    """That a rival took the head it is named for: the chunked one makes no logits.
+
+    Raises:
+        RuntimeError: Names the contender.
+    """
+    if name == "dpo-chunked" and run.logits_bytes:
+        raise RuntimeError(
+            f"{name} made logits of {run.logits_bytes:,} bytes: the chunked head was "
+            "not used"
+        )
+    if name == "dpo" and not run.logits_bytes:
+        raise RuntimeError(f"{name} made no logits: it is not the plain head")
 
 
 def check_same_work(runs: dict[str, list[Run]]) -> None:
@@ -613,11 +724,12 @@ def headings(baseline: str) -> tuple[str, ...]:
     return (
         "data",
         "pairs",
-        "contender",
-        f"pairs per second, relative to {baseline}",
-        f"step time, relative to {baseline}",
-        f"peak memory, relative to {baseline}",
-        "peak memory (GiB)",
+        f"contender, relative to {baseline}",
+        "pairs per second",
+        "step time",
+        "CPU time",
+        "peak memory",
+        "beyond the imports",
         "note",
     )
 
@@ -628,12 +740,17 @@ def ratio(own: list[Run], other: list[Run], key: str) -> float:
     return statistics.median(getattr(a, key) / getattr(b, key) for a, b in pairs)
 
 
+def memory_cell(own: list[Run], baseline: list[Run], key: str) -> str:
+    """The largest of what the runs reported, relative to the baseline's, and in GiB."""
+    most, base = (max(getattr(run, key) for run in runs) for runs in (own, baseline))
+    return f"{most / base:.2f} ×, {most / GIB:.2f} GiB"
+
+
 def table_rows(
     data: str, runs: dict[str, list[Run]], fillings: dict[str, Filling]
 ) -> list[str]:
     """A row per contender, the baseline first; absolute times of a GPU only."""
-    peaks = {name: max(run.peak_bytes for run in runs[name]) for name in runs}
-    first, baseline = next(iter(runs.items()))
+    baseline = next(iter(runs.values()))
     rows = []
     for name, own in runs.items():
         best = min(own, key=lambda run: run.seconds)
@@ -646,8 +763,9 @@ def table_rows(
             name,
             f"{ratio(baseline, own, 'seconds'):.1f} ×",
             f"{ratio(own, baseline, 'step_seconds'):.2f} ×",
-            f"{peaks[name] / peaks[first]:.2f} ×",
-            f"{peaks[name] / GIB:.2f}",
+            f"{ratio(own, baseline, 'cpu_seconds'):.2f} ×",
+            memory_cell(own, baseline, "peak_bytes"),
+            memory_cell(own, baseline, "extra_bytes"),
             "; ".join(notes),
         )
         rows.append(row(*cells))
@@ -741,8 +859,9 @@ def description(args: argparse.Namespace, shares: list[str]) -> str:
         f"{header}\n\n{'; '.join(settings)}. The head's share of the matrix products: "
         f"{', '.join(shares)}. All is relative to `{args.baseline}`, median over "
         f"repeats ({args.repeats}). Pairs per second: of training without loading and "
-        f"tokenizing. Step time: without the first step and what comes before. Memory: "
-        f"{memory}.\n\n{LEGEND}"
+        f"tokenizing. Step time: without the first step and what comes before; CPU "
+        f"time: of all threads, likewise. Memory: {memory}; beyond the imports: what "
+        f"was not in use before the first model was loaded.\n\n{LEGEND}"
     )
 
 
@@ -805,6 +924,13 @@ def in_order(names: list[str], baseline: str) -> list[str]:
     return [baseline, *(n for n in CONTENDERS if n in names and n != baseline)]
 
 
+def lacks_liger(least: str = LIGER_KERNEL_MIN_VERSION) -> str:
+    """Why the chunked head cannot run here; nothing where it can."""
+    if is_liger_kernel_available(least):
+        return ""
+    return f"dpo-chunked: TRL asks for liger-kernel {least} or newer"
+
+
 def data_parser(story: str | None) -> argparse.ArgumentParser:
     """The options that say which pairs are read and how."""
     parser = argparse.ArgumentParser(description=(story or "").splitlines()[0])
@@ -835,10 +961,13 @@ def parse_args() -> argparse.Namespace:
     parser = data_parser(__doc__)
     parser.set_defaults(pairs=48)
     add = parser.add_argument
-    help = f"default: {', '.join(DEFAULT)}; there are also {', '.join(MORE)}"
-    add("--contenders", type=contenders, default=DEFAULT, help=help)
+    lacks = lacks_liger()
+    usual = [name for name in DEFAULT if not (lacks and name == "dpo-chunked")]
+    help = f"default: {', '.join(usual)}; there are also {', '.join(MORE)}"
+    add("--contenders", type=contenders, default=usual, help=help)
     help = "all are relative to it (default: %(default)s)"
-    add("--baseline", choices=list(CONTENDERS), default="dpo", help=help)
+    rival = "dpo" if lacks else "dpo-chunked"
+    add("--baseline", choices=list(CONTENDERS), default=rival, help=help)
     add("--adapter", choices=["lora"], help="default: full fine-tuning")
     add("--attention", default="sdpa", help="attn_implementation")
     add("--gradient-checkpointing", action="store_true", help="for all contenders")
@@ -848,6 +977,8 @@ def parse_args() -> argparse.Namespace:
     add("--layers", type=int, default=6, help="number of layers without --model")
     args = parser.parse_args()
     args.contenders = in_order(args.contenders, args.baseline)
+    if lacks and "dpo-chunked" in args.contenders:
+        parser.error(lacks)
     return args
 
 
@@ -867,7 +998,7 @@ def section(args: argparse.Namespace) -> str:
     parts = ["Training run on a GPU" if ON_GPU else "Training run on a CPU"]
     parts += [args.model.resolve().name] if args.model else []
     parts += ["LoRA"] if args.adapter else []
-    if args.baseline != "dpo":
+    if args.baseline not in RIVALS:
         shape = f"hidden {args.hidden}, vocabulary {args.vocab}"
         parts += [] if args.model else [shape]
         parts.append(f"relative to {args.baseline}")

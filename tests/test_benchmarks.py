@@ -9,6 +9,7 @@ from time import perf_counter
 
 import pytest
 import tiny
+import torch
 from axolotl.integrations.base import PluginManager
 from conftest import ROOT
 from transformers import LlamaConfig
@@ -19,13 +20,18 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 train_step = importlib.import_module("train_step")
 balance = importlib.import_module("balance")
 
-GIB = 2**30
+LACKS_LIGER = train_step.lacks_liger()
+MIB, GIB = 2**20, 2**30
+DEVICE = "cuda" if train_step.ON_GPU else "cpu"
 RUN = train_step.Run(
     seconds=10.0,
     cache_seconds=0.0,
     step_seconds=2.0,
+    cpu_seconds=3.0,
     waited=0.0,
     peak_bytes=4 * GIB,
+    imports_bytes=GIB,
+    logits_bytes=2**20,
     first_loss=0.6931,
     pairs=8,
     steps=4,
@@ -44,16 +50,26 @@ def test_speed_and_memory_are_relative_to_the_baseline_in_the_same_turn():
     runs = {
         "dpo": [RUN, replace(RUN, seconds=20.0, step_seconds=4.0)],
         # 10 / 2.5 = 4 and 20 / 2.5 = 8; their median is 6. 0.5 / 2 and 0.5 / 4
-        "packed": [replace(RUN, seconds=2.5, step_seconds=0.5, peak_bytes=GIB)] * 2,
+        "packed": [replace(RUN, seconds=2.5, step_seconds=0.5, cpu_seconds=0.6)] * 2,
     }
     dpo, packed = cells(train_step.table_rows("hh", runs, {}))
-    assert dpo[:7] == ["hh", "8", "dpo", "1.0 ×", "1.00 ×", "1.00 ×", "4.00"]
-    assert packed[:7] == ["hh", "8", "packed", "6.0 ×", "0.19 ×", "0.25 ×", "1.00"]
-    assert "loss of step 1: 0.6931; 4 steps, 900 tokens" in packed[7]
+    assert dpo[:6] == ["hh", "8", "dpo", "1.0 ×", "1.00 ×", "1.00 ×"]
+    assert packed[:6] == ["hh", "8", "packed", "6.0 ×", "0.19 ×", "0.20 ×"]
+    assert "loss of step 1: 0.6931; 4 steps, 900 tokens" in packed[8]
     shared = {"shared": runs["packed"], "dpo": runs["dpo"]}
     first, second = cells(train_step.table_rows("hh", shared, {}))
     assert first[2:5] == ["shared", "1.0 ×", "1.00 ×"]
     assert second[2:5] == ["dpo", "0.2 ×", "6.00 ×"]  # of 1/4, 1/8 and of 4, 8
+
+
+def test_memory_is_told_whole_and_beyond_the_imports():
+    # the larger of two turns: 2 of 4 GiB; 1.5 of 3, as half a GiB was there before
+    small = replace(RUN, peak_bytes=2 * GIB, imports_bytes=GIB // 2)
+    runs = {"dpo": [RUN] * 2, "packed": [small, replace(small, peak_bytes=GIB)]}
+    dpo, packed = cells(train_step.table_rows("hh", runs, {}))
+    assert dpo[6:8] == ["1.00 ×, 4.00 GiB", "1.00 ×, 3.00 GiB"]
+    assert packed[6:8] == ["0.50 ×, 2.00 GiB", "0.50 ×, 1.50 GiB"]
+    assert small.memory() == "2.00 GiB, 1.50 GiB beyond the imports"
 
 
 def test_a_cache_is_told_with_its_cost_in_epochs_of_the_baseline():
@@ -114,8 +130,10 @@ def test_the_baseline_always_runs_and_first():
     named = train_step.contenders("shared,padded")
     assert train_step.in_order(named, "dpo") == ["dpo", "padded", "shared"]
     assert train_step.in_order(named, "shared") == ["shared", "padded"]
-    assert train_step.headings("shared")[4] == "step time, relative to shared"
-    with pytest.raises(argparse.ArgumentTypeError, match="zero: none of dpo, padded"):
+    assert train_step.headings("shared")[2] == "contender, relative to shared"
+    with pytest.raises(
+        argparse.ArgumentTypeError, match="zero: none of dpo, dpo-chunked"
+    ):
         train_step.contenders("zero")
 
 
@@ -124,6 +142,68 @@ def probe():
     """axolotl keeps a plugin for all later runs of the process."""
     yield
     PluginManager.get_instance().plugins.pop(train_step.PROBE)
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.skipif(LACKS_LIGER != "", reason=LACKS_LIGER)
+@pytest.mark.usefixtures("probe")
+def test_the_chunked_head_trains_as_the_plain_one_and_neither_passes_for_the_other(
+    recipe, tmp_path, capfd
+):
+    runs, trained = {}, {}
+    for name in train_step.RIVALS:
+        keys = recipe(**{**tiny.DPO, **train_step.CONTENDERS[name]})
+        trained[name] = losses(tiny.train(tmp_path, keys))
+        runs[name] = train_step.reported(capfd.readouterr().out, resident=GIB)
+        train_step.check_start(name, runs[name])
+        train_step.check_head(name, runs[name])
+    plain, chunked = runs.values()
+    assert trained["dpo-chunked"] == pytest.approx(trained["dpo"], abs=1e-4)
+    assert len(set(trained["dpo"])) == 5  # 40 pairs, 4 × 2 to a step; all moved
+    vocab = len(tiny.byte_tokenizer())
+    # eight sequences to a micro-batch, padded to the longest, float32 logits
+    assert plain.logits_bytes % (8 * vocab * 4) == 0 < plain.logits_bytes
+    assert chunked.logits_bytes == 0
+    train_step.check_same_work({name: [run] for name, run in runs.items()})
+    with pytest.raises(RuntimeError, match="dpo-chunked made logits of"):
+        train_step.check_head("dpo-chunked", plain)
+    with pytest.raises(RuntimeError, match="dpo made no logits"):
+        train_step.check_head("dpo", chunked)
+
+
+def test_a_run_that_does_not_begin_at_log_2_is_an_error_that_names_it():
+    train_step.check_start("packed", RUN)
+    with pytest.raises(RuntimeError, match="packed begins with a loss of 0.7100"):
+        train_step.check_start("packed", replace(RUN, first_loss=0.71))
+
+
+def test_a_chunked_head_that_cannot_run_is_refused_and_what_it_needs_is_named():
+    assert train_step.lacks_liger("0.3") == ""
+    assert train_step.lacks_liger("99") == (
+        "dpo-chunked: TRL asks for liger-kernel 99 or newer"
+    )
+
+
+@pytest.mark.skipif(not LACKS_LIGER, reason="liger-kernel is as TRL wants it")
+def test_without_liger_the_chunked_head_is_an_error_before_anything_runs(
+    monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["train_step.py", "--baseline", "dpo-chunked"])
+    with pytest.raises(SystemExit):
+        train_step.parse_args()
+    assert LACKS_LIGER in capsys.readouterr().err
+
+
+def test_all_is_relative_to_the_chunked_head_where_it_can_run(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_step.py"])
+    args = train_step.parse_args()
+    rivals = ["dpo"] if train_step.lacks_liger() else ["dpo-chunked", "dpo"]
+    assert args.baseline == rivals[0]
+    assert args.contenders == [*rivals, "padded", "packed", "shared", "cached"]
+    assert "relative to" not in train_step.section(args)
 
 
 @pytest.mark.usefixtures("probe")
@@ -139,6 +219,7 @@ def test_a_run_reports_what_its_cache_took(recipe, tmp_path, capfd):
         spent = perf_counter() - began
         runs[name] = run = train_step.reported(capfd.readouterr().out, resident=GIB)
         assert 0 < 3 * run.step_seconds + run.cache_seconds < run.seconds < spent
+        assert 0 < run.cpu_seconds < run.seconds
     train_step.check_same_work({name: [run] for name, run in runs.items()})
     shared, filling, cached = runs.values()
     assert shared.cache_seconds == shared.waited == 0
@@ -164,6 +245,24 @@ def test_a_run_reports_what_its_trace_took(recipe, tmp_path, capfd):
     told = replace(RUN, trace_seconds=0.02).evidence()
     assert told.endswith("; the trace took 0.25% of the time")
     assert "trace" not in RUN.evidence()
+
+
+def test_a_step_takes_what_lies_between_the_ends_of_steps():
+    clock = train_step.Clock(object())
+    clock.ends, clock.cpu, clock.waited = [1.0, 3.0, 5.0], [7.0, 8.0, 10.0], [0, 1, 2]
+    found = {"step_seconds": 2.0, "cpu_seconds": 1.5, "waited": 0.5}
+    assert clock.found() == {"cache_seconds": 0.0, **found}
+
+
+def test_what_was_there_before_the_policy_counts_as_imports_not_what_came_after():
+    probe = train_step.Probe()
+    probe.register({})
+    probe.pre_model_load({})
+    before = probe.imports_bytes
+    policy = torch.ones(64 * MIB, dtype=torch.uint8, device=DEVICE)
+    assert before + policy.nbytes / 2 < train_step.bytes_in_use()
+    probe.pre_model_load({})  # axolotl loads the reference next
+    assert probe.imports_bytes == before
 
 
 def test_the_time_of_one_step_is_no_step_time():
