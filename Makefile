@@ -34,7 +34,7 @@ $(VENV)/installed-torch: | venv
 	@echo "Installing $(TORCH), then axolotl, with $$(python -V): in all 4.5 GB in $(VENV)" \
 		"with a CPU build of torch, 7 GB with a CUDA build, and some minutes."
 	$(PIP) "$(TORCH)"
-	@python -c 'import torch; print("This is torch", torch.__version__, end=": ")'
+	@python -W ignore -c 'import torch; print("This is torch", torch.__version__, end=": ")'
 	@$(SO_FAR)
 	$(PIP) -q --no-build-isolation $(ZSTANDARD)
 	@touch $@
