@@ -5,24 +5,44 @@
 #   make bench  head, training runs and balance, measured; writes benchmarks/RESULTS.md
 #   make lint   what pre-commit checks
 
-PYTHON ?= python3
+# What .venv is made with; without it, the first of Python 3.12, 3.13 and 3.11 that is
+# found (tools/find-python).
+PYTHON ?=
 VENV := .venv
-export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+PATH_OUTSIDE := $(PATH)
+export PATH := $(abspath $(VENV))/bin:$(PATH)
 export HF_HUB_OFFLINE ?= 1
 export AXOLOTL_DO_NOT_TRACK ?= 1
 
-# The newest release that axolotl 0.19 takes; installed first, so that pip looks no
-# further. Set TORCH to another one for another build.
+# A release that axolotl 0.19, 0.20 and 0.21 take; installed first, so that pip looks no
+# further. Set TORCH to another one, or to the path or URL of a wheel.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo study test bench lint clean
+.PHONY: demo study test bench lint clean venv
 
-$(VENV)/installed-%: pyproject.toml
-	@echo "Installing into $(VENV): the first time this takes some minutes."
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --disable-pip-version-check -q "$(TORCH)"
-	$(VENV)/bin/python -m pip install --disable-pip-version-check -q -e ".$(if $(filter-out package,$*),[$*])"
-	touch $@
+venv:
+	@PATH="$(PATH_OUTSIDE)" tools/make-venv $(VENV) "$(PYTHON)"
+
+# axolotl wants exactly this release. On Python 3.13 pip has to build it, and what it
+# would fetch for that does not run there; with the setuptools that is there it builds.
+ZSTANDARD := zstandard==0.22.0
+
+PIP := python -m pip --disable-pip-version-check install
+SO_FAR = echo "$$(du -sh $(VENV) | cut -f1)B in $(VENV)"
+
+$(VENV)/installed-torch: | venv
+	@echo "Installing $(TORCH), then axolotl, with $$(python -V): in all 4.5 GB in $(VENV)" \
+		"with a CPU build of torch, 7 GB with a CUDA build, and some minutes."
+	$(PIP) "$(TORCH)"
+	@python -W ignore -c 'import torch; print("This is torch", torch.__version__, end=": ")'
+	@$(SO_FAR)
+	$(PIP) -q --no-build-isolation $(ZSTANDARD)
+	@touch $@
+
+$(VENV)/installed-%: pyproject.toml $(VENV)/installed-torch | venv
+	$(PIP) -q -e ".$(if $(filter-out package,$*),[$*])"
+	@$(SO_FAR)
+	@touch $@
 
 demo: $(VENV)/installed-package
 	python examples/tiny/build.py
