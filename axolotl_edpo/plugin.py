@@ -145,11 +145,21 @@ class EDPOPlugin(BasePlugin):
         return callbacks
 
     def post_trainer_create(self, cfg, trainer) -> None:
-        """Points auto-resume at the newest checkpoint whose save came to its end."""
-        if cfg.trainer_cls == TRAINER and cfg.auto_resume_from_checkpoints:
+        """Points auto-resume at the newest checkpoint whose save came to its end.
+
+        And keeps an adapter in float32 for `lora_fp32_gradients`: axolotl looks for one
+        in the model that it loads, and the trainer of preferences adds it later.
+        """
+        if cfg.trainer_cls != TRAINER:
+            return
+        if cfg.auto_resume_from_checkpoints:
             from .checkpoint import choose_auto_resume
 
             choose_auto_resume(cfg)
+        if cfg.lora_fp32_gradients and not cfg.deepspeed:
+            from axolotl.utils.lora_precision import upcast_lora_parameters
+
+            upcast_lora_parameters(trainer.model)
 
     def post_train(self, cfg, model) -> None:
         """Names the weights of an adapter as PEFT reads them; see `name_as_peft`."""
