@@ -23,6 +23,8 @@ LOG = get_logger(__name__)
 
 IDS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 ANSWERS = ("chosen", "rejected")
+# Columns by which axolotl and TRL know data with pictures.
+PICTURES = ("image", "images")
 # What axolotl's `chat_template` types put before an answer, and cut off again: where
 # there is no answer, they find nothing to cut off.
 DUMMY = "[[dummy_message]]"
@@ -52,6 +54,7 @@ def load(cfg: Any) -> TrainDatasetMeta:
         ("test_datasets", meta.eval_dataset),
     ):
         if dataset is not None:
+            _check_pictures(key, dataset)
             _check_texts(key, dataset, cfg)
     return meta
 
@@ -70,6 +73,16 @@ def _unlike_its_type(cfg: Any, found: str) -> str:
 
 def _entries(cfg: Any) -> list[Any]:
     return [*(cfg.datasets or []), *(cfg.test_datasets or [])]
+
+
+def _check_pictures(key: str, dataset: Dataset) -> None:
+    """Refuses data that TRL would make no tokens of before it sees the pictures."""
+    for name in PICTURES:
+        if name in dataset.column_names:
+            raise ValueError(
+                f"`{key}`: there is a column `{name}`, and `rl: edpo` trains on text "
+                "only: remove the column from the data, or use `rl: dpo`"
+            )
 
 
 def _check_texts(key: str, dataset: Dataset, cfg: Any) -> None:
@@ -97,7 +110,7 @@ def _check_texts(key: str, dataset: Dataset, cfg: Any) -> None:
 
 
 def _warn_of_cut_answers(key: str, dataset: Dataset, column: str, cfg: Any) -> None:
-    """Says where axolotl 0.19 left the last character of an answer only.
+    """Says where axolotl, till 0.20, left the last character of an answer only.
 
     Its `chat_template` types look for the answer in what the template wrote, and do not
     find it where the template trims white space around it.

@@ -66,7 +66,8 @@ class Wrong(Cell):
     def verdict(self) -> str:
         if self.warned:
             return "works, with a warning"
-        return f"refused {STAGES[self.stage]}" if self.refused else "works"
+        said = super().verdict
+        return f"refused {STAGES[self.stage]}" if said == "refused" else said
 
 
 def ours(name: str, refused: str, stage: str = "config", note: str = "", **keys):
@@ -448,6 +449,21 @@ CELLS = [
         sequence_len=1024,
     ),
     ours(
+        "a column `images`",
+        r"`datasets`: there is a column `images`, .* text only: remove the column",
+        "data",
+        note="also beside a model of text and images, without `processor_type`",
+        datasets=data("images.jsonl"),
+    ),
+    ours(
+        "a column `image` in `test_datasets`, no `type`",
+        r"`test_datasets`: there is a column `image`, .*: remove the column",
+        "data",
+        **texts("texts.jsonl"),
+        test_datasets=texts("image.jsonl")["datasets"],
+        eval_steps=1,
+    ),
+    ours(
         "every pair is longer than `sequence_len`",
         r"`datasets` leaves no pair.*`sequence_len: 8`",
         "data",
@@ -581,6 +597,8 @@ def write_data(folder: Path, pairs: list[dict]) -> None:
             }
             for row in pairs
         ],
+        "images": [{**row, "images": ["a.png"]} for row in pairs],
+        "image": [{**row, "image": "a.png"} for row in texts],
         "empty": [],
     }
     for name, rows in files.items():
