@@ -159,9 +159,16 @@ class Bounds(BaseModel):
     dpo_label_smoothing: Number | None = Field(
         None, description="Share of labels believed to be flipped"
     )
+    dpo_ld_alpha: Number | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Weight of the tokens that one answer is longer by",
+    )
     context_parallel_size: int | None = Field(None, description="1 here")
     sequence_parallel_degree: int | None = Field(None, description="1 here")
     tensor_parallel_size: int | None = Field(None, description="1 here")
+    expert_parallel_size: int | None = Field(None, description="1 here")
     ray_num_workers: int | None = Field(None, description="Processes that Ray starts")
     fsdp_version: int | None = Field(None, description="2 here")
 

@@ -1,6 +1,6 @@
 """The entries of `datasets:` and `test_datasets:`, of which axolotl ignores much.
 
-Beside `rl`, axolotl 0.19 reads few of their options; the others it drops silently, and
+Beside `rl`, axolotl reads few of their options; the others it drops silently, and
 would train on other pairs than the recipe says.
 """
 
@@ -21,6 +21,7 @@ IGNORED = {
     "roles": "name them `system`, `user`, `assistant` and `tool` in the data",
     "shards": "set `split: train[:10%]`",
     "preprocess_shards": "remove it",
+    "weight": "set `split: train[:50%]`",
 }
 # Options of chat templates that axolotl does read -> their defaults.
 FIELDS = {
@@ -73,7 +74,7 @@ def _entries(recipe: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
 def _is_default(key: str, entry: Mapping[str, Any], recipe: Mapping[str, Any]) -> bool:
     """Whether axolotl does the same without this option."""
     value = entry[key]
-    if "shards" in key:
+    if key in ("shards", "preprocess_shards", "weight"):
         return value == 1
     if not has_chat_template(entry):
         return True

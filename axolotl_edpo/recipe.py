@@ -26,7 +26,7 @@ from .errors import refuse
 from .loss import LOWEST_BATCH_BETA
 from .loss_types import SFT, LossSettings
 from .spelling import check_own_keys
-from .upstream import default_fsdp_version
+from .upstream import default_fsdp_version, patches_adapters_late
 
 SUPERVISED = "remove it: axolotl gives it to supervised training only"
 # Recipe keys that would change the loss or the batch in a way this version does not
@@ -42,16 +42,16 @@ UNSUPPORTED = {
     "`datasets:`",
     "reward_model": "remove it: it asks for another trainer",
     "process_reward_model": "remove it: it asks for another trainer",
-    "lora_mlp_kernel": "remove it: axolotl looks for an adapter that the trainer of "
-    "preferences adds later",
-    "lora_qkv_kernel": "remove it, as `lora_mlp_kernel`",
-    "lora_o_kernel": "remove it, as `lora_mlp_kernel`",
     "neftune_noise_alpha": "remove it: its noise would count as distance from the "
     "reference",
     "noisy_embedding_alpha": "remove it: its noise would count as distance from the "
     "reference",
     "relora": SUPERVISED,
     "lisa_step_interval": SUPERVISED,
+    "use_eaft": SUPERVISED,
+    "use_dft": SUPERVISED,
+    "balance_labels": SUPERVISED,
+    "diffusion_lm": "remove it: a diffusion model has no log-probability of an answer",
 }
 # Recipe keys that axolotl ignores beside `rl`, and that change neither weights nor
 # pairs -> what does something like it.
@@ -59,6 +59,7 @@ WITHOUT_EFFECT = {
     "group_by_length": "`sample_packing: true` needs no padding at all",
     "auto_find_batch_size": "set `micro_batch_size` to what fits",
     "layer_offloading": "`deepspeed:` or `fsdp_config:` offload",
+    "lora_embedding_kernel": "it goes with the other kernels of LoRA",
     "do_bench_eval": "it is for supervised training",
     "do_causal_lm_eval": "it is for supervised training",
     "generate_samples": "it is for supervised training",
@@ -78,13 +79,24 @@ FILES = {
     "chat_template_jinja": ("", "a template would have `{`, this is taken for a file"),
 }
 # Keys with lines of their own.
-SECTIONS = ("trl", "peft", "qat", "accelerator_config", "fsdp_config")
-# Keys that split a model or a sequence: allowed up to 1.
-SPLITTING = (
-    "context_parallel_size",
-    "sequence_parallel_degree",
-    "tensor_parallel_size",
+SECTIONS = (
+    "trl",
+    "peft",
+    "qat",
+    "accelerator_config",
+    "fsdp_config",
+    "context_parallel",
 )
+OF_A_RANK = ": an answer is scored whole, and a rank would have a part of it"
+# Keys that split a model or a sequence, allowed up to 1 -> why no further.
+SPLITTING = {
+    "context_parallel_size": OF_A_RANK,
+    "sequence_parallel_degree": OF_A_RANK,
+    "tensor_parallel_size": "",
+    "expert_parallel_size": ": axolotl joins the experts of all ranks in a checkpoint "
+    "of supervised training only",
+}
+KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
 BETA_KEYS = ("beta", "rl_beta", "dpo_beta", "trl.beta")
 
 
@@ -118,6 +130,7 @@ def check_recipe(recipe: Mapping[str, Any]) -> float | None:
     _check_moving(recipe)
     _check_cache(recipe)
     _check_ignored(recipe)
+    _check_kernels(recipe)
     _check_qat(recipe)
     _check_sharing(recipe)
     _check_fsdp(recipe)
@@ -240,14 +253,22 @@ def _check_unsupported(recipe: Mapping[str, Any]) -> None:
     for key, remedy in UNSUPPORTED.items():
         if recipe.get(key):
             refuse(key, recipe[key], remedy)
-    for key in SPLITTING:
+    for key, why in SPLITTING.items():
         if (recipe.get(key) or 1) > 1:
-            refuse(key, recipe[key], f"set `{key}: 1`")
-    if ((recipe.get("context_parallel") or {}).get("size") or 1) > 1:
-        refuse("context_parallel.size", recipe["context_parallel"]["size"], "set 1")
+            refuse(key, recipe[key], f"set `{key}: 1`{why}")
+    _check_context(recipe)
     if (recipe.get("accelerator_config") or {}).get("dispatch_batches"):
         remedy = "remove it: pairs are handed over before they are tensors"
         refuse("accelerator_config.dispatch_batches", True, remedy)
+
+
+def _check_context(recipe: Mapping[str, Any]) -> None:
+    """The other spelling of `context_parallel_size`."""
+    name, block = "context_parallel.size", recipe.get("context_parallel") or {}
+    given = {"context_parallel_size": block.get("size")}
+    for size in _check_values(given, name, model=Bounds).values():
+        if size > 1:
+            refuse(name, size, f"set 1{OF_A_RANK}")
 
 
 def _check_loss(recipe: Mapping[str, Any]) -> None:
@@ -330,10 +351,10 @@ def _check_cache(recipe: Mapping[str, Any]) -> None:
 
 
 def _check_ignored(recipe: Mapping[str, Any]) -> None:
-    """What axolotl 0.19 takes beside `adapter` and `rl`, and then does not do."""
+    """What axolotl takes beside `adapter` and `rl`, and then does not do."""
     adapter = recipe.get("adapter")
     if adapter == "llama-adapter":
-        remedy = "set `adapter: lora`: axolotl 0.19 has no keys for its size"
+        remedy = "set `adapter: lora`: axolotl has no keys for its size"
         refuse("adapter", adapter, remedy)
     if adapter == "lora" and recipe.get("load_in_4bit"):
         remedy = "set `adapter: qlora`: with `lora` nothing is quantized to 4 bits"
@@ -345,6 +366,16 @@ def _check_ignored(recipe: Mapping[str, Any]) -> None:
     if recipe.get("peft_autocast_adapter_dtype") is False:
         remedy = "remove it: axolotl does not hand it on beside `rl`"
         refuse("peft_autocast_adapter_dtype", False, remedy)
+
+
+def _check_kernels(recipe: Mapping[str, Any]) -> None:
+    why = "axolotl looks for an adapter that the trainer of preferences adds later"
+    if patches_adapters_late():
+        why = "whether the reference, which has the adapter off, is then the plain "
+        why += "model has not been tested yet"
+    for key in KERNELS:
+        if recipe.get(key):
+            refuse(key, recipe[key], f"remove it: {why}")
 
 
 def _check_qat(recipe: Mapping[str, Any]) -> None:

@@ -54,3 +54,10 @@ def leave_losses_as_they_are(trainer: Any) -> None:
     transformers reads the first name from 5.19 on, and only the second before.
     """
     trainer.loss_is_scaled_for_ga = trainer.model_accepts_loss_kwargs = True
+
+
+def patches_adapters_late() -> bool:
+    """Whether LoRA kernels reach an adapter that the trainer makes; from 0.21."""
+    from axolotl.core.builders.rl import HFRLTrainerBuilder
+
+    return "hook_post_create_trainer" in vars(HFRLTrainerBuilder)

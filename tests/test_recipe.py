@@ -5,7 +5,7 @@ import pytest
 from axolotl_edpo.args import EDPOArgs
 from axolotl_edpo.recipe import check_foreign_recipe, check_recipe
 from axolotl_edpo.spelling import misspelt
-from axolotl_edpo.upstream import default_fsdp_version
+from axolotl_edpo.upstream import default_fsdp_version, patches_adapters_late
 
 CHAT = {"path": "a", "type": "chat_template.default"}
 WRONG = [
@@ -88,7 +88,19 @@ WRONG = [
     ({"edpo_log_pairs": True}, r"`edpo_log_pairs: True`"),
     ({"dpo_label_smoothing": 0.5}, r"`dpo_label_smoothing: 0.5`.*below 0.5"),
     ({"fsdp": ["full_shard"]}, "`fsdp: .*`fsdp_version: 2`"),
-    ({"context_parallel": {"size": 2}}, "`context_parallel.size: 2`.*set 1"),
+    ({"context_parallel": {"size": 2}}, "`context_parallel.size: 2`.*set 1: .* whole"),
+    ({"context_parallel": {"size": "no"}}, "`context_parallel.size: no`.*integer"),
+    ({"context_parallel": 2}, "`context_parallel: 2`: lines with keys"),
+    ({"expert_parallel_size": 2}, "`expert_parallel_size: 2`.*set `.*: 1`: .*experts"),
+    ({"dpo_ld_alpha": 2}, "`dpo_ld_alpha: 2`.*less than or equal to 1"),
+    ({"use_dft": True}, "`use_dft: True`.*supervised training only"),
+    ({"use_eaft": True}, "`use_eaft: True`.*supervised training only"),
+    ({"balance_labels": True}, "`balance_labels: True`.*supervised training only"),
+    ({"diffusion_lm": {"gamma": 1.0}}, "`diffusion_lm: .*log-probability"),
+    (
+        {"datasets": [{"path": "a", "weight": 0.5}]},
+        r"`datasets: weight: 0.5`.*`split: train\[:50%\]`",
+    ),
     (
         {"fsdp_version": 1, "fsdp_config": {"offload_params": True}},
         "`fsdp_version: 1`.*version: 2`",
@@ -178,7 +190,11 @@ WRONG = [
         {"lora_model_dir": "a", "adapter": "lora", "rl_adapter_ref_model": True},
         r"`rl_adapter_ref_model: True`.*own start",
     ),
-    ({"lora_mlp_kernel": True}, r"`lora_mlp_kernel: True`.*adapter.*later"),
+    (
+        {"lora_mlp_kernel": True},
+        r"`lora_mlp_kernel: True`.*remove it: .*"
+        + ("not been tested" if patches_adapters_late() else "adds later"),
+    ),
     ({"relora": True}, r"`relora: True`.*supervised training only"),
     ({"adapter": "llama-adapter"}, r"`adapter: llama-adapter`.*`adapter: lora`"),
     ({"adapter": "lora", "load_in_4bit": True}, r"`load_in_4bit: True`.*qlora"),
@@ -219,6 +235,8 @@ def test_a_wrong_recipe_is_one_line_with_key_value_and_remedy(keys, message):
         ({"use_ray": True, "ray_num_workers": 4, "ddp": True}, None),
         ({"group_by_length": True, "early_stopping_patience": 3}, None),
         ({"dpo_loss_type": ["sigmoid"], "dpo_label_smoothing": 0.1}, None),
+        ({"dpo_ld_alpha": 1.0, "context_parallel": {"size": 1}}, None),
+        ({"expert_parallel_size": 1, "datasets": [{"path": "a", "weight": 1}]}, None),
     ],
 )
 def test_all_ways_to_write_beta_mean_the_same(keys, beta):
