@@ -126,7 +126,7 @@ class EDPOTrainer(PairMargins):
         # whoever passes settings is no recipe of axolotl's
         cfg: Any = PluginManager.get_instance().cfg if settings is None else None
         if isinstance(data_collator, AxolotlDPODataCollatorWithPadding):
-            # axolotl 0.19 hands over a collator for batches TRL no longer makes;
+            # axolotl hands over a collator for batches TRL no longer makes;
             # TRL's own pads to a multiple as well
             args.pad_to_multiple_of = data_collator.pad_to_multiple_of
             data_collator = None
