@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from tiny import LORA, NF4
 from transformers import AutoModelForCausalLM
 
+from axolotl_edpo.upstream import patches_adapters_late
+
 CHOSEN = {**LORA, "lora_target_linear": None}  # beside `lora_target_modules`
 INT4 = dict(weight_dtype="int4", activation_dtype="int8", group_size=32)
 KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
@@ -25,6 +27,15 @@ LETTERS = tiny.byte_tokenizer().convert_tokens_to_ids(["a", "e", "s"])
 TIED = dict(tie_word_embeddings=True)
 GPT2 = dict(n_inner=64)
 WIDE = dict(hidden_size=64, head_dim=16)  # torchao quantizes groups of 32
+WIDER = dict(**WIDE, intermediate_size=128)  # and of 64
+OURS, MIXLORA = (
+    ["axolotl_edpo.EDPOPlugin"],
+    "axolotl.integrations.mixlora.MixLoraPlugin",
+)
+MIX = dict(mixlora_num_experts=4, mixlora_top_k=2)
+NO_MIX = matrix.without("mixlora_num_experts")
+NO_FLOAT32 = matrix.without("lora_fp32_gradients")
+NO_BACKEND = matrix.without("nf4_backend")
 
 LOW_RANK = r"\.lora_[AB]\."
 HEAD = r"lm_head\.modules_to_save\."
@@ -65,6 +76,12 @@ def linear_type(trainer) -> str:
     return type(layer(trainer, "self_attn.q_proj").base_layer).__name__
 
 
+def parametrization(trainer) -> str:
+    """What gives a weight its values."""
+    base = layer(trainer, "self_attn.q_proj").base_layer
+    return type(base.parametrizations.weight[0]).__name__
+
+
 def rates(trainer) -> dict[str, float]:
     """Learning rate of every trained parameter."""
     groups = trainer.optimizer.param_groups
@@ -87,6 +104,11 @@ def has_rows_frozen(trainer) -> bool:
     return torch.equal(now[30:], before[30:])
 
 
+def is_float32(trainer) -> bool:
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    return {p.dtype for p in trained} == {torch.float32}
+
+
 CELLS = [
     Adapter("`adapter: lora`, `lora_target_linear`", LORA, packed=True),
     Adapter(
@@ -101,6 +123,20 @@ CELLS = [
         took=lambda t: (
             layer(t, "self_attn.q_proj").base_layer.weight.quant_type == "fp4"
         ),
+    ),
+    Adapter(
+        "`adapter: qlora`, `nf4_backend: torchao`",
+        NF4 | {"nf4_backend": "torchao"},
+        took=lambda t: parametrization(t) == "TorchaoNF4Parametrization",
+        config=WIDER,
+        missing=NO_BACKEND,
+    ),
+    Adapter(
+        "`nf4_backend: torchao` without `adapter: qlora`",
+        LORA | {"nf4_backend": "torchao"},
+        refused="NF4 requires adapter: qlora and load_in_4bit: true",
+        note="axolotl's message",
+        missing=NO_BACKEND,
     ),
     Adapter(
         "`adapter: lora`, `load_in_8bit`",
@@ -134,6 +170,32 @@ CELLS = [
         "LoRA+ (`loraplus_lr_ratio`)",
         LORA | {"loraplus_lr_ratio": 16},
         took=has_loraplus_rates,
+    ),
+    Adapter(
+        "`lora_fp32_gradients`",
+        LORA | {"lora_fp32_gradients": True, "bf16": True},
+        took=is_float32,
+        missing=NO_FLOAT32,
+    ),
+    Adapter(
+        "`lora_fp32_gradients` over NF4",
+        NF4 | {"lora_fp32_gradients": True},
+        took=is_float32,
+        note="`rl: dpo` trains in bfloat16 nevertheless",
+        missing=NO_FLOAT32,
+    ),
+    Adapter(
+        "`lora_fp32_gradients` without an adapter",
+        {"lora_fp32_gradients": True},
+        refused="lora_fp32_gradients requires a LoRA adapter",
+        note="axolotl's message",
+        missing=NO_FLOAT32,
+    ),
+    Adapter(
+        "`nvfp4_merge_aware`",
+        LORA | {"nvfp4_merge_aware": True},
+        untested="a Blackwell GPU and a base in NVFP4",
+        missing=matrix.without("nvfp4_merge_aware"),
     ),
     Adapter(
         "`lora_dropout`",
@@ -238,7 +300,7 @@ CELLS = [
         "`lora_bias`",
         LORA | {"lora_bias": "all"},
         config={"attention_bias": True},
-        note="no key of axolotl 0.19: ignored, no bias trains",
+        note="no key of axolotl: ignored, no bias trains",
     ),
     Adapter("`lora_on_cpu`", LORA | {"lora_on_cpu": True}),
     Adapter(
@@ -291,13 +353,15 @@ CELLS = [
         "`rl_adapter_ref_model`",
         LORA | {"rl_adapter_ref_model": True},
         took=lambda t: t.ref_model is None,
-        note="no key of axolotl 0.19: ignored, the reference is `base_model` anyway",
+        note="no key of axolotl: ignored, the reference is `base_model` anyway",
     ),
     Adapter(
         "`lora_mlp_kernel`, `lora_qkv_kernel`, `lora_o_kernel`",
         LORA | dict.fromkeys(KERNELS, True),
         refused="`lora_mlp_kernel: True`.*remove it",
-        note="`rl: dpo` stops with `Model must be a PeftModelForCausalLM`",
+        note="it takes a GPU to show that the reference is the plain model then"
+        if patches_adapters_late()
+        else "`rl: dpo` stops with `Model must be a PeftModelForCausalLM`",
     ),
     Adapter(
         "`relora`",
@@ -316,12 +380,19 @@ CELLS = [
         "`adapter: llama-adapter`",
         {"adapter": "llama-adapter"},
         refused="`adapter: llama-adapter`.*`adapter: lora`",
-        note="axolotl 0.19 fails on it with any `rl`",
+        note="axolotl fails on it with any `rl`: it has no keys for its size",
     ),
     Adapter(
         "`adapter: mora`",
         {"adapter": "mora"},
         untested="the MoRA build of PEFT",
+    ),
+    Adapter(
+        "`adapter: mixlora` (its plugin), `mixlora_*`",
+        {**LORA, **MIX, "adapter": "mixlora", "plugins": [*OURS, MIXLORA]},
+        refused="MixLoRA is not compatible with RL training",
+        note="axolotl's message",
+        missing=NO_MIX,
     ),
     Adapter(
         "any other `adapter`",
@@ -388,7 +459,7 @@ INTRO = textwrap.fill(
     "Every cell that works: policy and reference are equal at the first step and not "
     "at the second; what should train got gradients and moved, all else is bitwise as "
     "it was; the saved adapter, read by PEFT, is the trained one, and over a fresh "
-    "`base_model` that is not quantized gives the same logits. Also with "
+    "`base_model` in float32 gives the same logits. Also with "
     f"`sample_packing: true`, in float32 to the same losses: {PACKED}.",
     width=88,
     break_on_hyphens=False,
@@ -433,7 +504,9 @@ def assert_only_trained_weights_moved(trainer) -> None:
         for name, parameter in trainer.model.named_parameters()
     }
     for name, before in base_weights(trainer).items():
-        assert torch.equal(now[name], before) != now[name].requires_grad, name
+        weight = now[name]
+        same = torch.equal(weight, before.to(weight.dtype))
+        assert same != weight.requires_grad, name
 
 
 @torch.no_grad()
@@ -443,7 +516,7 @@ def logits_of(model) -> torch.Tensor:
 
 
 def assert_saved_adapter_is_the_trained_one(trainer, folder: Path) -> None:
-    """Read by PEFT, bit by bit; and what it does to a base that is not quantized."""
+    """Read by PEFT, bit by bit; and what it does to a base in float32."""
     lm = trainer.model.get_base_model()
     base = AutoModelForCausalLM.from_pretrained(lm.config._name_or_path)
     start = logits_of(base)
@@ -452,7 +525,7 @@ def assert_saved_adapter_is_the_trained_one(trainer, folder: Path) -> None:
     assert saved.keys() == own.keys()
     for name, value in saved.items():
         assert torch.equal(value, own[name].to(value.dtype)), name
-    if not hasattr(lm.config, "quantization_config"):
+    if not trainer.args.bf16:
         now = logits_of(trainer.model)
         moved = (now - start).abs().max()
         assert (logits_of(read) - now).abs().max() < 1e-3 * moved

@@ -19,6 +19,7 @@ import matrix
 import pytest
 import tiny
 import torch
+from axolotl.utils.schemas.datasets import SFTDataset
 from datasets import Dataset, disable_caching, enable_caching
 from matrix import Cell
 from tokenizers.processors import TemplateProcessing
@@ -314,7 +315,7 @@ OTHERS = [
         },
         options={"type": "chat_template.default"},
         first="<s><s>" + OWN_CHAT + "</s>",
-        note="`<s>` is there twice: axolotl's cure is not called by TRL 1.9",
+        note="`<s>` is there twice: axolotl's cure is not called by TRL",
     ),
     Data(
         "`field_messages`, `field_chosen`, `field_rejected`",
@@ -512,7 +513,9 @@ class Ignored(Data):
     same: Mapping[str, Any] = field(default_factory=dict)
 
 
-def of_entry(name: str, refused: str, option: dict, remedy: str) -> Ignored:
+def of_entry(
+    name: str, refused: str, option: dict, remedy: str, missing: str = ""
+) -> Ignored:
     """A cell with an option of an entry of `datasets:`."""
     return Ignored(
         name,
@@ -521,6 +524,7 @@ def of_entry(name: str, refused: str, option: dict, remedy: str) -> Ignored:
         note=f"axolotl ignores it beside `rl`: {remedy}",
         files={"a.jsonl": MESSAGES},
         same={"datasets": [CHAT]},
+        missing=missing,
     )
 
 
@@ -548,6 +552,13 @@ IGNORED = [
         r"`datasets: shards: 2`.*`split: train\[:10%\]`",
         {"shards": 2},
         "set `split: train[:10%]`",
+    ),
+    of_entry(
+        "`weight` of an entry",
+        r"`datasets: weight: 0.5`.*`split: train\[:50%\]`",
+        {"weight": 0.5},
+        "set `split: train[:50%]`",
+        missing=matrix.without("weight", SFTDataset.model_fields),
     ),
     Ignored(
         "`dataset_shard_num`",
@@ -717,7 +728,13 @@ WRITERS = {
     ".csv": Dataset.to_csv,
     "": Dataset.save_to_disk,
 }
-DPO = {**tiny.DPO, "dataset_prepared_path": "prepared-by-dpo"}
+
+
+def as_dpo(keys: dict, **more) -> dict:
+    """The same recipe for `rl: dpo`, with prepared data of its own."""
+    own = {**tiny.DPO, "dataset_prepared_path": "prepared-by-dpo"}
+    given = {**keys, **own, **more}.items()
+    return {key: value for key, value in given if value is not None}
 
 
 @pytest.fixture(autouse=True)
@@ -773,13 +790,13 @@ def test_the_pairs_are_those_of_dpo(cell, recipe, tmp_path):
     write(cell.files)
     keys = keys_of(cell, recipe)
     if cell.refused:  # by axolotl, so whatever `rl` is
-        for more in ({}, DPO):
+        for given in (keys, as_dpo(keys)):
             with pytest.raises(ValueError, match=cell.refused):
-                tiny.load_data(tiny.load_config(tmp_path, {**keys, **more}))
+                tiny.load_data(tiny.load_config(tmp_path, given))
         return
     run = matrix.assert_cell if cell.trains else _built
     ours = run(cell, tmp_path, {**keys, **cell.ours})
-    dpo = tiny.build(tmp_path, {**keys, **DPO})
+    dpo = tiny.build(tmp_path, as_dpo(keys))
     assert assert_same_pairs(ours, dpo) == (cell.pairs, cell.evals)
     assert chosen_text(ours, 0) == cell.first
 
@@ -788,7 +805,7 @@ def test_the_pairs_are_those_of_dpo(cell, recipe, tmp_path):
 def test_prepared_data_is_read_again(cell, recipe, tmp_path):
     write(cell.files)
     keys = keys_of(cell, recipe)
-    dpo = tiny.build(tmp_path, {**keys, **DPO})
+    dpo = tiny.build(tmp_path, as_dpo(keys))
     ours = tiny.build(tmp_path, keys)
     assert assert_same_pairs(ours, dpo) == (cell.pairs, cell.evals)
     assert chosen_text(ours, 0) == cell.first
@@ -806,7 +823,7 @@ def test_a_column_of_no_pair_changes_nothing(cell, recipe, tmp_path):
     assert "messages" not in ours.train_dataset.column_names
     assert chosen_text(ours, 0) == cell.first
     write({"a.jsonl": ULTRA})
-    dpo = tiny.build(tmp_path, {**keys_of(cell, recipe), **DPO})
+    dpo = tiny.build(tmp_path, as_dpo(keys_of(cell, recipe)))
     assert_same_pairs(ours, dpo)
 
 
@@ -831,7 +848,7 @@ def test_what_axolotl_ignores_is_refused(cell, recipe, tmp_path):
     with pytest.raises(ValueError, match=cell.refused):
         tiny.load_data(tiny.load_config(tmp_path, keys))
     told, untold = (
-        tiny.load_data(tiny.load_config(tmp_path, {**keys, **same, **DPO}))
+        tiny.load_data(tiny.load_config(tmp_path, as_dpo({**keys, **same})))
         for same in ({}, cell.same)
     )
     assert told.train_dataset.to_list() == untold.train_dataset.to_list()
@@ -853,7 +870,7 @@ def test_the_comparison_finds_other_pairs_and_other_masks(recipe, tmp_path):
     padded = steps(ours)[0]
     for other, length in ((swapped, 512), (moved, 512), (TEXT[::-1], 512), (TEXT, 30)):
         write({"a.jsonl": other})
-        dpo = tiny.build(tmp_path, {**keys, **DPO, "sequence_len": length})
+        dpo = tiny.build(tmp_path, as_dpo(keys, sequence_len=length))
         with pytest.raises(AssertionError):
             assert_same_rows(padded, steps(dpo)[0])
         with pytest.raises(AssertionError):

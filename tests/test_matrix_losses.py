@@ -17,7 +17,7 @@ are those of `rl: dpo` (TRL's own code) to 1e-5.
 NOTES = {
     "sigmoid": "the default",
     "exo_pair": "needs `dpo_label_smoothing` above 0",
-    "bco_pair": "without a shift, as in TRL 1.9",
+    "bco_pair": "without a shift, as in TRL",
     "discopop": "with TRL's default temperature: axolotl has no key for it",
 }
 SMOOTHING = {"exo_pair": 1e-3, "robust": 0.1}
@@ -47,6 +47,12 @@ OTHERS = [
             "dpo_loss_weights": [0.8, 0.2, 1.0],
         },
     ),
+    Cell(
+        "`dpo_ld_alpha: 0.5` (LD-DPO)",
+        {"dpo_ld_alpha": 0.5},
+        note="refused where axolotl does not have it",
+        missing=matrix.without("dpo_ld_alpha"),
+    ),
     Cell("`dpo_use_weighting: true` (WPO)", {"dpo_use_weighting": True}),
     Cell(
         "`dpo_use_weighting: true`, `dpo_loss_type: [ipo, nca_pair]`",
@@ -56,12 +62,12 @@ OTHERS = [
 WPO_HINGE = Cell(
     "`dpo_use_weighting: true`, `dpo_loss_type: [hinge]`",
     {"dpo_use_weighting": True, "dpo_loss_type": ["hinge"]},
-    note="`rl: dpo` stops here: TRL 1.9 changes in place what autograd needs",
+    note="`rl: dpo` stops here: TRL changes in place what autograd needs",
 )
 SMOOTHED = Cell(
     "`dpo_label_smoothing: 0.2` (conservative DPO)",
     {"dpo_label_smoothing": 0.2},
-    note="TRL 1.9 takes it with `sigmoid` and leaves it without effect",
+    note="TRL takes it with `sigmoid` and leaves it without effect",
 )
 LIGER = Cell(
     "`dpo_use_liger_kernel: true`",
@@ -80,6 +86,12 @@ LIGER_MODEL = Cell(
 LIGER_KERNELS = Cell(
     "`liger_rope`, `liger_rms_norm`, `liger_glu_activation` and the like",
     untested="Liger's Triton kernels need a GPU",
+)
+CUT_CROSS_ENTROPY = Cell(
+    "`cut_cross_entropy` (its plugin), `cut_cross_entropy_accum_c_fp32`, "
+    "`cut_cross_entropy_c_grad_chunk_size`",
+    untested="axolotl's fork of cut-cross-entropy, and a GPU",
+    note="the last two keys are of axolotl 0.20 and later",
 )
 WRONG = [
     *(
@@ -137,6 +149,7 @@ CELLS = [
     LIGER,
     LIGER_MODEL,
     LIGER_KERNELS,
+    CUT_CROSS_ENTROPY,
     *WRONG,
 ]
 

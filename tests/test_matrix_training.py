@@ -6,6 +6,7 @@ here until it has a cell.
 
 import functools
 import gc
+import importlib.util
 import inspect
 import json
 import math
@@ -31,17 +32,23 @@ from axolotl.utils.schemas.enums import (
     CANONICAL_ATTN_IMPLS,
     CustomSupportedOptimizers,
 )
-from axolotl.utils.schemas.training import HyperparametersConfig, JaggedLRConfig
+from axolotl.utils.schemas.training import (
+    HyperparametersConfig,
+    JaggedLRConfig,
+    SelectiveCheckpointingConfig,
+)
 from matrix import Cell
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import LORA
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import SchedulerType
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.training_args import OptimizerNames
 
 from axolotl_edpo import plugin
 from axolotl_edpo.recipe import WITHOUT_EFFECT
+from axolotl_edpo.upstream import default_fsdp_version
 
 TITLE = "Training options"
 INTRO = """
@@ -131,6 +138,9 @@ def all_make(made: str, *values: str) -> list[Optimizer]:
     ]
 
 
+CUSTOM = {kind.value for kind in CustomSupportedOptimizers}
+
+
 def lacks(package: str, *values: str) -> list[Optimizer]:
     """Optimizers of a package that axolotl does not install by itself."""
     return [optimizer(v, untested=f"the package {package}") for v in values]
@@ -157,6 +167,7 @@ OPTIMIZERS = [
     optimizer("adamc", "AdamC"),
     optimizer("adopt_adamw", "ADOPT", note="Its first step changes nothing."),
     optimizer("muon", "Muon"),
+    optimizer("muon_8bit", "Muon8bit", missing=matrix.without("muon_8bit", CUSTOM)),
     optimizer(
         "dion",
         "Dion",
@@ -195,14 +206,11 @@ OPTIMIZERS = [
     *lacks("polora", "polora"),
     *lacks("grokadamw", "grokadamw"),
     *lacks("torchdistx", "adamw_anyprecision"),
+    optimizer(
+        "scao", untested="the package scao", missing=matrix.without("scao", CUSTOM)
+    ),
     optimizer("adamw_torch_xla", untested="an XLA device"),
     optimizer("adamw_torch_npu_fused", untested="an Ascend NPU"),
-]
-# Of later releases of axolotl: 0.20, 0.21.
-OPTIMIZERS += [
-    cell
-    for cell in (*lacks("scao", "scao"), optimizer("muon_8bit", "Muon8bit"))
-    if cell.value in set(CustomSupportedOptimizers)
 ]
 ANY_OTHER = Cell(
     "any other `optimizer`",
@@ -238,8 +246,8 @@ def test_an_optimizer_trains(cell, recipe, tmp_path, uncompiled):
 
 
 def test_every_optimizer_of_the_schema_has_a_cell():
-    allowed = {o.value for o in (*OptimizerNames, *CustomSupportedOptimizers)}
-    assert {cell.value for cell in OPTIMIZERS} == allowed
+    allowed = {*CUSTOM, *(kind.value for kind in OptimizerNames)}
+    assert {cell.value for cell in OPTIMIZERS if not cell.missing} == allowed
 
 
 # --- schedules ---------------------------------------------------------------------
@@ -376,6 +384,21 @@ def reentrant(value: bool) -> dict:
     return {"gradient_checkpointing_kwargs": {"use_reentrant": value}}
 
 
+def saving(**keys) -> dict:
+    """Keys that checkpoint all but these matrix products."""
+    return {"gradient_checkpointing": True, "selective_checkpointing": keys}
+
+
+@dataclass(frozen=True)
+class Selective(Cell):
+    """A way to keep results of a layer: of how many matrix products, of seven."""
+
+    saves: int = 0
+    missing: str = matrix.without(
+        "save_modules", SelectiveCheckpointingConfig.model_fields
+    )
+
+
 OFFLOADED = "TRL's offloading asks which accelerator there is."
 DEPRECATED = "axolotl: deprecated, `activation_offloading: {}` is the same."
 CHECKPOINTING = [
@@ -383,10 +406,22 @@ CHECKPOINTING = [
     checkpointing("the same, `use_reentrant: true`", keys=reentrant(True)),
     checkpointing("the same, `use_reentrant: false`", keys=reentrant(False)),
     checkpointing("`gradient_checkpointing: true`, LoRA", keys=LORA),
-    checkpointing("the same, `use_reentrant: true`", keys=LORA | reentrant(True)),
+    checkpointing("the same, LoRA, `use_reentrant: true`", keys=LORA | reentrant(True)),
     checkpointing("`selective_checkpointing`", keys={"selective_checkpointing": True}),
     checkpointing(
         "`selective_checkpointing`, LoRA", keys={"selective_checkpointing": True} | LORA
+    ),
+]
+SELECTIVE = [
+    Selective(
+        "`selective_checkpointing.save_modules`",
+        saving(save_modules=["gate_proj"]),
+        saves=1,
+    ),
+    Selective(
+        "`selective_checkpointing.save_matmul_min_k`",
+        saving(save_matmul_min_k=32),  # all but the last: of SIZES' matrices
+        saves=6,
     ),
 ]
 OFFLOADING = [
@@ -455,6 +490,30 @@ def test_checkpointing_computes_twice_and_changes_nothing(
         assert a["kl/avg_steps"] == b["kl/avg_steps"]
 
 
+class Products(TorchDispatchMode):
+    """Counts the matrix products that are computed."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **kwargs or {})
+
+
+@matrix.cells(SELECTIVE)
+def test_saved_products_are_not_computed_again(cell, recipe, tmp_path):
+    runs = []
+    for save in ([], cell.keys["selective_checkpointing"]):
+        keys = {**cell.keys, "selective_checkpointing": save or {"save": []}}
+        with Products() as products:
+            trainer = matrix.assert_cell(cell, tmp_path, recipe(**keys))
+        runs.append((products.count, [log["loss"] for log in tiny.logs(trainer)]))
+    (all_again, losses), (fewer, same) = runs
+    layers, micro_batches = 2, 2
+    assert all_again - fewer == cell.saves * layers * micro_batches
+    assert same == pytest.approx(losses, abs=1e-6)
+
+
 @pytest.mark.parametrize("key", ["gradient_checkpointing", "activation_offloading"])
 def test_every_way_to_save_activations_has_a_cell(key):
     literal, *_ = get_args(AxolotlInputConfig.model_fields[key].annotation)
@@ -472,8 +531,12 @@ def test_attention_dropout_of_a_model_is_off(recipe, tmp_path, plain, adapter):
         assert a["loss"] == b["loss"]
 
 
+NO_CONTEXT = matrix.without_module("axolotl.integrations.context_parallel")
+
 # --- precision, attention, compiler --------------------------------------------------
 
+REGIONAL = {"torch_compile": True, "torch_compile_regional": True}
+NO_REGIONAL = matrix.without("torch_compile_regional")
 COMPUTING = [
     Cell("`bf16: true`", {"bf16": True}),
     Cell("`bf16: false`", {"bf16": False}),
@@ -503,28 +566,40 @@ COMPUTING = [
         "`attn_implementation: flash_attention_torch`",
         {"attn_implementation": "flash_attention_torch"},
         refused="requires a transformers release that registers",
-        note="axolotl: transformers 5.16 does not have it.",
+        note="axolotl: the transformers that it pins does not have it.",
     ),
-    *(
-        Cell(
-            "`attn_implementation: varlen`",
-            {"attn_implementation": "varlen"},
-            refused="varlen is supported only for native",
-            note="axolotl: for diffusion models.",
-        )
-        for _ in {"varlen"} & set(CANONICAL_ATTN_IMPLS)
+    Cell(
+        "`attn_implementation: varlen`",
+        {"attn_implementation": "varlen"},
+        refused="varlen is supported only for native",
+        note="axolotl: for diffusion models.",
+        missing=matrix.without("varlen", CANONICAL_ATTN_IMPLS),
     ),
     Cell(
         "`torch_compile: true`",
         {"torch_compile": True, "torch_compile_backend": "aot_eager"},
-        note="Run with `torch_compile_backend: aot_eager`.",
+        note="Layer by layer. Run with `torch_compile_backend: aot_eager`.",
+    ),
+    Cell(
+        "`torch_compile_regional: true`",
+        {**REGIONAL, "torch_compile_backend": "aot_eager"},
+        note="The same: each layer is compiled with or without it.",
+        missing=NO_REGIONAL,
+    ),
+    Cell(
+        "`torch_compile_regional: true`, `gradient_checkpointing: true`",
+        {**REGIONAL, "gradient_checkpointing": True},
+        refused="torch_compile_regional cannot be combined with gradient_checkpoint",
+        note="axolotl's message.",
+        missing=NO_REGIONAL,
     ),
 ]
 
 
 @matrix.cells(COMPUTING)
 def test_it_computes_so(cell, recipe, tmp_path):
-    trainer = matrix.assert_cell(cell, tmp_path, recipe(**cell.keys))
+    with mock.patch.dict(os.environ):  # axolotl tells accelerate of a compiler there
+        trainer = matrix.assert_cell(cell, tmp_path, recipe(**cell.keys))
     if trainer is None:
         return
     lm = trainer.model
@@ -535,14 +610,14 @@ def test_it_computes_so(cell, recipe, tmp_path):
         assert trainer.args.bf16 == bf16
     if wanted := cell.keys.get("attn_implementation"):
         assert lm.config._attn_implementation == wanted
-    compiled = [m for m in lm.modules() if m._compiled_call_impl is not None]
-    assert bool(compiled) == ("torch_compile" in cell.keys)
+    compiled = {m for m in lm.modules() if m._compiled_call_impl is not None}
+    assert compiled == ({*lm.model.layers} if "torch_compile" in cell.keys else set())
 
 
 def test_every_attention_of_the_schema_has_a_cell():
-    assert {c.keys.get("attn_implementation") for c in COMPUTING} - {None} == set(
-        CANONICAL_ATTN_IMPLS
-    )
+    here = [cell.keys for cell in COMPUTING if not cell.missing]
+    tested = {keys.get("attn_implementation") for keys in here} - {None}
+    assert tested == set(CANONICAL_ATTN_IMPLS)
 
 
 # --- one option each -----------------------------------------------------------------
@@ -656,6 +731,12 @@ def shows_wandb(run: Any) -> None:
     (file,) = run.folder.glob("wandb/offline-run-*/run-*.wandb")
     content = file.read_bytes()
     assert b"train/kl/beta" in content and b"train/kl/policy_ref" in content
+
+
+def takes_buckets() -> bool:
+    """Whether the installed trackio takes all that transformers hands over."""
+    spec = importlib.util.find_spec("trackio")
+    return spec is not None and "bucket_id" in Path(spec.origin).read_text()
 
 
 def shows_collection(run: Any) -> None:
@@ -794,6 +875,12 @@ OPTIONS = [
     ),
     Option("`eval_steps`", {"eval": 1}, shows=shows_evaluations(0, 1, 2)),
     Option(
+        "`eval_on_start: false`",
+        {"eval": 1, "eval_on_start": False},
+        shows=shows_evaluations(1, 2),
+        missing=matrix.without("eval_on_start"),
+    ),
+    Option(
         "`eval_strategy: epoch`",
         {"eval": None, "eval_strategy": "epoch", "max_steps": None},
         shows=shows_evaluations(0, 4),
@@ -827,6 +914,13 @@ OPTIONS = [
         "`include_tokens_per_second`",
         {"include_tokens_per_second": True},
         shows=shows_counts,
+    ),
+    Option(
+        "`logging_nan_inf_filter: false`",
+        {"logging_nan_inf_filter": False},
+        shows=lambda run: assert_equal(run.trainer.args.logging_nan_inf_filter, False),
+        note="A loss that is not finite stops the run, with it or without.",
+        missing=matrix.without("logging_nan_inf_filter"),
     ),
     Option(
         "`gc_collect_steps` (`gc_steps`), `torch_empty_cache_steps`",
@@ -863,8 +957,9 @@ OUTSIDE = [
     Cell(
         "`use_trackio`",
         {"use_trackio": True},
-        untested="a newer trackio",
-        note="With the one axolotl pins, transformers 5.16 stops, also in `rl: dpo`.",
+        untested="a process of its own" if takes_buckets() else "a newer trackio",
+        note="With the one that axolotl pins till 0.20, transformers stops, also in "
+        "`rl: dpo`.",
     ),
     Cell("`use_mlflow`", {"use_mlflow": True}, untested="the package mlflow"),
     Cell("`use_comet`", {"use_comet": True}, untested="the package comet-ml"),
@@ -880,6 +975,23 @@ OUTSIDE = [
         {"profiler_steps": 1},
         untested=GPU,
         note="axolotl's profiler records CUDA's memory.",
+    ),
+    Cell(
+        "`sync_profiler_steps`, `sync_profiler_start_step`",
+        {"sync_profiler_steps": 1, "sync_profiler_start_step": 1},
+        untested=GPU,
+        note="Without one axolotl warns and counts nothing.",
+        missing=matrix.without("sync_profiler_steps"),
+    ),
+    Cell(
+        "`coreweave` (its plugin)",
+        untested="an account at CoreWeave",
+        missing=matrix.without_module("axolotl.integrations.coreweave"),
+    ),
+    Cell(
+        "`autotune_*` (the plugin of kernels)",
+        untested=GPU,
+        missing=matrix.without_module("axolotl.integrations.kernels.autotune_cache"),
     ),
 ]
 
@@ -968,6 +1080,11 @@ def test_pairs_of_every_second_step_are_noted(cell, recipe, tmp_path):
 
 
 SEED = Cell("`seed`", {"seed": 8})
+DETERMINED = Cell(
+    "`full_determinism`",
+    {"full_determinism": True},
+    missing=matrix.without("full_determinism"),
+)
 RESUME = Cell(
     "`auto_resume_from_checkpoints`, `resume_from_checkpoint`",
     {"auto_resume_from_checkpoints": True},
@@ -984,6 +1101,54 @@ def test_a_seed_gives_the_same_run_again_and_another_another(cell, recipe, tmp_p
     assert losses(**cell.keys) == losses(**cell.keys) != losses()
 
 
+@pytest.fixture
+def undetermined():
+    """As before, whatever a run has asked of torch."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@matrix.cells([DETERMINED])
+def test_algorithms_are_deterministic(cell, recipe, tmp_path, undetermined):
+    with mock.patch.dict(os.environ):
+        trainer = matrix.assert_cell(cell, tmp_path, recipe(**cell.keys))
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    assert torch.are_deterministic_algorithms_enabled()
+    assert trainer.args.full_determinism
+
+
+# What `rl: edpo` does without, and what is for another command.
+UNUSED = [
+    Cell(
+        "`fa_varlen_kwargs_in_collator: false`",
+        {"fa_varlen_kwargs_in_collator": False},
+        note="Of supervised batches; rows of pairs carry their own bounds.",
+        missing=matrix.without("fa_varlen_kwargs_in_collator"),
+    ),
+    Cell(
+        "`export`",
+        {"export": {"format": "gguf"}},
+        note="Of `axolotl export`.",
+        missing=matrix.without("export"),
+    ),
+    Cell(
+        "`context_parallel: {size: 1}`",
+        {"context_parallel": {"size": 1, "backend": "ulysses"}},
+        missing=NO_CONTEXT,
+    ),
+]
+
+
+@matrix.cells(UNUSED)
+def test_it_changes_nothing(cell, recipe, tmp_path, plain):
+    expected, _ = plain(None)
+    made = matrix.assert_cell(cell, tmp_path, recipe(**cell.keys))
+    assert [e["loss"] for e in tiny.logs(made)] == [
+        e["loss"] for e in tiny.logs(expected)
+    ]
+
+
 @matrix.cells([RESUME])
 def test_a_run_goes_on_by_itself(cell, recipe, tmp_path):
     keys = recipe(**cell.keys, save_strategy="steps", save_steps=2)
@@ -997,18 +1162,91 @@ def test_a_run_goes_on_by_itself(cell, recipe, tmp_path):
 
 NOISE = "Its noise in the policy alone would decide β; `rl: dpo` ignores it."
 IGNORED = "`rl: dpo` ignores it."
+AXOLOTL = "axolotl does so beside any `rl`."
+PICTURES = "Pairs of pictures and text are not scored here."
+PARTS = "An answer is scored whole, and a rank would have a part of it."
 
 
-def refused(key: str, value: Any, note: str = IGNORED, **keys) -> Cell:
-    message = rf"`{key}: {value}` does not work with `rl: edpo`: (remove it|set `)"
-    return Cell(f"`{key}`", {key: value, **keys}, refused=message, note=note)
+def ignores_losses() -> bool:
+    """Whether a loss of supervised training is taken beside `rl`; till 0.19."""
+    return not hasattr(AxolotlInputConfig, "check_custom_loss_conflicts")
+
+
+def refused(
+    key: str,
+    value: Any,
+    note: str = IGNORED,
+    name: str = "",
+    missing: str = "",
+    **keys,
+) -> Cell:
+    message = f"`{key}: {value}` does not work with `rl: edpo`: "
+    message = re.escape(message) + "(remove it|set `|use a text model)"
+    keys[key] = value
+    return Cell(name or f"`{key}`", keys, message, note=note, missing=missing)
+
+
+FSDP = Cell(
+    "`fsdp_config` without `fsdp_version`",
+    {"fsdp_config": {"reshard_after_forward": True}},
+    "`fsdp_version: 1`.*set `fsdp_version: 2`" if default_fsdp_version() == 1 else "",
+    note="In axolotl 0.19 it is FSDP 1, which flattens the head that is read, and then "
+    "FSDP2.",
+)
+
+
+@matrix.cells([FSDP])
+def test_fsdp_is_its_second_version(cell, recipe, tmp_path):
+    if cell.refused:
+        matrix.assert_cell(cell, tmp_path, recipe(**cell.keys))
+        return
+    cfg = tiny.load_config(tmp_path, recipe(**cell.keys))
+    assert cfg.fsdp_version == cfg.fsdp_config.fsdp_version == 2
 
 
 REFUSED = [
+    refused("fsdp", ["full_shard"], "It asks for FSDP 1; axolotl took it until 0.19."),
     refused("neftune_noise_alpha", 5.0, NOISE),
     refused("noisy_embedding_alpha", 5.0, NOISE),
     refused("relora", True, "`rl: dpo` ignores its restarts.", jagged_restart_steps=2),
     refused("lisa_step_interval", 2, lisa_n_layers=1),
+    refused("use_eaft", True, IGNORED if ignores_losses() else AXOLOTL),
+    refused("use_dft", True, AXOLOTL, missing=matrix.without("use_dft")),
+    refused(
+        "balance_labels",
+        True,
+        AXOLOTL,
+        name="`balance_labels`, `label_balance_window_optim_steps`",
+        missing=matrix.without("balance_labels"),
+        label_balance_window_optim_steps=2,
+    ),
+    refused(
+        "diffusion_lm",
+        {"from_causal_lm": True},
+        "Nor does axolotl take it for these models.",
+        missing=matrix.without("diffusion_lm"),
+    ),
+    refused("is_multimodal", True, PICTURES),
+    refused("processor_type", "AutoProcessor", PICTURES),
+    *(
+        refused(key, 2, PARTS, name=f"`{key}: 2`")
+        for key in ("context_parallel_size", "sequence_parallel_degree")
+    ),
+    Cell(
+        "`context_parallel: {size: 2}`",
+        {"context_parallel": {"size": 2}},
+        r"`context_parallel.size: 2`.*set 1: an answer is scored whole",
+        note=PARTS,
+        missing=NO_CONTEXT,
+    ),
+    refused("tensor_parallel_size", 2, "", name="`tensor_parallel_size: 2`"),
+    refused(
+        "expert_parallel_size",
+        2,
+        "axolotl joins the experts of all ranks in a checkpoint of supervised training "
+        "only.",
+        name="`expert_parallel_size: 2`, `expert_parallel_backend`",
+    ),
 ]
 HARMLESS = [
     Cell(f"`{key}`", {key: True}, note="Ignored as in `rl: dpo`, and a line says so.")
@@ -1062,6 +1300,7 @@ def test_what_needs_a_gpu_is_refused_without_one(cell, recipe, tmp_path, monkeyp
 
 CELLS: list[Cell] = [
     *CHECKPOINTING,
+    *SELECTIVE,
     *OFFLOADING,
     *COMPUTING,
     *OPTIMIZERS,
@@ -1073,9 +1312,12 @@ CELLS: list[Cell] = [
     *CONTROLS,
     TRACE,
     SEED,
+    DETERMINED,
     RESUME,
+    *UNUSED,
     *OUTSIDE,
     *HARMLESS,
+    FSDP,
     *REFUSED,
     *WITHOUT_GPU,
 ]
@@ -1086,7 +1328,7 @@ def test_every_hyperparameter_of_the_schema_has_a_cell():
         "batch_size": "deprecated by axolotl",
         "eval_batch_size": "data",
         "train_on_inputs": "of supervised data",
-        "lr_div_factor": "axolotl 0.19 reads it nowhere",
+        "lr_div_factor": "axolotl reads it nowhere",
         "adam_beta3": "of came_pytorch",
         "adam_epsilon2": "of came_pytorch",
         "torchdistx_path": "of adamw_anyprecision",
