@@ -15,8 +15,10 @@ from axolotl.core.trainers.dpo import DPOStrategy
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations import base
 from axolotl.integrations.base import BasePlugin
+from axolotl.loaders import ModelLoader
 from axolotl.train import save_trained_model, setup_model_and_trainer, train
 from axolotl.utils.config import validate_config
+from axolotl.utils.schemas.config import AxolotlInputConfig
 from axolotl.utils.schemas.datasets import DPODataset
 from axolotl.utils.schemas.validation import RLValidationMixin
 from transformers import Trainer, masking_utils
@@ -148,6 +150,15 @@ def test_axolotls_training_step_adds_only_the_cache_flush():
             "return loss",
         ],
     ), "feed.py: training_step"
+
+
+def test_an_adapter_is_kept_in_float32_where_the_loader_makes_it():
+    """From 0.20 on, and beside `rl: dpo` the loader makes none."""
+    text = source(ModelLoader.load)
+    known = "lora_fp32_gradients" in AxolotlInputConfig.model_fields
+    assert ("upcast_lora_parameters(self.model)" in text) == known, (
+        "plugin.py: post_trainer_create"
+    )
 
 
 def test_a_pretrained_adapter_gets_a_reference_copy_named_ref():
