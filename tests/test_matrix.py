@@ -84,7 +84,7 @@ def test_releases_that_differ_have_a_column_each(monkeypatch):
         return {"axolotl": version, "trl": "1", "areas": {"models": said}}
 
     alike = matrix.document({"0.1": record("0.1.0"), "0.2": record("0.2.5")})
-    assert "axolotl 0.1.0 (TRL 1), axolotl 0.2.5 (TRL 1)" in alike
+    assert "Run under axolotl 0.1.0 (TRL 1), 0.2.5 (TRL 1); where they" in alike
     assert "| new | works | now |" in alike
     old = record("0.1.0", new="no such key | now")
     differ = matrix.document({"0.1": old, "0.2": record("0.2.5")})
