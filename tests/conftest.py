@@ -16,7 +16,6 @@ if not torch.cuda.is_available():  # Triton reads it when it is imported
 
 import pytest
 import tiny
-from transformers.monkey_patching import clear_patch_mapping
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parent.parent
@@ -41,14 +40,6 @@ def what_a_test_left_is_never_garbage():
     yield
     gc.collect()
     gc.freeze()
-
-
-@pytest.fixture(autouse=True)
-def patches_of_a_model_end_with_its_test():
-    """axolotl leaves them to the process; transformers 5.17 (axolotl 0.20) then makes
-    no further model where torchvision is missing."""
-    yield
-    clear_patch_mapping()
 
 
 @pytest.fixture(autouse=True)

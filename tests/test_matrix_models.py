@@ -7,7 +7,7 @@ import pytest
 import tiny
 from axolotl.utils.logging import MultiProcessAdapter
 from matrix import Cell
-from tiny import EXPERTS
+from tiny import EXPERTS, FALCON_H1
 from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeModel
 
 TITLE = "Models"
@@ -20,13 +20,6 @@ ROUTER = "the router loss of each micro-batch is kept, packed as padded"
 # Not before transformers 5.20.
 GRANITE = "router_logits" in (GraniteMoeModel._can_record_outputs or ())
 WINDOW = {"sliding_window": 24}
-MAMBA = {
-    "mamba_d_ssm": 32,
-    "mamba_n_heads": 4,
-    "mamba_d_state": 8,
-    "mamba_chunk_size": 16,
-    "mamba_d_conv": 2,
-}
 
 
 @dataclass(frozen=True)
@@ -82,7 +75,7 @@ CELLS = [
     Model(
         "Falcon-H1",
         kind="falcon_h1",
-        config=MAMBA,
+        config=FALCON_H1,
         unpackable="layers that carry a state",
         note=HYBRID,
     ),

@@ -41,6 +41,14 @@ DPO = dict(rl="dpo", rl_beta=0.1, plugins=None, beta=None, edpo_epsilon=None)
 CACHED = {"precompute_ref_log_probs": True}
 # Of a mixture of experts, beside SIZES.
 EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
+# Of a model with layers that carry a state.
+FALCON_H1 = dict(
+    mamba_d_ssm=32,
+    mamba_n_heads=4,
+    mamba_d_state=8,
+    mamba_chunk_size=16,
+    mamba_d_conv=2,
+)
 
 
 def reference_tokenizer() -> PreTrainedTokenizerFast:
