@@ -351,7 +351,7 @@ def _check_cache(recipe: Mapping[str, Any]) -> None:
 
 
 def _check_ignored(recipe: Mapping[str, Any]) -> None:
-    """What axolotl takes beside `adapter` and `rl`, and then does not do."""
+    """Refuses adapter options that axolotl accepts beside `rl` and then ignores."""
     adapter = recipe.get("adapter")
     if adapter == "llama-adapter":
         remedy = "set `adapter: lora`: axolotl has no keys for its size"

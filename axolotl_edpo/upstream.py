@@ -1,4 +1,4 @@
-"""What differs between the releases of axolotl and its stack that this package takes.
+"""Differences between the supported releases of axolotl, TRL and transformers.
 
 Each is found by what a release has, not by its number. Releases: axolotl 0.19, 0.20 and
 0.21, with transformers 5.16 to 5.20 and TRL 1.9 to 1.14.
