@@ -8,7 +8,7 @@ multiplied in float32 and never rounded back before a difference of logits is fo
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -164,16 +164,42 @@ def full_precision(*operands: torch.Tensor | Rows) -> Iterator[None]:
     GPU that has it, keeps all digits of 16-bit operands, and their speed, but rounds
     float32 ones.
     """
-    before = torch.get_float32_matmul_precision()
-    rounds = before != "highest" and any(x.dtype == torch.float32 for x in operands)
-    # the one setter that keeps torch's older and newer switches in agreement
-    if rounds:
-        torch.set_float32_matmul_precision("highest")
+    float32 = any(x.dtype == torch.float32 for x in operands)
+    with (
+        _without_tf32() if float32 else nullcontext(),
+        torch.autocast(_device_type(operands), enabled=False),
+    ):
+        yield
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Within it, products of float32 are not rounded.
+
+    torch has two interfaces for that, which must not disagree while a product runs. The
+    older one sets both. Where only the newer one was used, as transformers'
+    `tf32: true` does, the older one refuses to answer.
+    """
     try:
-        with torch.autocast(_device_type(operands), enabled=False):
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        backends: Any = torch.backends
+        switches = backends.cuda.matmul, backends.mkldnn.matmul
+        modes = [switch.fp32_precision for switch in switches]
+        try:
+            for switch in switches:
+                switch.fp32_precision = "ieee"
             yield
+        finally:
+            for switch, mode in zip(switches, modes, strict=True):
+                switch.fp32_precision = mode
+        return
+    try:
+        if before != "highest":
+            torch.set_float32_matmul_precision("highest")
+        yield
     finally:
-        if rounds:
+        if before != "highest":
             torch.set_float32_matmul_precision(before)
 
 

@@ -1,8 +1,8 @@
 """The functions of tiles.py in Triton, for logits that live on a GPU.
 
 The products stay with cuBLAS, whose float32 output is read here once, one tile of it at
-a time. One program walks one token's row of the tile twice, for its maximum and for its
-sums, or writes a piece of one row of a gradient.
+a time. One program holds one token's row of the tile in registers and forms all of its
+sums from there; or it writes a piece of one row of a gradient.
 
 Numbers are those of tiles.py up to float32 rounding. Products and sums are fused only
 where `fma` says so: if the compiler fused the scale of one logit with the difference of
@@ -25,11 +25,15 @@ __all__ = [
     "add_tile",
     "gradient_tile",
     "new_sums",
+    "new_weights",
     "rescale",
+    "tile_size",
 ]
 
 # As in tiles.py: 64 MiB per matrix, products large enough for tensor cores.
 CHUNK, TILE, MATRICES = 4096, 4096, 2
+# Of a gradient, what one program writes.
+BLOCK = 1024
 
 TOP = tl.constexpr(tiles.TOP)
 MASS = tl.constexpr(tiles.MASS)
@@ -40,10 +44,27 @@ PLUS = tl.constexpr(tiles.PLUS)
 MINUS = tl.constexpr(tiles.MINUS)
 COLLISION = tl.constexpr(tiles.COLLISION)
 TOTAL = tl.constexpr(tiles.TOTAL)
-WIDEST = tl.constexpr(tiles.WIDEST)
+CENTRE = tl.constexpr(tiles.CENTRE)
 LOGIT_Y = tl.constexpr(tiles.LOGIT_Y)
 RATIO_Y = tl.constexpr(tiles.RATIO_Y)
-BLOCK = 1024
+WILD = tl.constexpr(tiles.WILD)
+REFERENCE = tl.constexpr(tiles.REFERENCE)
+UP = tl.constexpr(tiles.UP)
+DOWN = tl.constexpr(tiles.DOWN)
+WIDEST = tl.constexpr(tiles.WIDEST)
+SMALLEST_MEAN = tl.constexpr(tiles.SMALLEST_MEAN)
+# Below it, four terms of the series of e^x - 1 are enough.
+SERIES = tl.constexpr(0.06)
+
+
+def tile_size(tokens: int) -> int:
+    """As `tiles.tile_size`: few tokens meet wide tiles, so products stay large."""
+    return TILE if 2 * tokens > CHUNK else 2 * TILE
+
+
+def new_weights(space: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As `tiles.new_weights`, in the dtype that the next product takes."""
+    return torch.empty_like(space[0], dtype=dtype)
 
 
 @triton.jit
@@ -60,9 +81,10 @@ def _expm1(x):
 
 
 @triton.jit
-def _after(h, scale, cap, CAPPED: tl.constexpr):
+def _after(h, scale, cap, SCALED: tl.constexpr, CAPPED: tl.constexpr):
     """`Head.after`: scale, then cap · tanh(h / cap)."""
-    h = h * scale
+    if SCALED:
+        h = h * scale
     if CAPPED:
         e = _expm1(-2 * tl.abs(h / cap))  # tanh(|x|) = -e / (2 + e)
         h = tl.where(h < 0, e, -e) * cap / (2 + e)
@@ -70,20 +92,13 @@ def _after(h, scale, cap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _slope(h, scale, cap, CAPPED: tl.constexpr):
-    """`Head.slope`."""
+def _times_slope(w, h, scale, cap, SCALED: tl.constexpr, CAPPED: tl.constexpr):
+    """w times `Head.slope`."""
+    if SCALED:
+        w = w * scale
     if CAPPED:
-        slope = scale * (1 - (h / cap) * (h / cap))
-    else:
-        slope = scale
-    return slope
-
-
-@triton.jit
-def _rescaled(sums, stride, field, factor, value):
-    """sums[field] = sums[field] * factor + value."""
-    p = sums + field * stride
-    tl.store(p, tl.load(p) * factor + value)
+        w = w * (1 - (h / cap) * (h / cap))
+    return w
 
 
 @triton.jit
@@ -92,14 +107,40 @@ def _store(pointers, values, mask):
 
 
 @triton.jit
-def _highest(row, tile, scale, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
-    """Largest logit of a row of the tile."""
-    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for start in range(0, tile, BLOCK):
-        v = start + tl.arange(0, BLOCK)
-        h = _after(tl.load(row + v, mask=v < tile, other=0.0), scale, cap, CAPPED)
-        highest = tl.maximum(highest, tl.where(v < tile, h, float("-inf")))
-    return tl.max(highest, 0)
+def _has_digits(mean):
+    """As `tiles._has_digits`."""
+    return (mean >= SMALLEST_MEAN) & (mean < float("inf"))
+
+
+@triton.jit
+def _log_add(a, b):
+    """log(e^a + e^b)."""
+    m = tl.maximum(a, b)
+    return m + tl.log(tl.exp(a - m) + tl.exp(b - m))
+
+
+@triton.jit
+def _sum_of_powers(w, x, t, widest):
+    """Σw(e^tx - 1) over a row."""
+    if tl.abs(t) * widest < SERIES:
+        a = w * x
+        b = a * x
+        c = b * x
+        odd = t * tl.sum(a, 0) + t * t * t / 6 * tl.sum(c, 0)
+        even = t * t / 2 * tl.sum(b, 0) + t * t * t * t / 24 * tl.sum(c * x, 0)
+        total = odd + even
+    else:
+        total = tl.sum(w * _expm1(t * x), 0)
+    return total
+
+
+@triton.jit
+def _add_apart(sums, field, known, h, x, inside, t, centre):
+    """sums[field] = log(e^known + Σe^(h + t(x + c)))."""
+    values = tl.where(inside, tl.fma(x, t, h), float("-inf"))
+    top = tl.max(values, 0)
+    lse = top + tl.log(tl.sum(tl.exp(values - top), 0)) + t * centre
+    tl.store(sums + field, _log_add(known, lse))
 
 
 @triton.jit
@@ -111,13 +152,15 @@ def _add_tile_kernel(
     weights,
     shrinks,
     tile,
-    sums_stride,
+    stride,
     epsilon,
     scale,
     cap,
     reference_scale,
     reference_cap,
+    SCALED: tl.constexpr,
     CAPPED: tl.constexpr,
+    REFERENCE_SCALED: tl.constexpr,
     REFERENCE_CAPPED: tl.constexpr,
     PERTURBED: tl.constexpr,
     COLLIDING: tl.constexpr,
@@ -127,59 +170,86 @@ def _add_tile_kernel(
     token = tl.program_id(0)
     row = token.to(tl.int64) * tile
     sums += token
-    top_before = tl.load(sums + TOP * sums_stride)
+    v = tl.arange(0, BLOCK)
+    inside = v < tile
+    h = tl.load(policy + row + v, mask=inside, other=0.0)
+    r = tl.load(reference + row + v, mask=inside, other=0.0)
+    h = _after(h, scale, cap, SCALED, CAPPED)
+    r = _after(r, reference_scale, reference_cap, REFERENCE_SCALED, REFERENCE_CAPPED)
+    d = h - r
+    tl.store(sums + TOTAL * stride, tl.load(sums + TOTAL * stride) + tl.sum(h, 0))
 
-    top = _highest(policy + row, tile, scale, cap, CAPPED, BLOCK)
-    top = tl.maximum(top_before, top)
+    # the largest logit so far, and d there
+    top_before = tl.load(sums + TOP * stride)
+    centre_before = tl.load(sums + CENTRE * stride)
+    highest = tl.max(tl.where(inside, h, float("-inf")), 0)
+    centre = tl.max(tl.where(inside & (h == highest), d, float("-inf")), 0)
+    centre = tl.where(highest > top_before, centre, centre_before)
+    top = tl.maximum(top_before, highest)
     shrink = tl.exp(top_before - top)
-
-    zero = tl.zeros((BLOCK,), tl.float32)
-    mass, logit, ratio, back = zero, zero, zero, zero
-    plus, minus, collision, total, widest = zero, zero, zero, zero, zero
-    for start in range(0, tile, BLOCK):
-        v = start + tl.arange(0, BLOCK)
-        inside = v < tile
-        h = tl.load(policy + row + v, mask=inside, other=0.0)
-        r = tl.load(reference + row + v, mask=inside, other=0.0)
-        h = _after(h, scale, cap, CAPPED)
-        d = h - _after(r, reference_scale, reference_cap, REFERENCE_CAPPED)
-        w = tl.where(inside, tl.exp(h - top), 0.0)
-        mass += w
-        logit = tl.fma(w, h, logit)
-        ratio = tl.fma(w, d, ratio)
-        back = tl.fma(w, _expm1(-d), back)
-        total += h
-        widest = tl.maximum(widest, tl.abs(d))
-        if PERTURBED:
-            plus = tl.fma(w, _expm1(epsilon * d), plus)
-            minus = tl.fma(w, _expm1(-epsilon * d), minus)
-        if COLLIDING:
-            collision = tl.fma(w, w, collision)
-        if WEIGHTED:
-            _store(weights + row + v, w * _slope(h, scale, cap, CAPPED), inside)
-
-    tl.store(sums + TOP * sums_stride, top)
-    _rescaled(sums, sums_stride, MASS, shrink, tl.sum(mass, 0))
-    _rescaled(sums, sums_stride, LOGIT, shrink, tl.sum(logit, 0))
-    _rescaled(sums, sums_stride, RATIO, shrink, tl.sum(ratio, 0))
-    _rescaled(sums, sums_stride, BACK, shrink, tl.sum(back, 0))
-    _rescaled(sums, sums_stride, TOTAL, 1.0, tl.sum(total, 0))
-    p = sums + WIDEST * sums_stride
-    tl.store(p, tl.maximum(tl.load(p), tl.max(widest, 0)))
-    if PERTURBED:
-        _rescaled(sums, sums_stride, PLUS, shrink, tl.sum(plus, 0))
-        _rescaled(sums, sums_stride, MINUS, shrink, tl.sum(minus, 0))
-    if COLLIDING:
-        _rescaled(sums, sums_stride, COLLISION, shrink * shrink, tl.sum(collision, 0))
+    tl.store(sums + TOP * stride, top)
+    tl.store(sums + CENTRE * stride, centre)
     tl.store(shrinks + token, shrink)
+
+    w = tl.where(inside, tl.exp(h - top), 0.0)
+    x = tl.where(inside, d - centre, 0.0)
+    widest = tl.max(tl.abs(x), 0)
+    if WEIGHTED:
+        _store(
+            weights + row + v, _times_slope(w, h, scale, cap, SCALED, CAPPED), inside
+        )
+    logit = tl.load(sums + LOGIT * stride) * shrink + tl.sum(w * h, 0)
+    tl.store(sums + LOGIT * stride, logit)
+    if COLLIDING:
+        collision = tl.load(sums + COLLISION * stride) * shrink * shrink
+        tl.store(sums + COLLISION * stride, collision + tl.sum(w * w, 0))
+
+    # what was summed so far, moved to this top and centre
+    mass_before = tl.load(sums + MASS * stride)
+    moving = mass_before * shrink
+    mass = moving + tl.sum(w, 0)
+    step = tl.where(moving > 0, centre - centre_before, 0.0)
+    ratio = tl.load(sums + RATIO * stride) * shrink - step * moving
+    tl.store(sums + MASS * stride, mass)
+    tl.store(sums + RATIO * stride, ratio + tl.sum(w * x, 0))
+    back_before = tl.load(sums + BACK * stride)
+    back = back_before * shrink
+    back += _expm1(step) * (back + moving) + _sum_of_powers(w, x, -1.0, widest)
+    tl.store(sums + BACK * stride, back)
+    digits = _has_digits(back / mass) & (tl.maximum(widest, tl.abs(step)) <= WIDEST)
+    plus_before, minus_before = 0.0, 0.0
+    if PERTURBED:
+        plus_before = tl.load(sums + PLUS * stride)
+        minus_before = tl.load(sums + MINUS * stride)
+        plus, minus = plus_before * shrink, minus_before * shrink
+        plus += _expm1(-epsilon * step) * (plus + moving)
+        minus += _expm1(epsilon * step) * (minus + moving)
+        plus += _sum_of_powers(w, x, epsilon, widest)
+        minus += _sum_of_powers(w, x, -epsilon, widest)
+        tl.store(sums + PLUS * stride, plus)
+        tl.store(sums + MINUS * stride, minus)
+        digits = digits & _has_digits(plus / mass) & _has_digits(minus / mass)
+
+    wild = tl.load(sums + WILD * stride) > 0
+    if wild | (digits == 0):
+        tl.store(sums + WILD * stride, 1.0)
+        so_far = top_before + tl.log(back_before + mass_before) - centre_before
+        known = tl.where(wild, tl.load(sums + REFERENCE * stride), so_far)
+        _add_apart(sums, REFERENCE * stride, known, h, x, inside, -1.0, centre)
+        if PERTURBED:
+            so_far = top_before + tl.log(plus_before + mass_before)
+            so_far += epsilon * centre_before
+            known = tl.where(wild, tl.load(sums + UP * stride), so_far)
+            _add_apart(sums, UP * stride, known, h, x, inside, epsilon, centre)
+            so_far = top_before + tl.log(minus_before + mass_before)
+            so_far -= epsilon * centre_before
+            known = tl.where(wild, tl.load(sums + DOWN * stride), so_far)
+            _add_apart(sums, DOWN * stride, known, h, x, inside, -epsilon, centre)
 
     y = tl.load(targets + token)
     if (y >= 0) & (y < tile):
-        h = _after(tl.load(policy + row + y), scale, cap, CAPPED)
-        r = tl.load(reference + row + y)
-        r = _after(r, reference_scale, reference_cap, REFERENCE_CAPPED)
-        tl.store(sums + LOGIT_Y * sums_stride, h)
-        tl.store(sums + RATIO_Y * sums_stride, h - r)
+        tl.store(sums + LOGIT_Y * stride, tl.sum(tl.where(v == y, h, 0.0), 0))
+        tl.store(sums + RATIO_Y * stride, tl.sum(tl.where(v == y, d, 0.0), 0))
 
 
 def add_tile(
@@ -190,39 +260,50 @@ def add_tile(
     *,
     epsilon: float | None,
     collision: bool,
-    weights_as: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `tiles.add_tile`; the logits are left as they are."""
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """As `tiles.add_tile`; the logits are left as they are, `out` has any dtype."""
     policy, reference = space
     tokens, tile = policy.shape
-    weighted = weights_as is not None
-    weights = torch.empty_like(policy, dtype=weights_as) if weighted else policy
     shrinks = torch.empty_like(sums[0])
+    block = triton.next_power_of_2(max(tile, TILE))
     _add_tile_kernel[(tokens,)](
         policy,
         reference,
         targets,
         sums,
-        weights,
+        policy if out is None else out,
         shrinks,
         tile,
         sums.stride(0),
         epsilon or 0.0,
-        *_transform(heads[0]),
-        *_transform(heads[1]),
-        CAPPED=heads[0].cap is not None,
-        REFERENCE_CAPPED=heads[1].cap is not None,
+        *_numbers(heads[0]),
+        *_numbers(heads[1]),
+        *_flags(heads[0]),
+        *_flags(heads[1]),
         PERTURBED=epsilon is not None,
         COLLIDING=collision,
-        WEIGHTED=weighted,
-        BLOCK=BLOCK,
+        WEIGHTED=out is not None,
+        BLOCK=block,
+        num_warps=warps(block),
         enable_fp_fusion=False,
     )
-    return weights, shrinks
+    return shrinks
 
 
-def _transform(head: Head) -> tuple[float, float]:
+def warps(block: int) -> int:
+    """So many that a thread holds 16 logits."""
+    return min(max(block // 512, 1), 32)
+
+
+def _numbers(head: Head) -> tuple[float, float]:
+    """Scale and cap."""
     return float(head.scale), float(head.cap or 1.0)
+
+
+def _flags(head: Head) -> tuple[bool, bool]:
+    """SCALED and CAPPED."""
+    return head.scale != 1, head.cap is not None
 
 
 @triton.jit
@@ -235,6 +316,7 @@ def _gradient_tile_kernel(
     tile,
     scale,
     cap,
+    SCALED: tl.constexpr,
     CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -242,11 +324,11 @@ def _gradient_tile_kernel(
     row = token.to(tl.int64) * tile
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     h = tl.load(policy + row + v, mask=v < tile, other=0.0)
-    h = _after(h, scale, cap, CAPPED)
+    h = _after(h, scale, cap, SCALED, CAPPED)
     p = tl.exp(h - tl.load(lse + token))
     g = tl.where(v == tl.load(targets + token), 1.0, 0.0) - p
-    g = g * tl.load(grad_logp + token) * _slope(h, scale, cap, CAPPED)
-    _store(out + row + v, g, v < tile)
+    g = g * tl.load(grad_logp + token)
+    _store(out + row + v, _times_slope(g, h, scale, cap, SCALED, CAPPED), v < tile)
 
 
 def gradient_tile(
@@ -267,8 +349,8 @@ def gradient_tile(
         grad_logp,
         out,
         tile,
-        *_transform(head),
-        CAPPED=head.cap is not None,
+        *_numbers(head),
+        *_flags(head),
         BLOCK=BLOCK,
         enable_fp_fusion=False,
     )

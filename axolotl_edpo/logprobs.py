@@ -20,13 +20,14 @@ running sums per token; this file walks the tiles and finishes the sums. The gra
     ∂ policy_logp / ∂ hidden = weight[y] - Σ_v p_v weight[v]
 
 A frozen head has it made in forward from the same tiles, so the whole op costs three
-matrix products: policy, reference, gradient. A head that trains has its logits formed
-again in backward, because its own gradient needs the loss's first: five products.
+matrix products: policy, reference, gradient. The gradient of a head that trains needs
+the loss's first. Where they fit into KEPT_BYTES, the numerators of p are kept until
+then: four products. Else backward forms the policy's logits again: five.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal, NamedTuple
 
@@ -45,18 +46,17 @@ from .head import (
     rows_of,
 )
 from .tiles import (
-    BACK,
+    CENTRE,
     COLLISION,
     LOGIT,
     LOGIT_Y,
     MASS,
-    MINUS,
-    PLUS,
     RATIO,
     RATIO_Y,
     TOP,
     TOTAL,
-    WIDEST,
+    log_mean,
+    moved,
 )
 
 Backend = Literal["auto", "eager", "triton"]
@@ -64,9 +64,8 @@ Backend = Literal["auto", "eager", "triton"]
 # Values of a float32 accumulator of gradients: 2**25 are 128 MiB. More tokens than fit
 # are worked through in blocks; a 16-bit weight gradient is rounded once per block.
 BLOCK_VALUES = 2**25
-# Beyond a ratio |d| of this size, or with a mean of expm1 this near to -1, a token is
-# computed another way: e^60 still fits into float32, log1p(-0.98) still has 6 digits.
-WIDEST_RATIO, SMALLEST_MEAN = 60.0, -0.98
+# What a head that trains may keep of the vocabulary between forward and backward.
+KEPT_BYTES = 2**29
 
 
 class TokenStats(NamedTuple):
@@ -228,10 +227,6 @@ class _Side:
         pairs = zip(self.weights, self.inputs, strict=True)
         return [rows_of(weight, tile, x) for weight, x in pairs]
 
-    def few(self, tokens: torch.Tensor) -> "_Side":
-        """The same for some tokens."""
-        return replace(self, inputs=tuple(x[tokens] for x in self.inputs))
-
     def logits(
         self, rows: list[torch.Tensor], chunk: slice, tile: slice, out: torch.Tensor
     ) -> None:
@@ -259,9 +254,6 @@ class _Made:
     def rows(self, tile: slice) -> list[torch.Tensor]:
         return []
 
-    def few(self, tokens: torch.Tensor) -> "_Made":
-        return _Made(self.values[tokens])
-
     def logits(self, rows, chunk: slice, tile: slice, out: torch.Tensor) -> None:
         out.copy_(self.values[chunk, tile])
 
@@ -285,9 +277,15 @@ class _Call:
             size -= size % self.ops.CHUNK
         return _slices(0, len(self.targets), size)
 
+    @property
+    def width(self) -> int:
+        """Columns of a tile."""
+        rows = min(self.ops.CHUNK, max(1, len(self.targets)))
+        return min(self.ops.tile_size(rows), self.policy.vocab)
+
     def tiles(self) -> Iterator[slice]:
         """The vocabulary, tile by tile."""
-        return _slices(0, self.policy.vocab, self.ops.TILE)
+        return _slices(0, self.policy.vocab, self.width)
 
     def chunks(self, block: slice) -> Iterator[slice]:
         """The tokens of a block that meet a tile at once."""
@@ -296,8 +294,31 @@ class _Call:
     def scratch(self, matrices: int) -> torch.Tensor:
         """Space for float32 matrices of a tile, see `_cut`."""
         rows = min(self.ops.CHUNK, len(self.targets))
-        columns = min(self.ops.TILE, self.policy.vocab)
-        return torch.empty(matrices, rows * columns, device=self.targets.device)
+        return torch.empty(matrices, rows * self.width, device=self.targets.device)
+
+    def new_weights(self, space: torch.Tensor, rows: list) -> torch.Tensor:
+        """Space for w of a tile, which is multiplied with these rows."""
+        return self.ops.new_weights(space, rows[0].dtype)
+
+    def add_tile(
+        self,
+        sums: torch.Tensor,
+        space: torch.Tensor,
+        c: slice,
+        tile: slice,
+        reference: Head,
+        out: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`tiles.add_tile` of these tokens and this tile."""
+        return self.ops.add_tile(
+            sums,
+            space,
+            self.targets[c] - tile.start,
+            (self.policy, reference),
+            epsilon=self.epsilon,
+            collision=self.collision,
+            out=out,
+        )
 
     @contextmanager
     def on_device(self, *sides: _Side | _Made) -> Iterator[None]:
@@ -322,58 +343,158 @@ def _cut(scratch: torch.Tensor, chunk: slice, tile: slice) -> torch.Tensor:
     return scratch[:, : rows * columns].view(-1, rows, columns)
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """The numerators of p, from which the gradient of a head that trains is made.
+
+    Attributes:
+        values: w of `add_tile`, tile after tile, each of shape (tokens, tile).
+        factors: Shape (tiles + 1, tokens): -e^(m - logsumexp) with the m that the w of
+            each tile is relative to, so that their product is -p; last the slope of
+            `Head.after` at h[y].
+    """
+
+    values: torch.Tensor
+    factors: torch.Tensor
+
+    @classmethod
+    def fitting(cls, call: _Call, policy: _Side, trained: list) -> "_Kept | None":
+        """Space for them, if there is enough, and if no digits are lost.
+
+        float16 has too small a range for p in two factors. On a CPU a gradient of 16
+        bits would be rounded with every token.
+
+        Args:
+            call: Whose vocabulary and tokens there are.
+            policy: Whose numerators are kept.
+            trained: Bias and weights that want a gradient.
+        """
+        tokens, tiles = len(call.targets), len([*call.tiles()])
+        rows = rows_of(policy.weights[0], slice(0, 1), policy.inputs[0])
+        fits = tokens * call.policy.vocab * rows.itemsize <= KEPT_BYTES
+        narrow = any(x.dtype != torch.float32 for x in trained)
+        if not fits or rows.dtype == torch.float16 or narrow and not rows.is_cuda:
+            return None
+        values = rows.new_empty(tokens * call.policy.vocab)
+        return cls(values, torch.empty(tiles + 1, tokens, device=rows.device))
+
+    def of(self, tile: slice) -> torch.Tensor:
+        """Those of a tile, shape (tokens, tile)."""
+        tokens = self.factors.shape[1]
+        part = self.values[tokens * tile.start : tokens * tile.stop]
+        return part.view(tokens, tile.stop - tile.start)
+
+    def gradients(
+        self,
+        call: _Call,
+        grad_logp: torch.Tensor,
+        inputs: Tensors,
+        out: list[torch.Tensor | None],
+    ) -> None:
+        """Fills the gradients of weights, given what each is multiplied with.
+
+        ∂ policy_logp / ∂ weight = (onehot(y) - p)ᵀ inputs
+        """
+        wanted = [
+            (whole, x.float())
+            for whole, x in zip(out, inputs, strict=True)
+            if whole is not None
+        ]
+        for tile, factor in zip(call.tiles(), self.factors, strict=False):
+            w, scale = self.of(tile).T, (grad_logp * factor)[:, None]
+            for whole, x in wanted:
+                _write_product(w, (x * scale).to(w.dtype), whole[tile])
+        scale = (grad_logp * self.factors[-1])[:, None]
+        for whole, x in wanted:
+            rows = (x * scale).to(whole.dtype)
+            whole.index_put_((call.targets,), rows, accumulate=True)
+
+
+def _write_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """out = a @ b, rounded once."""
+    exact = out if out.dtype == torch.float32 else out.float()
+    product(a, b, exact)
+    out.copy_(exact)
+
+
 class _TokenStats(torch.autograd.Function):
-    """Forward reads every tile once, backward again only where the head trains."""
+    """Forward reads every tile once; backward once more at most, see `_Kept`."""
 
     @staticmethod
     def forward(ctx, call, reference, bias, *tensors):
         half = len(tensors) // 2
-        policy = _Side(call.policy, tensors[:half], call.policy.weights, bias)
-        _, _, wants_bias, *wants = ctx.needs_input_grad
-        head_trains = wants_bias or any(wants[half:])
-        early = call.with_grad and any(wants) and not head_trains
-        stats, lse, gradients = _forward(call, policy, reference, early)
-        ctx.call, ctx.early = None if early else call, early
-        ctx.save_for_backward(*(gradients if early else (lse, bias, *tensors)))
+        inputs, weights = tensors[:half], tensors[half:]
+        policy = _Side(call.policy, inputs, call.policy.weights, bias)
+        wants_bias, *wants = ctx.needs_input_grad[2:]
+        wanted = zip((bias, *weights), (wants_bias, *wants[half:]), strict=True)
+        head = [x if want else None for x, want in wanted]
+        trained, kept = [x for x in head if x is not None], None
+        if call.with_grad and trained:
+            kept = _Kept.fitting(call, policy, trained)
+        early = call.with_grad and (kept is not None or not trained and any(wants))
+        stats, lse, gradients = _forward(call, policy, reference, early, kept)
+        ctx.call, ctx.half, ctx.early = call if trained else None, half, early
+        ctx.head = [x if x is None else (x.shape, x.dtype) for x in head]
+        if not early:
+            ctx.save_for_backward(lse, bias, *tensors)
+        elif kept is None:
+            ctx.save_for_backward(*gradients)
+        else:
+            ctx.save_for_backward(*gradients, *inputs, kept.values, kept.factors)
         ctx.mark_non_differentiable(*stats[1:])
         return tuple(stats)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logp, *_):
-        if ctx.early:
-            # float32 inside: a rounded factor would bend a whole sequence alike
-            scaled = [
-                torch.mul(g, grad_logp[:, None], out=torch.empty_like(g))
-                for g in ctx.saved_tensors
-            ]
-            return None, None, None, *scaled, *(None for _ in scaled)
-        call, (lse, bias, *tensors) = ctx.call, ctx.saved_tensors
         grad_logp = grad_logp.contiguous()  # that of a sum is one value, expanded
-        half = len(tensors) // 2
-        weights = tuple(
-            own if saved is None else saved
-            for own, saved in zip(call.policy.weights, tensors[half:], strict=True)
+        half, call = ctx.half, ctx.call
+        if not ctx.early:
+            return None, None, *_read_again(ctx, grad_logp)
+        # float32 inside: a rounded factor would bend a whole sequence alike
+        d_inputs = [
+            torch.mul(g, grad_logp[:, None], out=torch.empty_like(g))
+            for g in ctx.saved_tensors[:half]
+        ]
+        if call is None:
+            return None, None, None, *d_inputs, *(None for _ in d_inputs)
+        inputs, kept = (
+            ctx.saved_tensors[half : 2 * half],
+            _Kept(*ctx.saved_tensors[-2:]),
         )
-        policy = _Side(call.policy, tuple(tensors[:half]), weights, bias)
-        with call.on_device(policy):
-            wanted = ctx.needs_input_grad[2:]
-            return None, None, *_read_again(call, policy, lse, grad_logp, wanted)
+        device = grad_logp.device
+        d_head = [x and torch.empty(x[0], dtype=x[1], device=device) for x in ctx.head]
+        columns = [None if d is None else d.view(len(d), -1) for d in d_head]
+        ones = torch.ones(len(grad_logp), 1, device=device)
+        with torch.cuda.device_of(grad_logp), full_precision(kept.values, *inputs):
+            kept.gradients(call, grad_logp, (ones, *inputs), columns)
+        d_bias, *d_weights = d_head
+        return None, None, d_bias, *d_inputs, *d_weights
 
 
 def _forward(
-    call: _Call, policy: _Side | _Made, reference: _Side | _Made, early: bool
+    call: _Call,
+    policy: _Side | _Made,
+    reference: _Side | _Made,
+    early: bool,
+    kept: _Kept | None = None,
 ) -> tuple[TokenStats, torch.Tensor, list[torch.Tensor]]:
     """Statistics, the policy's logsumexp and, if early, ∂ policy_logp / ∂ inputs."""
     with call.on_device(policy, reference):
-        sums, gradients = _read_tiles(call, policy, reference, early)
+        sums, gradients = _read_tiles(call, policy, reference, early, kept)
         stats, lse = _finish(call, sums)
-        _recompute_extremes(call, policy, reference, sums, stats)
+    if kept is not None:
+        kept.factors[:-1] = -torch.exp(kept.factors[:-1] - lse)
+        kept.factors[-1] = call.policy.slope(sums[LOGIT_Y])
     return stats, lse, gradients
 
 
 def _read_tiles(
-    call: _Call, policy: _Side | _Made, reference: _Side | _Made, early: bool
+    call: _Call,
+    policy: _Side | _Made,
+    reference: _Side | _Made,
+    early: bool,
+    kept: _Kept | None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Sums over the vocabulary; if early, also ∂ policy_logp / ∂ inputs."""
     sums = call.ops.new_sums(len(call.targets), call.targets.device)
@@ -381,31 +502,32 @@ def _read_tiles(
     scratch = call.scratch(call.ops.MATRICES)
     for block in call.blocks():
         means = _Parts(gradients, block)  # Σ w · weight
-        for tile in call.tiles():
-            own, other = policy.rows(tile), reference.rows(tile)
+        for number, tile in enumerate(call.tiles()):
+            rows, reference_rows = policy.rows(tile), reference.rows(tile)
             for c in call.chunks(block):
-                space = _cut(scratch, c, tile)
-                policy.logits(own, c, tile, space[0])
-                reference.logits(other, c, tile, space[1])
-                w, shrink = call.ops.add_tile(
-                    sums[:, c],
-                    space,
-                    call.targets[c] - tile.start,
-                    (policy.head, reference.head),
-                    epsilon=call.epsilon,
-                    collision=call.collision,
-                    weights_as=own[0].dtype if early else None,
-                )
+                space, w = _cut(scratch, c, tile), None
+                policy.logits(rows, c, tile, space[0])
+                reference.logits(reference_rows, c, tile, space[1])
+                if early:
+                    w = kept.of(tile)[c] if kept else call.new_weights(space, rows)
+                shrink = call.add_tile(sums[:, c], space, c, tile, reference.head, w)
+                if kept is not None:
+                    kept.factors[number, c] = sums[TOP, c]
                 for mean in means.at(c):
                     call.ops.rescale(mean, shrink)
-                means.add_products(c, w, own if early else [])
+                means.add_products(c, w, rows if early else [])
         for c in call.chunks(block):
-            slope = policy.head.slope(sums[LOGIT_Y, c, None])
-            for i, mean in enumerate(means.at(c)):
-                mean /= -sums[MASS, c, None]
-                rows = rows_of(policy.weights[i], call.targets[c], policy.inputs[i])
-                gradients[i][c] = mean.add_(rows.float() * slope)
+            _fill_gradients(policy, call.targets, sums, c, means.at(c), gradients)
     return sums, gradients
+
+
+def _fill_gradients(policy, targets, sums, c: slice, means, gradients) -> None:
+    """gradients[c] = weight[y] · slope - Σ p · weight."""
+    slope = policy.head.slope(sums[LOGIT_Y, c, None])
+    for i, mean in enumerate(means):
+        mean /= -sums[MASS, c, None]
+        rows = rows_of(policy.weights[i], targets[c], policy.inputs[i])
+        gradients[i][c] = mean.add_(rows.float() * slope)
 
 
 class _Parts:
@@ -440,15 +562,16 @@ class _Parts:
 def _finish(call: _Call, sums: torch.Tensor) -> tuple[TokenStats, torch.Tensor]:
     """The formulas of the module's docstring, and the policy's logsumexp."""
     mass, logit_y, d_y = sums[MASS], sums[LOGIT_Y], sums[RATIO_Y]
+    x_y = d_y - sums[CENTRE]
     lse = sums[TOP] + mass.log()
     logp = logit_y - lse
-    shift = torch.log1p(sums[BACK] / mass)  # logsumexp(h_ref) - logsumexp(h)
+    shift, plus, minus = (log_mean(sums, *row) for row in moved(call.epsilon))
     epsilon = call.epsilon or 0.0
     stats = TokenStats(
         policy_logp=logp,
-        reference_logp=logp - (d_y + shift),
-        plus=epsilon * d_y - torch.log1p(sums[PLUS] / mass),
-        minus=-epsilon * d_y - torch.log1p(sums[MINUS] / mass),
+        reference_logp=logp - (x_y + shift),
+        plus=epsilon * x_y - plus,
+        minus=-epsilon * x_y - minus,
         kl=sums[RATIO] / mass + shift,
         entropy=lse - sums[LOGIT] / mass,
         mean_logit=sums[TOTAL] / call.policy.vocab,
@@ -458,60 +581,34 @@ def _finish(call: _Call, sums: torch.Tensor) -> tuple[TokenStats, torch.Tensor]:
     return stats, lse
 
 
-def _recompute_extremes(
-    call: _Call,
-    policy: _Side | _Made,
-    reference: _Side | _Made,
-    sums: torch.Tensor,
-    stats: TokenStats,
-) -> None:
-    """Replaces what expm1 and log1p cannot give where policies are worlds apart.
-
-    expm1 overflows for large d, and log1p(x) has no digits left near x = -1. There a
-    difference of two logsumexp has digits to spare. Whole rows are formed: these tokens
-    cost the head's products once more.
-    """
-    smallest = sums[[BACK, PLUS, MINUS]].amin(0) / sums[MASS]
-    fine = (sums[WIDEST] <= WIDEST_RATIO) & (smallest >= SMALLEST_MEAN)
-    extreme = (~fine).nonzero()[:, 0]
-    # some eight matrices of as many rows are alive at once
-    size = max(1, call.ops.CHUNK * call.ops.TILE // (4 * call.policy.vocab))
-    for rows in extreme.split(size) if len(extreme) else ():
-        h, r = (_whole_rows(call, side, rows) for side in (policy, reference))
-        d, p, q = h - r, h.log_softmax(1), r.log_softmax(1)
-        y = call.targets[rows, None]
-        stats.reference_logp[rows] = q.gather(1, y)[:, 0]
-        stats.kl[rows] = (p.exp() * (p - q)).sum(1)
-        for out, sign in ((stats.plus, 1), (stats.minus, -1)):
-            x = sign * (call.epsilon or 0.0) * d
-            out[rows] = x.gather(1, y)[:, 0] - (p + x).logsumexp(1)
+def _read_again(ctx, grad_logp: torch.Tensor) -> list[torch.Tensor | None]:
+    """Gradients of bias, inputs and weights, from logits formed again."""
+    call, half, wanted = ctx.call, ctx.half, ctx.needs_input_grad[2:]
+    lse, bias, *tensors = ctx.saved_tensors
+    weights = tuple(
+        weight if saved is None else saved
+        for weight, saved in zip(call.policy.weights, tensors[half:], strict=True)
+    )
+    policy = _Side(call.policy, tuple(tensors[:half]), weights, bias)
+    operands = (bias, *policy.inputs, *weights)
+    out = [
+        torch.zeros_like(x) if want else None
+        for x, want in zip(operands, wanted, strict=True)
+    ]
+    with call.on_device(policy):
+        _add_gradients(call, policy, lse, grad_logp, out)
+    return out
 
 
-def _whole_rows(call: _Call, side: _Side | _Made, rows: torch.Tensor) -> torch.Tensor:
-    """Logits of some tokens over the whole vocabulary, shape (rows, vocab)."""
-    few = side.few(rows)
-    logits = torch.empty(len(rows), call.policy.vocab, device=rows.device)
-    for tile in call.tiles():
-        h = torch.empty_like(logits[:, tile], memory_format=torch.contiguous_format)
-        few.logits(few.rows(tile), slice(None), tile, h)
-        logits[:, tile] = h
-    return side.head.after(logits)
-
-
-def _read_again(
+def _add_gradients(
     call: _Call,
     policy: _Side,
     lse: torch.Tensor,
     grad_logp: torch.Tensor,
-    wanted: tuple[bool, ...],
-) -> list[torch.Tensor | None]:
-    """Gradients of bias, inputs and weights, from logits formed again."""
+    out: list[torch.Tensor | None],
+) -> None:
+    """Adds to the gradients of bias, inputs and weights, tile by tile."""
     half = len(policy.inputs)
-    operands = (policy.bias, *policy.inputs, *policy.weights)
-    out = [
-        torch.zeros_like(x) if want else None  # type: ignore[arg-type]
-        for x, want in zip(operands, wanted, strict=True)
-    ]
     bias, hidden, trained = out[0], out[1 : 1 + half], out[1 + half :]
     scratch = call.scratch(1)
     for block in call.blocks():
@@ -538,4 +635,3 @@ def _read_again(
             d_rows.flush()
             d_bias.flush()
         d_inputs.flush()
-    return out

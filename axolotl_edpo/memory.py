@@ -27,7 +27,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from .logprobs import BLOCK_VALUES
+from .logprobs import BLOCK_VALUES, KEPT_BYTES
 
 Engine = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 
@@ -236,18 +236,25 @@ def _whole_head(sizes: Sizes, engine: Engine, full: bool) -> int:
 def _tiles(sizes: Sizes, tokens: int, itemsize: int, device: str, trains: bool) -> int:
     """Bytes the head op works in, with the hidden states it reads and their gradient.
 
-    logprobs.py: forward has `matrices` of a tile, and, where the head is frozen, the
-    gradient already; backward of a head that trains has one and a tile's rows.
+    logprobs.py: forward has `matrices` of a tile, and, unless a head that trains is too
+    large to keep its numerators, the gradient of the hidden states already. Backward of
+    a head that trains has those numerators, or a tile of logits and that gradient, and
+    in either case the gradient of a tile's rows.
     """
     chunk, tile, matrices = TILES[device]
     vocab = sizes.head // sizes.hidden
     cells = min(chunk, tokens) * min(tile, vocab)
     values = tokens * sizes.hidden
     gradient = 4 * min(values, BLOCK_VALUES) + itemsize * values
-    forward = 4 * cells * matrices
-    backward = (4 + itemsize) * cells + 4 * min(tile, vocab) * sizes.hidden + gradient
-    if not trains:
-        forward, backward = forward + itemsize * cells + gradient, 0
+    kept = itemsize * tokens * vocab * trains
+    keeps = kept <= KEPT_BYTES and (not trains or device == "cuda" or itemsize == 4)
+    forward, backward = 4 * cells * matrices, 0
+    if keeps:
+        forward += gradient + (kept or itemsize * cells)
+    if trains:
+        rows = 4 * min(tile, vocab) * sizes.hidden
+        again = (4 + itemsize) * cells + gradient
+        backward = rows + (kept + 2 * itemsize * values if keeps else again)
     return 2 * itemsize * values + max(forward, backward)
 
 

@@ -4,28 +4,54 @@
 `gradient_tile` turns the policy's logits of a tile into their gradient. kernels.py has
 the same two functions in Triton: this file is their documentation and their oracle.
 
-With m the largest logit so far and w_v = e^(h_v - m), the sums are, per token,
+With m the largest logit of the policy so far, c the difference d at that logit,
+w_v = e^(h_v - m) and x_v = d_v - c, the sums are, per token,
 
-    TOP m      MASS Σw      LOGIT Σwh      RATIO Σwd      TOTAL Σh     WIDEST max|d|
-    BACK Σw(e^-d - 1)       PLUS Σw(e^εd - 1)             MINUS Σw(e^-εd - 1)
+    TOP m      CENTRE c      MASS Σw      LOGIT Σwh      RATIO Σwx      TOTAL Σh
+    BACK Σw(e^-x - 1)       PLUS Σw(e^εx - 1)             MINUS Σw(e^-εx - 1)
     COLLISION Σw²           LOGIT_Y h[y]                  RATIO_Y d[y]
 
-and all that hold a w are rescaled when m grows.
+When m grows, all that hold a w are rescaled, and those that hold an x are moved to the
+new c: with δ = c_new - c, Σw(e^tx - 1) becomes S + (e^-tδ - 1)(S + Σw).
+
+Why x and not d: Δ±, the reference's log-probability and KL do not change when the same
+number is subtracted from every d, and a mean of e^-x - 1 is never near -1, where
+log1p has no digits left, as long as the policy's favourite token has some probability.
+Where d = 0 everywhere, c = 0 and every sum of e^tx - 1 is exactly 0.
+
+A token is WILD (1, else 0) once some |x| > 60, so that e^x may overflow, or once such a
+mean falls below -0.9. From then on three logsumexps are kept as well:
+
+    REFERENCE log Σe^h_ref    UP log Σe^(h + εd)          DOWN log Σe^(h - εd)
 """
+
+import math
 
 import torch
 
 from .head import Head
 
 TOP, MASS, LOGIT, RATIO, BACK, PLUS, MINUS, COLLISION = range(8)
-TOTAL, WIDEST, LOGIT_Y, RATIO_Y, FIELDS = range(8, 13)
+TOTAL, CENTRE, LOGIT_Y, RATIO_Y, WILD, REFERENCE, UP, DOWN, FIELDS = range(8, 17)
+# The sums of e^tx - 1, see `moved`.
+MOVED = slice(BACK, MINUS + 1)
 
 # Tokens and vocabulary of a tile: 4 MiB per matrix, so that it stays in cache; and how
 # many matrices `add_tile` works in.
 CHUNK, TILE, MATRICES = 1024, 1024, 4
 
-# Below it, four terms of the series of e^x - 1 are enough: the fifth is 1e-7 of it.
-SERIES = 0.06
+# The series of e^x - 1 ends where the next term is this small beside the first; where
+# that takes more than four terms, e^x is computed.
+NEGLIGIBLE, MOST_TERMS = 1.1e-7, 4
+# What makes a token wild.
+WIDEST, SMALLEST_MEAN = 60.0, -0.9
+# e^x as 2^(x log2 e): on CPUs several times as fast.
+LOG2E = math.log2(math.e)
+
+
+def tile_size(tokens: int) -> int:
+    """Columns of a tile: twice as many where it meets few tokens."""
+    return TILE if 2 * tokens > CHUNK else 2 * TILE
 
 
 def new_sums(tokens: int, device: torch.device) -> torch.Tensor:
@@ -33,6 +59,32 @@ def new_sums(tokens: int, device: torch.device) -> torch.Tensor:
     sums = torch.zeros(FIELDS, tokens, device=device)
     sums[TOP] = -torch.inf
     return sums
+
+
+def new_weights(space: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What `add_tile` may take as `out`: of its space, which is float32 as well."""
+    return space[2]
+
+
+def moved(epsilon: float | None) -> tuple[tuple[int, int, float], ...]:
+    """The sums Σw(e^tx - 1), the logsumexp that replaces each, and t."""
+    epsilon = epsilon or 0.0
+    return (BACK, REFERENCE, -1.0), (PLUS, UP, epsilon), (MINUS, DOWN, -epsilon)
+
+
+def log_mean(sums: torch.Tensor, field: int, apart: int, t: float) -> torch.Tensor:
+    """log Σ_v p_v e^(t x_v), from a row of `moved`; shape (tokens,)."""
+    mean = sums[field] / sums[MASS]
+    log = torch.log1p(mean)
+    lse = sums[TOP] + sums[MASS].log()
+    difference = sums[apart] - t * sums[CENTRE] - lse
+    exact = (sums[WILD] == 0) | _has_digits(mean)
+    return torch.where(exact, log, difference)
+
+
+def _has_digits(mean: torch.Tensor) -> torch.Tensor:
+    """Whether log1p of a mean of e^tx - 1 is exact: neither near -1 nor overflown."""
+    return (mean >= SMALLEST_MEAN) & mean.isfinite()
 
 
 def add_tile(
@@ -43,8 +95,8 @@ def add_tile(
     *,
     epsilon: float | None,
     collision: bool,
-    weights_as: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    out: torch.Tensor | None,
+) -> torch.Tensor:
     """Adds a tile to the sums.
 
     Args:
@@ -55,57 +107,97 @@ def add_tile(
         heads: Of policy and reference, for what comes after the product.
         epsilon: Perturbation, or None to leave PLUS and MINUS at 0.
         collision: Whether COLLISION is wanted.
-        weights_as: A dtype if the gradient is made from this tile.
+        out: If the gradient is made from this tile, shape (chunk, tile), float32: is
+            filled with w times the slope of `Head.after`.
 
     Returns:
-        w times the slope of `Head.after`, shape (chunk, tile), where `weights_as` asks
-        for it, and e^(m_before - m), shape (chunk,), for what was added before.
+        e^(m_before - m), shape (chunk,), for what was added before.
     """
-    h, r, w, x = space
-    h, r = heads[0].after(h), heads[1].after(r)
-    top = torch.maximum(sums[TOP], h.amax(1))
+    h, r = heads[0].after(space[0]), heads[1].after(space[1])
+    w, y = space[2] if out is None else out, space[3]
+    before = sums.clone()
+    _pick(sums[LOGIT_Y], h, targets)
+    x = torch.sub(h, r, out=r)
+    _pick(sums[RATIO_Y], x, targets)
+    shrink, step = _follow_top(sums, h, x, epsilon)
+    x.sub_(sums[CENTRE, :, None])
+    widest = torch.maximum(x.amax(1), -x.amin(1))
+    torch.sub(h, sums[TOP, :, None], out=w).mul_(LOG2E).exp2_()
+    sums[MASS] += w.sum(1)
+    sums[TOTAL] += h.sum(1)
+    sums[LOGIT] += torch.mul(w, h, out=y).sum(1)
+    if collision:
+        sums[COLLISION] += torch.mul(w, w, out=y).sum(1)
+    _add_differences(sums, w, x, y, epsilon, widest.max().item())
+    _add_wild(sums, before, h, x, y, epsilon, torch.maximum(widest, step.abs()))
+    if out is not None:
+        _times(w, heads[0].slope(h))
+    return shrink
+
+
+def _follow_top(sums, h, d, epsilon) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where m grows: rescales the sums, and moves them to the d found there.
+
+    Returns:
+        e^(m_before - m), and δ, 0 where nothing was summed before; shape (chunk,).
+    """
+    top, step = torch.maximum(sums[TOP], h.amax(1)), torch.zeros_like(sums[TOP])
     shrink = torch.exp(sums[TOP] - top)
+    grown = (top > sums[TOP]).nonzero()[:, 0]
+    centre = d[grown, h[grown].argmax(1)]
+    step[grown] = centre - sums[CENTRE, grown]
+    sums[CENTRE, grown] = centre
     sums[TOP] = top
     sums[MASS:COLLISION] *= shrink
     sums[COLLISION] *= shrink**2
-    sums[TOTAL] += h.sum(1)
-    d = torch.sub(h, r, out=r)
-    widest = torch.maximum(d.amax(1), -d.amin(1))
-    sums[WIDEST] = torch.maximum(sums[WIDEST], widest)
-    _pick(sums[LOGIT_Y], h, targets)
-    _pick(sums[RATIO_Y], d, targets)
-    torch.sub(h, top[:, None], out=w).exp_()
-    sums[MASS] += w.sum(1)
-    sums[LOGIT] += torch.mul(w, h, out=x).sum(1)
-    sums[BACK] += torch.neg(d, out=x).expm1_().mul_(w).sum(1)
-    if collision:
-        sums[COLLISION] += torch.mul(w, w, out=x).sum(1)
-    first = torch.mul(w, d, out=x).sum(1)
-    sums[RATIO] += first
-    if epsilon is not None:
-        small = epsilon * widest.max().item() < SERIES
-        perturbed = _series(first, x, d, epsilon) if small else _exact(w, d, x, epsilon)
-        sums[PLUS] += perturbed[0]
-        sums[MINUS] += perturbed[1]
-    if weights_as is not None:
-        w = _times(w, heads[0].slope(h)).to(weights_as)
-    return w, shrink
+    step *= sums[MASS] > 0
+    sums[RATIO] -= step * sums[MASS]
+    t = sums.new_tensor([[t] for _, _, t in moved(epsilon)])
+    sums[MOVED] += torch.expm1(-t * step) * (sums[MOVED] + sums[MASS])
+    return shrink, step
 
 
-def _series(first, wd, d, epsilon) -> tuple[torch.Tensor, torch.Tensor]:
-    """Σw(e^(±εd) - 1) = Σ_k (±ε)^k/k! Σwd^k, from wd and its sum, without an exp."""
-    second, third, fourth = (wd.mul_(d).sum(1) for _ in range(3))
-    even = epsilon**2 / 2 * second + epsilon**4 / 24 * fourth
-    odd = epsilon * first + epsilon**3 / 6 * third
-    return even + odd, even - odd
+def _add_differences(sums, w, x, y, epsilon, widest: float) -> None:
+    """RATIO, BACK, PLUS and MINUS of a tile whose largest |x| is `widest`."""
+    wanted = [(field, t, _terms(t * widest)) for field, _, t in moved(epsilon) if t]
+    moments = [torch.mul(w, x, out=y).sum(1)]  # Σwx^k
+    for _ in range(1, max(terms or 1 for _, _, terms in wanted)):
+        moments.append(y.mul_(x).sum(1))
+    sums[RATIO] += moments[0]
+    for field, t, terms in wanted:
+        if terms is None:
+            sums[field] += _less_one(x, t, out=y).mul_(w).sum(1)
+            continue
+        for k, moment in enumerate(moments[:terms], 1):
+            sums[field] += t**k / math.factorial(k) * moment
 
 
-def _exact(w, d, x, epsilon) -> tuple[torch.Tensor, torch.Tensor]:
-    """Σw(e^(±εd) - 1) for any d."""
-    plus, minus = (
-        torch.mul(d, sign * epsilon, out=x).expm1_().mul_(w).sum(1) for sign in (1, -1)
-    )
-    return plus, minus
+def _less_one(x: torch.Tensor, t: float, out: torch.Tensor) -> torch.Tensor:
+    """e^tx - 1; to the last digit only where a sign depends on it."""
+    if t == -1:
+        return torch.mul(x, -LOG2E, out=out).exp2_().sub_(1)
+    return torch.mul(x, t, out=out).expm1_()
+
+
+def _terms(x: float) -> int | None:
+    """Terms of the series of e^x - 1 that float32 can tell apart; None: too many."""
+    few = range(1, MOST_TERMS + 1)
+    enough = (n for n in few if abs(x) ** n < NEGLIGIBLE * math.factorial(n + 1))
+    return next(enough, None)
+
+
+def _add_wild(sums, before, h, x, y, epsilon, widest) -> None:
+    """Marks tokens as WILD, and keeps their logsumexps."""
+    digits = _has_digits(sums[MOVED] / sums[MASS]).all(0) & (widest <= WIDEST)
+    sums[WILD].masked_fill_(~digits, 1)
+    if not sums[WILD].any():
+        return
+    for field, apart, t in moved(epsilon):
+        lse = torch.add(h, x, alpha=t, out=y).logsumexp(1) + t * sums[CENTRE]
+        so_far = (before[field] + before[MASS]).log()
+        so_far += before[TOP] + t * before[CENTRE]
+        known = torch.where(before[WILD] > 0, before[apart], so_far)
+        sums[apart] = torch.logaddexp(known, lse)
 
 
 def _pick(out: torch.Tensor, values: torch.Tensor, targets: torch.Tensor) -> None:
@@ -141,7 +233,7 @@ def gradient_tile(
     """
     h = head.after(policy)
     slope = head.slope(h)
-    p = h.sub_(lse[:, None]).exp_()
+    p = h.sub_(lse[:, None]).mul_(LOG2E).exp2_()
     inside = (targets >= 0) & (targets < h.shape[1])
     column = targets.clamp(0, h.shape[1] - 1)[:, None]
     p.scatter_add_(1, column, -inside[:, None].float())

@@ -12,25 +12,33 @@ frozen (LoRA) and trained (full fine-tuning):
     plain DPO  TRL 1.9's way: two full-vocabulary logit tensors, no ε
     ours       `token_stats` with ε, in PyTorch and, on a GPU, in Triton
     ours, ε off
-    products   only the matrix products that any method needs: two forward, one
-               recompute, hidden gradient and, where the head trains, weight gradient
+    products   only the matrix products that are needed: two forward, the gradient of
+               the hidden states and, where the head trains, that of the weight; one
+               more where the logits are too many to be kept (`logprobs.KEPT_BYTES`)
+    ours, before   with `--before FOLDER`: the op of another checkout
 
 Every contender runs `--repeats` times in turn. Times are medians of ratios to
 `products` of the same turn; memory is the peak beyond inputs, in ratio to `released`.
 """
 
 import argparse
+import importlib
+import importlib.util
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from measure import append_results, environment, peak_extra_bytes
 
 from axolotl_edpo.head import Head
-from axolotl_edpo.logprobs import token_stats
+from axolotl_edpo.logprobs import KEPT_BYTES, token_stats
 
 EPSILON = 0.01
 ON_GPU = torch.cuda.is_available()
@@ -55,14 +63,20 @@ CPU_SHAPES = [Shape(2048, 512, 32000), Shape(1024, 256, 128256)]
 class Case:
     """Inputs of one shape, and the contenders as methods."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, trained: bool):
+    def __init__(
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        trained: bool,
+        before: ModuleType | None = None,
+    ):
         g = torch.Generator().manual_seed(0)
 
         def draw(rows: int, scale: float) -> torch.Tensor:
             values = torch.randn(rows, shape.hidden, generator=g) * scale
             return values.to("cuda" if ON_GPU else "cpu", dtype)
 
-        self.trained = trained
+        self.trained, self.before = trained, before
         self.hidden = draw(shape.tokens, 1.0).requires_grad_()
         self.reference = (self.hidden + draw(shape.tokens, 0.02)).detach()
         self.weight = draw(shape.vocab, shape.hidden**-0.5).requires_grad_(trained)
@@ -78,13 +92,17 @@ class Case:
             ours["ours, Triton"] = ("triton", EPSILON)
         ours["ours, ε off"] = ("auto", None)
         runs = {name: self._ours(*how) for name, how in ours.items()}
+        if self.before is not None:
+            runs["ours, before"] = self._ours("auto", EPSILON, self.before.token_stats)
         others = {"released": self.released, "plain DPO": self.plain}
         return {"products": self.products, **others, **runs}
 
-    def _ours(self, backend, epsilon: float | None) -> Callable[[], object]:
+    def _ours(
+        self, backend, epsilon: float | None, op: Callable = token_stats
+    ) -> Callable[[], object]:
         def run() -> None:
             heads = Head(self.weight), Head(self.frozen)
-            stats = token_stats(
+            stats = op(
                 self.hidden, self.reference, *heads, self.y, epsilon, backend=backend
             )
             self._backward(stats.policy_logp - stats.reference_logp)
@@ -126,7 +144,8 @@ class Case:
         """Into one buffer that is kept, so that memory is not what is timed."""
         if not len(self.buffer):
             self.buffer = self.hidden.new_zeros(len(self.y), len(self.weight))
-        for operand in (self.hidden, self.reference, self.hidden):
+        again = self.trained and self.buffer.nbytes > KEPT_BYTES
+        for operand in (self.hidden, self.reference, *[self.hidden] * again):
             torch.mm(operand, self.weight.T, out=self.buffer)
         torch.mm(self.buffer, self.weight)  # hidden gradient
         if self.trained:
@@ -172,9 +191,26 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def table(shape: Shape, dtype: torch.dtype, trained: bool, repeats: int) -> str:
+def op_of(checkout: Path) -> ModuleType:
+    """`logprobs` of another checkout, beside that of this one."""
+    folder = checkout / "axolotl_edpo"
+    spec: Any = importlib.util.spec_from_file_location(
+        "before", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    sys.modules["before"] = package = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
+    return importlib.import_module("before.logprobs")
+
+
+def table(
+    shape: Shape,
+    dtype: torch.dtype,
+    trained: bool,
+    repeats: int,
+    before: ModuleType | None = None,
+) -> str:
     """A markdown table of one case; absolute times on a GPU only."""
-    times, peaks = measure(Case(shape, dtype, trained), repeats)
+    times, peaks = measure(Case(shape, dtype, trained, before), repeats)
     kind = "trained" if trained else "frozen"
     lines = [
         f"### {shape}, {str(dtype).removeprefix('torch.')}, head {kind}",
@@ -192,7 +228,10 @@ def table(shape: Shape, dtype: torch.dtype, trained: bool, repeats: int) -> str:
         )
     best = "ours, Triton" if ON_GPU else "ours, PyTorch"
     part = ratio(times, best, "ours, ε off") - 1
-    return "\n".join([*lines, "", f"ε's part: {part:+.1%} of the time without it."])
+    lines += ["", f"ε's part: {part:+.1%} of the time without it."]
+    if before is not None:
+        lines[-1] += f" Time / before: {ratio(times, best, 'ours, before'):.2f}."
+    return "\n".join(lines)
 
 
 def memory() -> str:
@@ -210,9 +249,10 @@ def memory() -> str:
 def tables(options: argparse.Namespace) -> Iterator[str]:
     """The tables of every shape, with the head frozen and trained."""
     dtype = torch.bfloat16 if ON_GPU else torch.float32
+    before = op_of(options.before) if options.before else None
     for shape in options.shape or (GPU_SHAPES if ON_GPU else CPU_SHAPES):
         for trained in (False, True):
-            yield table(shape, dtype, trained, options.repeats)
+            yield table(shape, dtype, trained, options.repeats, before)
     if not ON_GPU:
         yield "On a GPU: not measured."
 
@@ -229,6 +269,7 @@ def main() -> None:
         action="append",
         help="N,H,V; may be repeated",
     )
+    parser.add_argument("--before", type=Path, help="another checkout, to compare with")
     parser.add_argument("--memory", action="store_true", help="only that")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
