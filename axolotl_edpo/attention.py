@@ -357,7 +357,7 @@ def _takes_varlen(
 def _dtype_of_kernel(query: torch.Tensor) -> torch.dtype:
     """In which SDPA computes: autocast casts what it is given, not what others are."""
     device = query.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return query.dtype
 
