@@ -51,11 +51,12 @@ TOLERANCE = 0.1
 WINDOWS = "windows"
 # `eager` is no registered name: each model brings its own function.
 EAGER = "edpo_eager"
-# torch's function, which FP8 attention replaces during a forward.
+# torch's function; attention in FP8 puts another in its place during a forward.
 SDPA = functional.scaled_dot_product_attention
-# What models give their attention and `varlen_attn` does not take.
+# Keywords that models give their attention, and `varlen_attn` has no argument for.
 BEYOND_VARLEN = ("softcap", "s_aux", "position_bias")
-# Queries that a CPU handles at once: of a longer segment the first see no later keys.
+# So many queries of a segment, or some more, are taken at once on a CPU: the first of a
+# long segment need not be multiplied with its last keys.
 BAND = 128
 
 Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -242,7 +243,7 @@ def _per_segment(base: Attention, make_mask: Callable[..., Any]) -> Attention:
 def _bands(queries: int, on_cpu: bool) -> list[int]:
     """Lengths, about equal, of the parts in which the queries of a segment are taken.
 
-    On a CPU, SDPA's kernel computes up to 512 keys whether or not a mask hides them.
+    SDPA's kernel for CPUs computes blocks of 512 keys, even those that a mask hides.
     """
     count = max(1, queries // BAND) if on_cpu else 1
     ends = [queries * i // count for i in range(count + 1)]
@@ -317,13 +318,13 @@ def _flash(base: Attention) -> Attention:
 
 def _sdpa(base: Attention) -> Attention:
     """SDPA: `varlen_attn` where it can serve, else segment by segment."""
-    each = _per_segment(base, sdpa_mask)
+    loop = _per_segment(base, sdpa_mask)
 
     def attend(module, query, key, value, segments: Segments, **keywords):
         if _takes_varlen(module, query, value, keywords):
             return _varlen(query, key, value, segments, **keywords)
         with _without_cudnn(query.device):
-            return each(module, query, key, value, segments, **keywords)
+            return loop(module, query, key, value, segments, **keywords)
 
     return attend
 
@@ -355,7 +356,7 @@ def _takes_varlen(
 
 
 def _dtype_of_kernel(query: torch.Tensor) -> torch.dtype:
-    """In which SDPA computes: autocast casts what it is given, not what others are."""
+    """The type SDPA computes in: autocast casts its arguments, not `varlen_attn`'s."""
     device = query.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -374,12 +375,17 @@ def _varlen(
     """`varlen_attn`, whose causal mask ends with both queries and keys."""
     dtype, ends = _dtype_of_kernel(query), _boundaries(segments, query.device)
     row = query, _gather(key, segments), _gather(value, segments)
-    found = varlen_attn(
-        *(states[0].transpose(0, 1).to(dtype) for states in row),
-        *(ends[f"cu_seq_lens_{side}"] for side in "qk"),
-        *(ends[f"max_length_{side}"] for side in "qk"),
+    query, key, value = (states[0].transpose(0, 1).to(dtype) for states in row)
+    found: Any = varlen_attn(
+        query,
+        key,
+        value,
+        ends["cu_seq_lens_q"],
+        ends["cu_seq_lens_k"],
+        ends["max_length_q"],
+        ends["max_length_k"],
         scale=scaling,
-        # keys before the one at a query's position, which is in a window too; and after
+        # how many keys before and after a query's own, which a window counts as well
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         **varlen_shares_heads(),
     )
@@ -403,12 +409,13 @@ def _boundaries(segments: Segments, device: torch.device) -> dict[str, Any]:
     def make() -> dict[str, Any]:
         lengths = segments.queries, segments.key_lengths
         ends = torch.tensor([[0, *accumulate(each)] for each in lengths])
-        made: dict[str, Any] = {}
-        for side, each, row in zip(
-            "qk", lengths, _send(ends.int(), device), strict=True
-        ):
-            made[f"cu_seq_lens_{side}"], made[f"max_length_{side}"] = row, max(each)
-        return made
+        of_queries, of_keys = _send(ends.int(), device)
+        return {
+            "cu_seq_lens_q": of_queries,
+            "cu_seq_lens_k": of_keys,
+            "max_length_q": max(segments.queries),
+            "max_length_k": max(segments.key_lengths),
+        }
 
     return segments.once(("boundaries", device), make)
 

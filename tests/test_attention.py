@@ -520,9 +520,9 @@ def test_on_a_gpu_a_row_is_scored_like_a_padded_batch(kind, attention, share):
     check_packing(lm, share)
 
 
-def on_gpu(kind: str, dtype: torch.dtype = torch.bfloat16, **config):
-    lm = model(kind, hidden_size=256, head_dim=64, **config)
-    return lm.to("cuda", dtype)
+def on_gpu(kind: str, **config):
+    sizes = {"hidden_size": 256, "head_dim": 64, "initializer_range": 0.05}
+    return model(kind, **sizes, **config).to("cuda", torch.bfloat16)
 
 
 def operations(lm, batch: dict) -> tuple[list[torch.Tensor], str]:
