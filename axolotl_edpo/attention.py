@@ -5,10 +5,13 @@ it every keyword its forward was given. So a function registered under that name
 finds `segments` among them does the packed row; without them it is the one it replaced,
 to the bit:
 
-    flash_attention_2, _3   one varlen call: cu_seqlens of queries and of keys
+    flash_attention_2, _3   one varlen call: boundaries of queries and of keys
     flex_attention          one call with a block mask
-    sdpa, eager             one call per segment: a dense mask over the row would cost
-                            the square of its length
+    sdpa                    where `_takes_varlen`, on a GPU in 16 bits: one call of
+                            torch's `varlen_attn` with the same boundaries
+    sdpa elsewhere, eager   one call per segment: a dense mask over the row would cost
+                            the square of its length. On a GPU without cuDNN; on a CPU
+                            one call per `BAND` queries of it
 
 In all of them a segment's keys may outnumber its queries, which then are the last
 ones: keys and values of a prompt are used by both answers. The window of a layer is the
@@ -19,9 +22,12 @@ so it counts what it would count in a sequence of its own.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
+from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import (
     AttentionMaskInterface,
@@ -34,6 +40,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .batch import Segments, model_inputs, pack, select_completions
+from .upstream import varlen_shares_heads
 
 # What a layer may be where a row holds several sequences: the others carry a state over
 # their boundaries, or see what no keyword of the attention names.
@@ -44,6 +51,13 @@ TOLERANCE = 0.1
 WINDOWS = "windows"
 # `eager` is no registered name: each model brings its own function.
 EAGER = "edpo_eager"
+# torch's function; attention in FP8 puts another in its place during a forward.
+SDPA = functional.scaled_dot_product_attention
+# Keywords that models give their attention, and `varlen_attn` has no argument for.
+BEYOND_VARLEN = ("softcap", "s_aux", "position_bias")
+# So many queries of a segment, or some more, are taken at once on a CPU: the first of a
+# long segment need not be multiplied with its last keys.
+BAND = 128
 
 Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -151,25 +165,26 @@ def enable_packing(model: PreTrainedModel) -> None:
     """
     name = model.config._attn_implementation
     if name == "eager":
-        AttentionInterface.register(EAGER, _per_segment(_eager, eager_mask))
+        each = _wrap(_eager, _per_segment(_eager, eager_mask))
+        AttentionInterface.register(EAGER, each)
         AttentionMaskInterface.register(EAGER, eager_mask)
         model.set_attn_implementation(EAGER)
         name = model.config._attn_implementation
     base: Any = ALL_ATTENTION_FUNCTIONS.get(name)
     if not hasattr(base, "packs"):
-        AttentionInterface.register(name, _packing(name)(base))
+        AttentionInterface.register(name, _wrap(base, _packing(name)(base)))
     if not hasattr(ALL_ATTENTION_FUNCTIONS.get(name), "packs"):
         raise PackingError(f"`attn_implementation: {name}` is already replaced")
 
 
 def _packing(name: str) -> Callable[[Attention], Attention]:
-    """What makes an attention of this name take segments."""
+    """What makes of an attention of this name one that takes segments."""
     if "flash" in name:
-        return _varlen
+        return _flash
     if name == "flex_attention":
         return _block_masked
     if name == "sdpa":
-        return lambda base: _per_segment(base, sdpa_mask)
+        return _sdpa
     raise PackingError(f"`attn_implementation: {name}` has no boundaries in a row")
 
 
@@ -207,24 +222,32 @@ def _per_segment(base: Attention, make_mask: Callable[..., Any]) -> Attention:
     """Queries, keys and values of shape (1, heads, length, size)."""
 
     def attend(module, query, key, value, segments: Segments, **keywords):
-        window = keywords.get("sliding_window")
+        window, on_cpu = keywords.get("sliding_window"), query.device.type == "cpu"
         keys, values = (states.split(segments.pieces, dim=2) for states in (key, value))
-        outputs = [
-            base(
-                module,
-                own,
-                _join(keys, sees),
-                _join(values, sees),
-                _mask(segments, index, window, make_mask, query),
-                **keywords,
-            )[0]
-            for index, (own, sees) in enumerate(
-                zip(query.split(segments.queries, dim=2), segments.keys, strict=True)
-            )
-        ]
+        lengths = [_bands(queries, on_cpu) for queries in segments.queries]
+        bands = iter(query.split([n for each in lengths for n in each], dim=2))
+        outputs = []
+        for each, sees in zip(lengths, segments.keys, strict=True):
+            seen = _join(keys, sees), _join(values, sees)
+            end = seen[0].shape[2] - sum(each)
+            for queries in each:
+                end += queries
+                mask = _mask(segments, queries, end, window, make_mask, query)
+                so_far = (states[:, :, :end] for states in seen)
+                outputs.append(base(module, next(bands), *so_far, mask, **keywords)[0])
         return torch.cat(outputs, dim=1), None
 
-    return _wrap(base, attend)
+    return attend
+
+
+def _bands(queries: int, on_cpu: bool) -> list[int]:
+    """Lengths, about equal, of the parts in which the queries of a segment are taken.
+
+    SDPA's kernel for CPUs computes blocks of 512 keys, even those that a mask hides.
+    """
+    count = max(1, queries // BAND) if on_cpu else 1
+    ends = [queries * i // count for i in range(count + 1)]
+    return [end - start for start, end in pairwise(ends)]
 
 
 def _join(pieces: tuple[torch.Tensor, ...], which: tuple[int, ...]) -> torch.Tensor:
@@ -235,13 +258,13 @@ def _join(pieces: tuple[torch.Tensor, ...], which: tuple[int, ...]) -> torch.Ten
 
 def _mask(
     segments: Segments,
-    index: int,
+    queries: int,
+    keys: int,
     window: int | None,
     make_mask: Callable[..., Any],
     query: torch.Tensor,
 ) -> Any:
-    """The causal mask of a segment, None where a kernel's own will do."""
-    queries, keys = segments.queries[index], segments.key_lengths[index]
+    """The causal mask of the last queries, None where a kernel's own will do."""
     return segments.once(
         (queries, keys, window, query.dtype, query.device, make_mask),
         lambda: make_mask(
@@ -282,26 +305,126 @@ def _gather(states: torch.Tensor, segments: Segments) -> torch.Tensor:
     return _join(states.split(segments.pieces, dim=2), which)
 
 
-def _varlen(base: Attention) -> Attention:
+def _flash(base: Attention) -> Attention:
     """FlashAttention: with fewer queries than keys, its causal mask ends with both."""
 
     def attend(module, query, key, value, segments: Segments, **keywords):
-        device = query.device
-        boundaries = segments.once(device, lambda: _boundaries(segments, device))
+        boundaries = _boundaries(segments, query.device)
         key, value = _gather(key, segments), _gather(value, segments)
         return base(module, query, key, value, None, **{**keywords, **boundaries})
 
-    return _wrap(base, attend)
+    return attend
+
+
+def _sdpa(base: Attention) -> Attention:
+    """SDPA: `varlen_attn` where it can serve, else segment by segment."""
+    loop = _per_segment(base, sdpa_mask)
+
+    def attend(module, query, key, value, segments: Segments, **keywords):
+        if _takes_varlen(module, query, value, keywords):
+            return _varlen(query, key, value, segments, **keywords)
+        with _without_cudnn(query.device):
+            return loop(module, query, key, value, segments, **keywords)
+
+    return attend
+
+
+def _takes_varlen(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    value: torch.Tensor,
+    keywords: dict[str, Any],
+) -> bool:
+    """Whether `varlen_attn` computes what SDPA would: its kernel is FlashAttention 2.
+
+    That has no backward for heads of 200 to 224 on some GPUs.
+    """
+    size, causal = query.shape[-1], keywords.get("is_causal")
+    return (
+        query.is_cuda
+        and not torch.version.hip
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and _dtype_of_kernel(query) in (torch.bfloat16, torch.float16)
+        and size == value.shape[-1]
+        and size % 8 == 0
+        and (size <= 192 or size == 256)
+        and (getattr(module, "is_causal", True) if causal is None else causal)
+        and not keywords.get("dropout")
+        and not any(keywords.get(name) is not None for name in BEYOND_VARLEN)
+        and functional.scaled_dot_product_attention is SDPA
+    )
+
+
+def _dtype_of_kernel(query: torch.Tensor) -> torch.dtype:
+    """The type SDPA computes in: autocast casts its arguments, not `varlen_attn`'s."""
+    device = query.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return query.dtype
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """`varlen_attn`, whose causal mask ends with both queries and keys."""
+    dtype, ends = _dtype_of_kernel(query), _boundaries(segments, query.device)
+    row = query, _gather(key, segments), _gather(value, segments)
+    query, key, value = (states[0].transpose(0, 1).to(dtype) for states in row)
+    found: Any = varlen_attn(
+        query,
+        key,
+        value,
+        ends["cu_seq_lens_q"],
+        ends["cu_seq_lens_k"],
+        ends["max_length_q"],
+        ends["max_length_k"],
+        scale=scaling,
+        # how many keys before and after a query's own, which a window counts as well
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        **varlen_shares_heads(),
+    )
+    return found[None], None
+
+
+@contextmanager
+def _without_cudnn(device: torch.device) -> Iterator[None]:
+    """Within it, SDPA on a GPU leaves cuDNN out, which makes a plan for every shape."""
+    switch, allowed = torch.backends.cuda, torch.backends.cuda.cudnn_sdp_enabled()
+    switch.enable_cudnn_sdp(allowed and device.type != "cuda")
+    try:
+        yield
+    finally:
+        switch.enable_cudnn_sdp(allowed)
 
 
 def _boundaries(segments: Segments, device: torch.device) -> dict[str, Any]:
-    """The keywords of transformers' varlen path."""
-    made: dict[str, Any] = {}
-    for side, lengths in (("q", segments.queries), ("k", segments.key_lengths)):
-        ends = torch.tensor([0, *lengths]).cumsum(0)
-        made[f"cu_seq_lens_{side}"] = ends.to(device, torch.int32)
-        made[f"max_length_{side}"] = max(lengths)
-    return made
+    """The keywords of transformers' varlen path, made once per batch."""
+
+    def make() -> dict[str, Any]:
+        lengths = segments.queries, segments.key_lengths
+        ends = torch.tensor([[0, *accumulate(each)] for each in lengths])
+        of_queries, of_keys = _send(ends.int(), device)
+        return {
+            "cu_seq_lens_q": of_queries,
+            "cu_seq_lens_k": of_keys,
+            "max_length_q": max(segments.queries),
+            "max_length_k": max(segments.key_lengths),
+        }
+
+    return segments.once(("boundaries", device), make)
+
+
+def _send(states: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To a device; a GPU does not wait for it, nor the host for the GPU."""
+    if device.type == "cuda":
+        states = states.pin_memory()
+    return states.to(device, non_blocking=True)
 
 
 def _block_masked(base: Attention) -> Attention:
@@ -315,7 +438,7 @@ def _block_masked(base: Attention) -> Attention:
         key, value = _gather(key, segments), _gather(value, segments)
         return base(module, query, key, value, mask, **keywords)
 
-    return _wrap(base, attend)
+    return attend
 
 
 def _block_mask(segments: Segments, window: int | None, device: torch.device) -> Any:
@@ -326,8 +449,8 @@ def _block_mask(segments: Segments, window: int | None, device: torch.device) ->
         of_key.append(torch.full((keys,), index))
         at_query.append(torch.arange(keys - queries, keys))
         at_key.append(torch.arange(keys))
-    q, k = (torch.cat(parts).to(device) for parts in (of_query, of_key))
-    at_q, at_k = (torch.cat(parts).to(device) for parts in (at_query, at_key))
+    q, k = (_send(torch.cat(parts), device) for parts in (of_query, of_key))
+    at_q, at_k = (_send(torch.cat(parts), device) for parts in (at_query, at_key))
     visible = _visible(window)
 
     def sees(batch_idx, head_idx, q_idx, kv_idx):

@@ -1,9 +1,11 @@
-"""Differences between the supported releases of axolotl, TRL and transformers.
+"""Differences between the supported releases of axolotl and what is below it.
 
 Each is found by what a release has, not by its number. Releases: axolotl 0.19, 0.20 and
-0.21, with transformers 5.16 to 5.20 and TRL 1.9 to 1.14.
+0.21, with torch 2.11 to 2.14, transformers 5.16 to 5.20 and TRL 1.9 to 1.14.
 """
 
+import inspect
+from functools import cache
 from typing import Any
 
 import click
@@ -61,3 +63,15 @@ def patches_adapters_late() -> bool:
     from axolotl.core.builders.rl import HFRLTrainerBuilder
 
     return "hook_post_create_trainer" in vars(HFRLTrainerBuilder)
+
+
+@cache
+def varlen_shares_heads() -> dict[str, Any]:
+    """The keyword with which `varlen_attn` takes fewer heads of keys than of queries.
+
+    torch 2.11 has no such keyword and takes them without it.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    names = inspect.signature(varlen_attn).parameters
+    return {"enable_gqa": True} if "enable_gqa" in names else {}

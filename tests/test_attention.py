@@ -1,12 +1,19 @@
 """attention.py: a packed row gives each sequence what it gets when it is alone."""
 
+import importlib
+from itertools import pairwise
+
 import pytest
 import tiny
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoConfig, LlamaConfig, MambaConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+import axolotl_edpo.attention as under_test
 from axolotl_edpo.attention import (
     PackingError,
     check_layers,
@@ -19,29 +26,57 @@ from axolotl_edpo.batch import completions_of, model_inputs, pack
 VOCAB = 64
 
 
-def varlen(module, query, key, value, attention_mask, scaling=None, **keywords):
-    """What flash_attn_varlen_func is documented to do, one sequence after the other.
+def twin(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+):
+    """What torch's varlen_attn is documented to do, one sequence after the other.
 
-    Fewer queries than keys are the last ones; the window counts back from the query.
+    Fewer queries than keys are the last ones. A window is how many keys before and
+    after its position a query sees beside the one there; -1 is all.
     """
-    assert attention_mask is None and "position_ids" not in keywords
-    ends = [keywords[f"cu_seq_lens_{side}"].tolist() for side in "qk"]
-    lengths = [torch.tensor(list_).diff().max().item() for list_ in ends]
-    assert lengths == [keywords["max_length_q"], keywords["max_length_k"]]
-    window = keywords.get("sliding_window") or 10**6
-    key, value = (
-        states.repeat_interleave(module.num_key_value_groups, dim=1)
-        for states in (key, value)
-    )
+    ends = [ends.tolist() for ends in (cu_seq_q, cu_seq_k)]
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert [ends[0][-1], ends[1][-1]] == [len(query), len(key)]
+    lengths = [[end - start for start, end in pairwise(side)] for side in ends]
+    assert [max(lengths[0]), max(lengths[1])] == [max_q, max_k]
+    assert type(max_q) is type(max_k) is int
+    groups = query.shape[1] // key.shape[1]
+    assert enable_gqa or groups == 1
+    before, after = (10**6 if size < 0 else size for size in window_size)
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     out = []
-    for q0, q1, k0, k1 in zip(ends[0], ends[0][1:], ends[1], ends[1][1:], strict=False):
-        behind = (
-            torch.arange(k1 - k0) - torch.arange(k1 - k0 - q1 + q0, k1 - k0)[:, None]
-        )
-        seen = (behind <= 0) & (behind > -window)
-        own = query[:, :, q0:q1], key[:, :, k0:k1], value[:, :, k0:k1]
-        out.append(scaled_dot_product_attention(*own, attn_mask=seen, scale=scaling))
-    return torch.cat(out, dim=2).transpose(1, 2), None
+    for (q0, q1), (k0, k1) in zip(pairwise(ends[0]), pairwise(ends[1]), strict=True):
+        at = torch.arange(k1 - k0)
+        distance = at - at[k1 - k0 - (q1 - q0) :, None]
+        seen = (distance >= -before) & (distance <= after)
+        own = (x.transpose(0, 1) for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
+        out.append(scaled_dot_product_attention(*own, attn_mask=seen, scale=scale))
+    return torch.cat(out, dim=1).transpose(0, 1)
+
+
+def varlen(module, query, key, value, attention_mask, scaling=None, **keywords):
+    """What transformers makes of flash_attn_varlen_func."""
+    assert attention_mask is None and "position_ids" not in keywords
+    window = keywords.get("sliding_window") or 0
+    found = twin(
+        *(states[0].transpose(0, 1) for states in (query, key, value)),
+        *(keywords[f"cu_seq_lens_{side}"] for side in "qk"),
+        *(keywords[f"max_length_{side}"] for side in "qk"),
+        scale=scaling,
+        window_size=(window - 1, 0),
+        enable_gqa=True,
+    )
+    return found[None], None
 
 
 AttentionInterface.register("flash_varlen_oracle", varlen)
@@ -185,31 +220,16 @@ def test_a_row_taken_for_one_sequence_is_noticed(monkeypatch):
     """What check_packing is for: an attention that ignores the segments."""
     lm = model()
     check_packing(lm, share=True)
-    AttentionInterface.register(
-        "deaf", lambda *a, segments=None, **k: varlen_of_one(*a, **k)
-    )
+    AttentionInterface.register("deaf", causal)
     lm.config._attn_implementation = "deaf"
     for share in (True, False):
         with pytest.raises(PackingError, match="change each other.*%"):
             check_packing(lm, share)
 
 
-def varlen_of_one(module, query, key, value, attention_mask, **keywords):
+def causal(module, query, key, value, attention_mask, scaling=None, **_):
     """Causal over the whole row."""
-    count = torch.tensor([0, query.shape[2]])
-    keywords = {name: keywords[name] for name in ("scaling",)}
-    return varlen(
-        module,
-        query,
-        key,
-        value,
-        None,
-        cu_seq_lens_q=count,
-        cu_seq_lens_k=count,
-        max_length_q=query.shape[2],
-        max_length_k=query.shape[2],
-        **keywords,
-    )
+    return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
 
 
 def test_layers_that_are_no_plain_attention_are_named():
@@ -234,6 +254,253 @@ def test_an_attention_of_unknown_kind_is_refused():
         model(attention="some_other")
 
 
+# --- torch's varlen_attn ----------------------------------------------------------
+
+
+def counted(monkeypatch, function) -> list:
+    """The keywords of each call of `function`, which takes varlen_attn's place."""
+    calls = []
+
+    def spy(*arrays, **keywords):
+        calls.append(keywords)
+        return function(*arrays, **keywords)
+
+    monkeypatch.setattr(under_test, "varlen_attn", spy)
+    monkeypatch.setattr(under_test, "_takes_varlen", lambda *_: True)
+    return calls
+
+
+def outcome(lm, batch: dict, share: bool) -> list[torch.Tensor]:
+    """Logits of a packed row's completions, and the gradient of every weight."""
+    row = pack(batch, share)
+    logits = completion_logits(lm, model_inputs(row), completions_of(row))
+    torch.manual_seed(1)
+    weights = list(lm.parameters())
+    grads = torch.autograd.grad(logits, weights, torch.randn(logits.shape))
+    return [logits.detach(), *grads]
+
+
+def difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """The largest difference of a tensor from the expected one, in its norm."""
+    each = zip(found, expected, strict=True)
+    return max(((a - b).norm() / b.norm()).item() for a, b in each)
+
+
+# a window that cuts, and layers of two kinds
+WINDOWED = {
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+VARLEN = {
+    "llama": {},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1, **WINDOWED},
+    "qwen3": {},
+    "mistral": {"sliding_window": 5},
+    "gemma3_text": {"query_pre_attn_scalar": 50, **WINDOWED},
+}
+
+
+@pytest.mark.parametrize("share", [False, True], ids=["packed", "shared"])
+@pytest.mark.parametrize("kind", VARLEN)
+def test_one_varlen_call_per_layer_is_as_good_as_a_call_per_segment(
+    kind, share, monkeypatch
+):
+    lm = model(kind, **VARLEN[kind])
+    expected = outcome(lm, padded(PAIRS), share)
+    calls = counted(monkeypatch, twin)
+    found = outcome(lm, padded(PAIRS), share)
+    assert difference(found, expected) < 1e-5
+    windows = {"llama": [None] * 2, "qwen3": [None] * 2, "mistral": [5, 5]}
+    before = [w - 1 if w else -1 for w in windows.get(kind, [5, None])]
+    assert [call["window_size"] for call in calls] == [(w, 0) for w in before]
+    assert {call["scale"] for call in calls} == {
+        50**-0.5 if kind == "gemma3_text" else 8**-0.5
+    }
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_varlen_attn_takes_these_arguments(window, monkeypatch):
+    """torch's own function, on tensors without values: shapes, types and names."""
+    calls = counted(monkeypatch, varlen_attn)
+    lm = model("mistral", sliding_window=window).to("meta", torch.bfloat16)
+    row = pack(padded(PAIRS), share=True)
+    inputs = {
+        name: value.to("meta") if isinstance(value, torch.Tensor) else value
+        for name, value in model_inputs(row).items()
+    }
+    out = lm(**inputs, use_cache=False).logits
+    out.sum().backward()
+    assert len(calls) == 2 and out.shape == (1, sum(row["segments"].pieces), VOCAB)
+    assert all(w.grad.shape == w.shape for w in lm.parameters())
+
+
+def test_varlen_is_given_the_type_that_autocast_gives_sdpa(monkeypatch):
+    """A rotated query is in float32 where norms are, and the value beside it is not."""
+    lm, row = model(), pack(padded(PAIRS), share=True)
+    seen = []
+
+    def spy(query, key, value, *arguments, **keywords):
+        seen.append({query.dtype, key.dtype, value.dtype})
+        return twin(query, key, value, *arguments, **keywords)
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = lm(**model_inputs(row), use_cache=False).logits
+        counted(monkeypatch, spy)
+        found = lm(**model_inputs(row), use_cache=False).logits
+    assert seen == [{torch.bfloat16}] * 2
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+def test_boundaries_are_int32_on_the_device_and_python_integers():
+    segments = pack(padded(PAIRS), share=True)["segments"]
+    made = under_test._boundaries(segments, torch.device("cpu"))
+    assert made["cu_seq_lens_q"].tolist()[:3] == [0, 7, 13]
+    assert made["cu_seq_lens_k"].tolist()[:3] == [0, 7, 17]
+    assert (made["max_length_q"], made["max_length_k"]) == (16, 16)
+    assert made["cu_seq_lens_q"].dtype == torch.int32
+    assert made is under_test._boundaries(segments, torch.device("cpu"))
+
+
+def half(size: int = 64, value: int | None = None, dtype=torch.bfloat16):
+    """Query and value on a GPU that need not be there."""
+    with FakeTensorMode():
+        return (
+            torch.empty(1, 4, 8, size, dtype=dtype, device="cuda"),
+            torch.empty(1, 2, 8, value or size, dtype=dtype, device="cuda"),
+        )
+
+
+class Layer(torch.nn.Module):
+    is_causal = True
+
+
+@pytest.fixture
+def ampere(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+
+
+@pytest.mark.parametrize("size", [8, 64, 128, 192, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_varlen_serves_16_bits_on_a_gpu(size, dtype, ampere):
+    keywords = {"dropout": 0.0, "scaling": 0.1, "sliding_window": 4, "softcap": None}
+    assert under_test._takes_varlen(Layer(), *half(size, dtype=dtype), keywords)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        lambda: half(dtype=torch.float32),
+        lambda: half(dtype=torch.float64),
+        lambda: half(20),
+        lambda: half(216),
+        lambda: half(264),
+        lambda: half(192, 128),
+        lambda: [torch.empty(1, 4, 8, 64, dtype=torch.bfloat16)] * 2,
+    ],
+    ids=["float32", "float64", "20", "216", "264", "unequal", "cpu"],
+)
+def test_varlen_does_not_serve_other_tensors(tensors, ampere):
+    assert not under_test._takes_varlen(Layer(), *tensors(), {})
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"dropout": 0.1},
+        {"softcap": 30.0},
+        {"s_aux": torch.zeros(4)},
+        {"position_bias": torch.zeros(1, 4, 8, 8)},
+        {"is_causal": False},
+    ],
+    ids=lambda keywords: next(iter(keywords)),
+)
+def test_varlen_does_not_serve_what_it_has_no_argument_for(keywords, ampere):
+    assert not under_test._takes_varlen(Layer(), *half(), keywords)
+
+
+def test_varlen_does_not_serve_other_machines_or_another_sdpa(monkeypatch, ampere):
+    def takes():
+        return under_test._takes_varlen(Layer(), *half(), {})
+
+    assert takes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Layer, "is_causal", False)
+        assert not takes()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.version, "hip", "6.4")
+        assert not takes()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        assert not takes()
+    with monkeypatch.context() as patch:  # as torchao's attention in FP8 does
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", twin)
+        assert not takes()
+
+
+def test_cudnn_is_left_out_on_a_gpu_only_and_for_as_long():
+    allowed = torch.backends.cuda.cudnn_sdp_enabled
+    assert allowed()
+    with under_test._without_cudnn(torch.device("cuda")):
+        assert not allowed()
+    assert allowed()
+    with under_test._without_cudnn(torch.device("cpu")):
+        assert allowed()
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["first", "again"])
+def test_axolotls_varlen_for_sdpa_takes_no_row_apart(before, monkeypatch):
+    """`sdpa_varlen: true`: it finds sequences by positions that start at 0 again.
+
+    In a shared row a second answer starts at the length of its prompt.
+    """
+    theirs = importlib.import_module("axolotl.monkeypatch.attention.sdpa_varlen")
+    mapping, plain = AttentionInterface._global_mapping, model()
+    first = mapping["sdpa"] if before else sdpa_attention_forward
+    monkeypatch.setitem(mapping, "sdpa", first)
+    assert theirs.patch_sdpa_varlen()
+    try:
+        assert not hasattr(mapping["sdpa"], "packs")
+        found = logps(model(), padded(PAIRS), True)
+        assert hasattr(mapping["sdpa"], "packs")
+    finally:
+        theirs.unpatch_sdpa_varlen()
+    monkeypatch.undo()
+    sequences = [(p, c) for p, c, _ in PAIRS] + [(p, r) for p, _, r in PAIRS]
+    for own, (prompt, answer) in zip(found, sequences, strict=True):
+        torch.testing.assert_close(
+            own, alone(plain, prompt, answer), rtol=1e-5, atol=1e-5
+        )
+
+
+# --- long segments on a CPU -------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_bands_of_a_long_segment_see_what_it_sees(kind, attention, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(3, VOCAB, (count,), generator=generator).tolist()
+
+    batch = padded([(tokens(9), tokens(40), tokens(33)), (tokens(1), [5], tokens(4))])
+    lm = model(kind, attention, sliding_window=20 if kind == "mistral" else None)
+    expected = outcome(lm, batch, True)
+    monkeypatch.setattr(under_test, "BAND", 10)
+    found = outcome(lm, batch, True)
+    assert difference(found, expected) < 1e-5
+
+
+def test_bands_are_about_equal_and_on_a_cpu_only():
+    bands = {n: under_test._bands(n, on_cpu=True) for n in (1, 127, 255, 256, 700)}
+    assert [bands[n] for n in (1, 127, 255, 256)] == [[1], [127], [255], [128, 128]]
+    assert bands[700] == [140, 140, 140, 140, 140]
+    assert under_test._bands(700, on_cpu=False) == [700]
+
+
+# --- on a GPU ---------------------------------------------------------------------
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("share", [False, True], ids=["packed", "shared"])
@@ -251,3 +518,52 @@ def test_on_a_gpu_a_row_is_scored_like_a_padded_batch(kind, attention, share):
     ).cuda()
     enable_packing(lm)
     check_packing(lm, share)
+
+
+def on_gpu(kind: str, **config):
+    sizes = {"hidden_size": 256, "head_dim": 64, "initializer_range": 0.05}
+    return model(kind, **sizes, **config).to("cuda", torch.bfloat16)
+
+
+def operations(lm, batch: dict) -> tuple[list[torch.Tensor], str]:
+    """Hidden states and gradients of a packed row, and the operations of torch."""
+    row = pack(batch, share=True)
+    inputs = {
+        name: value.cuda() if isinstance(value, torch.Tensor) else value
+        for name, value in model_inputs(row).items()
+    }
+    with torch.profiler.profile() as profile:
+        out = lm.base_model(**inputs, use_cache=False).last_hidden_state
+        torch.manual_seed(1)
+        weights = list(lm.base_model.parameters())
+        grads = torch.autograd.grad(out, weights, torch.randn(out.shape).to(out))
+    return [out.detach(), *grads], " ".join(event.name for event in profile.events())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", VARLEN)
+def test_on_a_gpu_varlen_is_as_good_as_the_loop_and_neither_asks_cudnn(
+    kind, monkeypatch
+):
+    lm = on_gpu(kind, **VARLEN[kind])
+    found, names = operations(lm, padded(PAIRS))
+    assert "_varlen_attn" in names and "_varlen_attn_backward" in names
+    assert "cudnn_attention" not in names
+    monkeypatch.setattr(under_test, "_takes_varlen", lambda *_: False)
+    expected, names = operations(lm, padded(PAIRS))
+    assert "scaled_dot_product" in names and "cudnn_attention" not in names
+    assert difference(found, expected) < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_boundaries_wait_for_nothing():
+    segments = pack(padded(PAIRS), share=True)["segments"]
+    device = torch.zeros(1, device="cuda").device
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made = under_test._boundaries(segments, device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert made["cu_seq_lens_q"].tolist()[:3] == [0, 7, 13]

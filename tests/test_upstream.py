@@ -21,8 +21,10 @@ from axolotl.utils.config import validate_config
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from axolotl.utils.schemas.datasets import DPODataset
 from axolotl.utils.schemas.validation import RLValidationMixin
+from torch.nn.attention import varlen
 from transformers import Trainer, masking_utils
 from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mixtral import modeling_mixtral
@@ -36,7 +38,7 @@ from axolotl_edpo.args import HANDED_ON, Moving
 from axolotl_edpo.entries import FIELDS, IGNORED
 from axolotl_edpo.loss_types import LOSSES, REFUSED, SFT
 from axolotl_edpo.plugin import PLUGIN
-from axolotl_edpo.upstream import automatic_plugins
+from axolotl_edpo.upstream import automatic_plugins, varlen_shares_heads
 
 
 def source(thing) -> str:
@@ -280,6 +282,33 @@ def test_flash_attention_takes_boundaries_and_passes_keywords_on():
         assert f"cu_seq_lens_{side}" in names, "attention.py: _boundaries"
         assert f"max_length_{side}" in names, "attention.py: _boundaries"
     assert "**kwargs" in source(flash_attention_forward), "attention.py: _varlen"
+
+
+def test_torchs_varlen_attention_has_these_arguments_and_asks_no_cudnn_for_them():
+    names = [*inspect.signature(varlen.varlen_attn).parameters]
+    first = ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert names[:7] == first, "attention.py: _varlen"
+    assert {"scale", "window_size"} <= {*names[7:]}, "attention.py: _varlen"
+    assert varlen_shares_heads() == {
+        name: True for name in names if name == "enable_gqa"
+    }, "upstream.py: varlen_shares_heads"
+    text = source(varlen)
+    assert "is_causal = window_size == (-1, 0)" in text, "attention.py: _varlen"
+    # 2.14 asks cuDNN, but not where a window ends on the right
+    asked = getattr(varlen, "_can_use_cudnn", None)
+    if asked:
+        line = "if window_size != [-1, -1]:\n        return False"
+        assert line in source(asked), "attention.py: _varlen"
+    else:
+        assert "True" not in source(varlen._should_use_cudnn), "attention.py: _varlen"
+
+
+def test_sdpa_is_looked_up_when_it_is_called_and_takes_no_cap_and_no_sink():
+    text = source(sdpa_attention_forward)
+    assert "torch.nn.functional.scaled_dot_product_attention(" in text, "attention.py"
+    assert "softcap" not in text and "s_aux" not in text, "attention.py: BEYOND_VARLEN"
+    names = inspect.signature(sdpa_attention_forward).parameters
+    assert {"dropout", "is_causal"} <= names.keys(), "attention.py: _takes_varlen"
 
 
 def test_gradient_checkpointing_keeps_the_keywords_of_a_layer():
