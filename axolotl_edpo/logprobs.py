@@ -485,7 +485,7 @@ def _forward(
         stats, lse = _finish(call, sums)
     if kept is not None:
         kept.factors[:-1] = -torch.exp(kept.factors[:-1] - lse)
-        kept.factors[-1] = call.policy.slope(sums[LOGIT_Y])
+        kept.factors[-1].fill_(1).mul_(call.policy.slope(sums[LOGIT_Y]))
     return stats, lse, gradients
 
 

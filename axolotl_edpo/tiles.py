@@ -57,7 +57,7 @@ def tile_size(tokens: int) -> int:
 def new_sums(tokens: int, device: torch.device) -> torch.Tensor:
     """Sums over an empty vocabulary, shape (FIELDS, tokens)."""
     sums = torch.zeros(FIELDS, tokens, device=device)
-    sums[TOP] = -torch.inf
+    sums[TOP].fill_(-torch.inf)
     return sums
 
 

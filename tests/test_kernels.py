@@ -5,11 +5,17 @@ What the kernels compute is tested in test_logprobs.py, where they are interpret
 
 import subprocess
 import sys
+from collections import defaultdict
+from contextlib import nullcontext
 
 import pytest
 import torch
 from test_logprobs import assert_as_exact_as_pytorch, gradients, inputs, naive
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from axolotl_edpo import kernels, logprobs
 from axolotl_edpo.head import Head
 from axolotl_edpo.logprobs import token_stats
 
@@ -54,6 +60,46 @@ def test_every_kernel_compiles_for_a_gpu_that_is_not_here(architecture, monkeypa
     assert len(built) == 7
     # bytes of a kernel, and how often it runs out of registers
     assert all(size > 1000 and not spilled for size, spilled in built)
+
+
+class Operators(TorchDispatchMode):
+    """Notes every operator, and refuses tensors that are not on the GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.seen.add(operator.overloadpacket)
+        found = operator(*args, **(kwargs or {}))
+        for x in tree_leaves((args, found)):
+            assert not isinstance(x, torch.Tensor) or x.is_cuda, operator
+        return found
+
+
+@pytest.mark.parametrize("trained", [None, "kept", "again"])
+def test_the_host_never_waits_for_the_gpu(trained, monkeypatch):
+    """On tensors that are on a GPU by name only: to read one is an error there."""
+    for name in ("_add_tile_kernel", "_gradient_tile_kernel", "_rescale_kernel"):
+        monkeypatch.setattr(kernels, name, defaultdict(lambda: lambda *_, **__: None))
+    monkeypatch.setattr(torch.cuda, "device_of", lambda _: nullcontext())
+    monkeypatch.setattr(logprobs, "KEPT_BYTES", 2**29 if trained == "kept" else 0)
+    with FakeTensorMode():
+        kind = dict(device="cuda", dtype=torch.bfloat16)
+        h = torch.empty(5000, 64, **kind, requires_grad=True)
+        w = torch.empty(9001, 64, **kind, requires_grad=trained is not None)
+        y = torch.empty(5000, device="cuda", dtype=torch.int64)
+        with pytest.raises(DataDependentOutputException):
+            y[0].item()
+        with Operators() as operators:
+            stats = token_stats(h, h.detach(), Head(w), Head(w.detach()), y, 0.01)
+            gradients = stats.policy_logp.grad_fn.apply(*stats)
+    assert [g.shape for g in gradients if g is not None] == [
+        x.shape for x in (h, w) if x.requires_grad
+    ]
+    aten = torch.ops.aten
+    assert aten.addmm in operators.seen
+    assert (aten.index_put_ in operators.seen) == (trained == "kept")
 
 
 def test_the_op_needs_torch_alone():
