@@ -52,11 +52,13 @@ class Section(NamedTuple):
         function: `module:function`, which gets a `gpu_child.Notes`.
         seconds: What it needs on an H100, by estimate.
         purpose: One line.
+        needs_gpu: Whether there is nothing to run on a CPU.
     """
 
     function: str
     seconds: int
     purpose: str
+    needs_gpu: bool = False
 
 
 SECTIONS = {
@@ -76,10 +78,13 @@ SECTIONS = {
         "gpu_op:attention", 40, "a packed row of shared prompts through one layer"
     ),
     "sanitizer": Section(
-        "gpu_op:sanitizer", 45, "memcheck of the kernels, counters of one of them"
+        "gpu_op:sanitizer", 45, "memcheck of the kernels, counters of one of them", True
     ),
     "sync": Section(
-        "gpu_training:sync", 70, "where the host waits for the GPU, and the GPU for it"
+        "gpu_training:sync",
+        70,
+        "where the host waits for the GPU, and how busy that keeps it",
+        needs_gpu=True,
     ),
     "train": Section(
         "gpu_training:train", 170, "training steps beside axolotl's `rl: dpo`"
@@ -95,13 +100,13 @@ SECTIONS = {
 
 
 def install_wheels() -> str:
-    """Installs what `make gpu-wheels` collected, if anything, in a folder here.
+    """Installs what `make gpu-wheels` collected in a folder here, if axolotl is missing.
 
     Returns:
         What came of it.
     """
     wheels = [str(path) for path in sorted(WHEELS.glob("*.whl"))]
-    if not wheels:
+    if not wheels or importlib.util.find_spec("axolotl") is not None:
         return "none"
     options = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--upgrade"]
     command = [sys.executable, "-m", "pip", "install", *options]
@@ -247,7 +252,25 @@ def run_section(section: Section, seconds: float, work: Path, put) -> None:
         told(status="failed", reason=f"its process ended with {code}", traceback=lines)
 
 
-def run(sections: dict[str, Section], asked: Sequence[str], out: Path, budget: float):
+def unrun(
+    name: str, section: Section, asked: Sequence[str], left: float
+) -> dict[str, str]:
+    """Why a section does not run with so many seconds left; empty where it does."""
+    if name not in asked:
+        return {"status": "not asked for"}
+    if section.needs_gpu and not ON_GPU:
+        return {"status": "needs a GPU"}
+    needs = section.seconds if ON_GPU else min(section.seconds, TOY_SECONDS)
+    if left < needs:
+        left = max(left, 0)
+        reason = f"it needs about {needs} s, and {left:.0f} s were left"
+        return {"status": "no time", "reason": reason}
+    return {}
+
+
+def run(
+    sections: dict[str, Section], asked: Sequence[str], out: Path, budget: float
+) -> None:
     """Runs the sections that are asked for, in order, within the budget.
 
     Args:
@@ -261,22 +284,17 @@ def run(sections: dict[str, Section], asked: Sequence[str], out: Path, budget: f
     results = Results(out, about(install_wheels()), list(sections))
     with tempfile.TemporaryDirectory(prefix="edpo_gpu_") as folder:
         for name, section in sections.items():
-            if name not in asked:
-                results.put(name, status="not asked for")
-                continue
-            needs = section.seconds if ON_GPU else min(section.seconds, TOY_SECONDS)
             left = finish - time.time()
-            if left < needs:
-                reason = f"it needs about {needs} s, and {max(left, 0):.0f} s were left"
-                results.put(name, status="no time", reason=reason)
-                print(f"{name}: {reason}", flush=True)
-                continue
-            print(f"{name}: {section.purpose} ...", flush=True)
-            work = Path(folder, name)
-            work.mkdir()
             shown = Shown(name, results)
-            run_section(section, left, work, shown)
-            print(f"  {shown.summary()}", flush=True)
+            if why := unrun(name, section, asked, left):
+                shown(**why)
+            else:
+                print(f"{name}: {section.purpose} ...", flush=True)
+                work = Path(folder, name)
+                work.mkdir()
+                run_section(section, left, work, shown)
+            if name in asked:
+                print(f"{name}: {shown.summary()}", flush=True)
 
 
 class Shown:
@@ -296,9 +314,9 @@ class Shown:
 
     def summary(self) -> str:
         """How the section ended."""
-        reason = self._entries.get("reason")
-        told = f"{self._entries['status']} after {self._entries['seconds']} s"
-        return f"{told}: {reason}" if reason else told
+        status, reason = (self._entries.get(key) for key in ("status", "reason"))
+        spent = f"{self._entries['seconds']} s" if "seconds" in self._entries else ""
+        return ", ".join(filter(None, [status, spent, reason]))
 
 
 # --- report ----------------------------------------------------------------------

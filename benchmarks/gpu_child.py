@@ -21,10 +21,6 @@ import psutil
 TRACEBACK_LINES = 12
 
 
-class NeedsGPU(Exception):
-    """A section that has nothing to measure on a CPU."""
-
-
 class Notes:
     """What a section found, by name, in the order it was found.
 
@@ -83,8 +79,6 @@ def measure(function: str, notes: Notes) -> None:
     module, name = function.split(":")
     try:
         getattr(importlib.import_module(module), name)(notes)
-    except NeedsGPU:
-        notes.close("needs a GPU")
     except (Exception, SystemExit) as error:
         lines = traceback.format_exc().splitlines()[-TRACEBACK_LINES:]
         reason = f"{type(error).__name__}: {error}"
