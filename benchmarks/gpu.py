@@ -39,7 +39,7 @@ ROOT = HERE.parent
 WHEELS, SITE = ROOT / "build" / "gpu-wheels", ROOT / "build" / "gpu-site"
 ON_GPU = torch.cuda.is_available()
 TOY_SECONDS = 5  # what a section needs on a CPU, at least
-RESERVE = 2.0  # seconds kept for ending a process and writing
+RESERVE = 5.0  # seconds kept for ending a process, writing and cleaning up
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "bitsandbytes")
 PACKAGES += ("axolotl", "trl", "liger-kernel", "flash-attn", "axolotl-edpo")
 LOG_LINES = 12
@@ -100,7 +100,7 @@ SECTIONS = {
 
 
 def install_wheels() -> str:
-    """Installs what `make gpu-wheels` collected in a folder here, if axolotl is missing.
+    """Installs what `make gpu-wheels` collected, if axolotl is missing.
 
     Returns:
         What came of it.

@@ -222,6 +222,7 @@ CONTENDERS = {
     "dpo, chunked head, LoRA": ("dpo-chunked", "sdpa", "lora"),
     "shared, LoRA": ("shared", "sdpa", "lora"),
 }
+TOY_CONTENDERS = ("dpo, chunked head", "shared", "cached", "shared, LoRA")
 
 
 def train(note: Notes) -> None:
@@ -241,15 +242,21 @@ def train(note: Notes) -> None:
         runs[name] = [train_noted(note, name, world, path, contender, options)]
         train_step.check_same_work(runs)
 
-    guard(note, {name: partial(measure, name) for name in CONTENDERS if possible(name)})
-    for name in CONTENDERS:
-        if not possible(name):
-            note(name, "needs a GPU")
+    reasons = {name: lacks(name) for name in CONTENDERS}
+    guard(note, {n: partial(measure, n) for n, reason in reasons.items() if not reason})
+    for name, reason in reasons.items():
+        if reason:
+            note(name, reason)
 
 
-def possible(name: str) -> bool:
-    """FlashAttention is nothing for a CPU."""
-    return ON_GPU or CONTENDERS[name][1] != FLASH
+def lacks(name: str) -> str:
+    """Why a contender cannot run here; empty where it can."""
+    contender, attention, _ = CONTENDERS[name]
+    if attention == FLASH and not ON_GPU:
+        return "needs a GPU"
+    if not (ON_GPU or name in TOY_CONTENDERS):
+        return "left out at toy sizes"
+    return train_step.lacks_liger() if contender == "dpo-chunked" else ""
 
 
 def guard(note: Notes, runs: dict[str, Callable[[], Any]]) -> None:

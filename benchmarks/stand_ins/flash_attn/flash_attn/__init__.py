@@ -34,7 +34,6 @@ def flash_attn_varlen_func(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
-    deterministic: bool = False,
     **others: Any,
 ) -> torch.Tensor:
     """Attention of sequences that follow each other in one row.
@@ -52,15 +51,18 @@ def flash_attn_varlen_func(
         causal: Whether the last query sees all keys, the one before one less.
         window_size: Keys seen before and after; -1: all.
         softcap: 0.
-        deterministic: Not read.
         **others: None of them set.
 
     Returns:
         Shape (queries, heads, size).
+
+    Raises:
+        NotImplementedError: If torch's kernels do not take what is asked for.
     """
     asked = [name for name, value in others.items() if value not in (None, False)]
-    if dropout_p or softcap or asked:
-        raise NotImplementedError(f"no dropout, no softcap, no {', '.join(asked)}")
+    asked += ["dropout_p"] * bool(dropout_p) + ["softcap"] * bool(softcap)
+    if asked:
+        raise NotImplementedError(f"torch's kernels have no {', '.join(asked)}")
     left, right = window_size
     return varlen_attn(
         q,

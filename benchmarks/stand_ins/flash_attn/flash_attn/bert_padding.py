@@ -4,11 +4,6 @@ import torch
 import torch.nn.functional as F
 
 
-def index_first_axis(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The rows of these indices."""
-    return x[index]
-
-
 def unpad_input(hidden: torch.Tensor, mask: torch.Tensor) -> tuple:
     """What the mask leaves.
 
