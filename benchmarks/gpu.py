@@ -8,7 +8,8 @@ Sections run in the order of their value, each in a process of its own: an error
 fault of CUDA costs that section only. `gpu.json` and `gpu.md` in DIR are written anew
 whenever something was found, so that a run that is cut has left all it had. A section
 does not start when less than it needs is left of the budget, and is stopped when the
-budget is used up.
+budget is used up. All of them need about eleven minutes by estimate; where one command
+may not take so long, run the second half with --only, and record both files together.
 
 The machine may have no network: wheels that `make gpu-wheels` collected are installed
 in `build/gpu-site`, for this benchmark alone. Where flash-attn and wandb are missing,

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from gpu_child import Notes
+from gpu_child import Notes, end
 from head import EPSILON, ON_GPU, Shape
 from measure import peak_extra_bytes
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -276,8 +276,7 @@ def tests(note: Notes) -> None:
         RuntimeError: If one fails.
     """
     files = ["test_kernels.py", "test_logprobs.py", "test_attention.py"]
-    # on a CPU a few, without axolotl, whose imports take longer than they do
-    chosen = [] if ON_GPU else ["--noconftest", "-k", "exactly_zero and eager"]
+    chosen = [] if ON_GPU else ["-k", "exactly_zero and eager"]  # a few
     workers = ["-n", "8"] if ON_GPU and importlib.util.find_spec("xdist") else []
     report = Path("tests.xml").resolve()
     command = [sys.executable, "-m", "pytest", *files, *chosen, *workers]
@@ -432,24 +431,25 @@ def attention(note: Notes) -> None:
         f"{8 if ON_GPU else 2} pairs of shared prompts in one row, {heads} heads, "
         f"{groups} of keys, size {size}, bfloat16",
     )
-    for name, attend in contenders(heads, groups, size).items():
+    for name, make in contenders(heads, groups, size).items():
         try:
-            note(name, times_of(attend, heads, groups, size))
+            note(name, times_of(make(), heads, groups, size))
         except Exception as error:  # of a kernel that is not there
             note(name, f"{type(error).__name__}: {error}")
 
 
-def contenders(heads: int, groups: int, size: int) -> dict[str, Callable[..., Any]]:
-    """Each takes query, key and value of shape (1, heads, length, size), segments."""
-    ways = {
-        "one SDPA call per segment": sdpa_per_segment,
-        "the same without cuDNN": sdpa_without_cudnn,
-        "ours, `sdpa`": packed_attention("sdpa", heads, groups, size),
+def contenders(heads: int, groups: int, size: int) -> dict[str, Callable[[], Any]]:
+    """Each makes a function of query, key, value (1, heads, length, size), segments."""
+    sizes = heads, groups, size
+    ways: dict[str, Callable[[], Any]] = {
+        "one SDPA call per segment": lambda: sdpa_per_segment,
+        "the same without cuDNN": lambda: sdpa_without_cudnn,
+        "ours, `sdpa`": lambda: packed_attention("sdpa", *sizes),
     }
     if ON_GPU:
-        ways["torch.nn.attention.varlen"] = torch_varlen
-        flash = packed_attention("flash_attention_2", heads, groups, size)
-        ways["ours, `flash_attention_2`"] = flash
+        ways["torch.nn.attention.varlen"] = lambda: torch_varlen
+        flash = "flash_attention_2"
+        ways[f"ours, `{flash}`"] = lambda: packed_attention(flash, *sizes)
     return ways
 
 
@@ -600,7 +600,7 @@ PROGRAMS = {
     "compute-sanitizer": ["--tool", "memcheck"],
     "ncu": ["--clock-control", "none", "-k", "regex:add_tile", "-c", "1"],
 }
-PROGRAM_SECONDS = 60
+PROGRAM_SECONDS = 40
 
 
 def sanitizer(note: Notes) -> None:
@@ -613,19 +613,26 @@ def sanitizer(note: Notes) -> None:
             note(name, "not found")
             continue
         command = [path, *options, *run[:2], run[2].format(calls[name])]
-        try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=PROGRAM_SECONDS,
-            )
-        except subprocess.TimeoutExpired:
-            note(name, f"not done after {PROGRAM_SECONDS} s")
-            continue
-        lines = (done.stdout + done.stderr).splitlines()
-        note(name, [f"exit {done.returncode}", *telling(name, lines)])
+        code, lines = output_of(command, PROGRAM_SECONDS)
+        ended = f"exit {code}" if code is not None else "stopped, it took too long"
+        note(name, [ended, *telling(name, lines)])
+
+
+def output_of(command: list[str], seconds: float) -> tuple[int | None, list[str]]:
+    """Exit status and output of a program; None where it was stopped."""
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        text, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        end(process.pid)  # with what it started, which holds the pipe
+        return None, process.communicate()[0].splitlines()
+    return process.returncode, text.splitlines()
 
 
 def find_program(name: str) -> str | None:
@@ -638,15 +645,13 @@ def find_program(name: str) -> str | None:
 
 
 def telling(name: str, lines: list[str]) -> list[str]:
-    """The lines that say what was found."""
-    if name == "ncu":
-        wanted = r"Duration|Throughput|Registers Per|Occupancy|Waves|Block Size|Grid"
-        return [
-            re.sub(r"\s+", " ", line).strip()
-            for line in lines
-            if re.search(wanted, line)
-        ] or lines[-5:]
-    return [line for line in lines if "=========" in line][-8:] or lines[-5:]
+    """The lines that say what was found, else the last ones."""
+    wanted = {
+        "compute-sanitizer": "=====",
+        "ncu": "Duration|Throughput|Registers Per|Occupancy|Waves|Block Size|Grid Size",
+    }
+    found = [line for line in lines if re.search(wanted[name], line)]
+    return [re.sub(r"\s+", " ", line).strip() for line in found[-12:] or lines[-5:]]
 
 
 def small_call() -> None:

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import gc
 import io
+import os
 import random
 import subprocess
 import sys
@@ -395,8 +396,7 @@ class Auditor(TrainerCallback):
             torch.cuda.set_sync_debug_mode("warn")
         if state.global_step == 2:
             torch.cuda.synchronize()
-            kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-            self._profile = profile(activities=kinds)
+            self._profile = profile(activities=[ProfilerActivity.CUDA])
             self._profile.__enter__()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -448,10 +448,11 @@ def sync(note: Notes) -> None:
         (event.time_range.start, event.time_range.end)
         for event in Audit.found["profile"].events()
         if event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.is_user_annotation  # a range of the host's
     ]
     whole = max(stop for _, stop in on_gpu) - min(start for start, _ in on_gpu)
-    note("share of a step in which the GPU is busy", busy(on_gpu) / whole)
-    note("the step, ms", whole / 1e3)
+    note("an optimizer step from its first kernel to its last, ms", whole / 1e3)
+    note("share of it in which the GPU is busy", busy(on_gpu) / whole)
     note("kernels and copies in it", len(on_gpu))
 
 
@@ -481,12 +482,13 @@ def rest(note: Notes) -> None:
     tiny = LlamaConfig.from_dict({**TOY.to_dict(), "hidden_size": 64, "head_dim": 16})
     world = World(Path("world").resolve(), tiny, 4, weights=True)
     note("shapes", described(world))
+    env = dict(os.environ)  # axolotl writes into it as it trains
     four_bit = {"adapter": "qlora", "load_in_4bit": True, "bf16": True}
     ways: dict[str, Callable[[], dict[str, Any]]] = {
         "QLoRA, NF4": lambda: here(world, "qlora", "lora", **four_bit),
         "LoRA, fp16": lambda: here(world, "fp16", "lora", fp16=True, bf16=False),
-        "torchrun, DDP": lambda: launched(world, "ddp"),
-        "torchrun, FSDP2": lambda: launched(world, "fsdp2", **FSDP2),
+        "torchrun, DDP": lambda: launched(world, env, "ddp"),
+        "torchrun, FSDP2": lambda: launched(world, env, "fsdp2", **FSDP2),
     }
     able = {name: way for name, way in ways.items() if ON_GPU or name in ON_ANY_DEVICE}
     guard(note, {name: partial(noted, note, name, way) for name, way in able.items()})
@@ -527,7 +529,7 @@ def course(output: str) -> dict[str, Any]:
     }
 
 
-def launched(world: World, name: str, **keys: Any) -> dict[str, Any]:
+def launched(world: World, env: dict, name: str, **keys: Any) -> dict[str, Any]:
     """The same under torchrun, on one rank, over NCCL.
 
     Raises:
@@ -537,7 +539,7 @@ def launched(world: World, name: str, **keys: Any) -> dict[str, Any]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", "1", "-m", "axolotl.cli.train", str(path)]
     done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
     if done.returncode:
         end = "\n".join((done.stdout + done.stderr).splitlines()[-15:])

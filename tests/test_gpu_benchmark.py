@@ -18,6 +18,7 @@ BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 gpu = importlib.import_module("gpu")
 gpu_op = importlib.import_module("gpu_op")
+gpu_training = importlib.import_module("gpu_training")
 gpu_wheels = importlib.import_module("gpu_wheels")
 
 TOY_BUDGET = 400
@@ -246,6 +247,28 @@ def test_steps_are_signs_that_both_sides_agree_on():
     plus = torch.tensor([1.0, -1.0, 1.0, 0.0, 0.0, 0.0])
     assert gpu_op.steps(plus, -plus, length=1).tolist() == [1, -1, 1]
     assert gpu_op.steps(plus, plus, length=1).tolist() == [0, 0, 0]
+
+
+def test_a_program_that_takes_too_long_is_stopped_with_what_it_started():
+    command = ["sh", "-c", "sleep 300 & echo $!; wait"]
+    code, lines = gpu_op.output_of(command, 1.0)
+    assert code is None and len(lines) == 1
+    wait_until(lambda: is_gone(int(lines[0])))
+    assert gpu_op.output_of(["sh", "-c", "echo told; exit 3"], 60) == (3, ["told"])
+
+
+def test_a_gpu_is_busy_where_any_kernel_runs():
+    assert gpu_training.busy([(5, 6), (0, 2), (1, 3), (1, 1.5)]) == 4
+
+
+def test_places_that_wait_for_the_gpu_are_counted_by_their_stack():
+    auditor = gpu_training.Auditor({})
+    for message in (gpu_training.WARNING, gpu_training.WARNING, "something else"):
+        auditor._notice(message, UserWarning, "a.py", 1)
+    ((where, count),) = auditor._places.items()
+    assert count == 2
+    own = "test_places_that_wait_for_the_gpu_are_counted_by_their_stack"
+    assert where.endswith(f" {own}")
 
 
 # --- results and options ----------------------------------------------------------
