@@ -345,7 +345,7 @@ def tables(found: dict[str, Any]) -> list[str]:
     for columns in dict.fromkeys(map(tuple, rows.values())):
         lines += ["", row("", *columns), row(*["---"] * (len(columns) + 1))]
         lines += [
-            row(name, *map(cell, value.values()))
+            row(*map(cell, [name, *value.values()]))
             for name, value in rows.items()
             if tuple(value) == columns
         ]

@@ -370,7 +370,7 @@ WARNING = "called a synchronizing CUDA operation"
 
 
 class Audit(BasePlugin):
-    """Watches the second optimizer step for waiting, and profiles the third."""
+    """Watches one optimizer step for waiting, and profiles the next."""
 
     found: dict[str, Any] = {}
 
@@ -380,14 +380,17 @@ class Audit(BasePlugin):
 
 
 class Auditor(TrainerCallback):
-    """Fills `found` with the places that waited, and with the profile."""
+    """Fills `found` with the places that waited, and with the profile.
+
+    A step is what lies between the ends of two: logging and collation are in it.
+    """
 
     def __init__(self, found: dict[str, Any]):
         self._found = found
         self._places: Counter[str] = Counter()
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        """Of the second and of the third step."""
+    def on_step_end(self, args, state, control, **kwargs):
+        """The second step is watched, the third profiled."""
         if state.global_step == 1:
             self._noticing = warnings.catch_warnings()
             self._noticing.__enter__()
@@ -395,16 +398,11 @@ class Auditor(TrainerCallback):
             warnings.showwarning = self._notice
             torch.cuda.set_sync_debug_mode("warn")
         if state.global_step == 2:
-            torch.cuda.synchronize()
-            self._profile = profile(activities=[ProfilerActivity.CUDA])
-            self._profile.__enter__()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Likewise."""
-        if state.global_step == 2:
             torch.cuda.set_sync_debug_mode("default")
             self._noticing.__exit__(None, None, None)
             self._found["places"] = self._places
+            self._profile = profile(activities=[ProfilerActivity.CUDA])
+            self._profile.__enter__()
         if state.global_step == 3:
             torch.cuda.synchronize()
             self._profile.__exit__(None, None, None)
