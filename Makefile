@@ -4,6 +4,11 @@
 #   make study  ε-DPO, DPO, β-DPO and TR-DPO on a world with a known true reward
 #   make bench  head, training runs and balance, measured; writes benchmarks/RESULTS.md
 #   make lint   what pre-commit checks
+# And with the Python that is there, in .venv or not, so that a machine without network
+# and with a GPU can run it; results are in build/gpu:
+#   make gpu         all that is to be measured on a GPU, within BUDGET seconds
+#   make gpu-wheels  before that, elsewhere: what such a machine lacks, into
+#                    build/gpu-wheels, which travels with the working tree
 
 # What .venv is made with; without it, the first of Python 3.12, 3.13 and 3.11 that is
 # found (tools/find-python).
@@ -18,7 +23,7 @@ export AXOLOTL_DO_NOT_TRACK ?= 1
 # further. Set TORCH to another one, or to the path or URL of a wheel.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo study test bench lint clean venv
+.PHONY: demo study test bench gpu gpu-wheels lint clean venv
 
 venv:
 	@PATH="$(PATH_OUTSIDE)" tools/make-venv $(VENV) "$(PYTHON)"
@@ -69,6 +74,17 @@ bench: $(VENV)/installed-test
 	for adapter in "" "--adapter lora"; do python benchmarks/train_step.py \
 		$(addprefix --data ,$(DATA)) $(BODY) $(PATHS) $$adapter --write || exit; done
 	python benchmarks/balance.py $(addprefix --data ,$(DATA)) --write
+
+BUDGET ?= 400
+OUT ?= build/gpu
+# Sections, comma-separated; without it all of them.
+ONLY ?=
+
+gpu:
+	python3 benchmarks/gpu.py --out "$(OUT)" --budget $(BUDGET) $(addprefix --only ,$(ONLY))
+
+gpu-wheels:
+	"$$(tools/find-python 3.12)" benchmarks/gpu_wheels.py
 
 lint: $(VENV)/installed-dev
 	ruff check .

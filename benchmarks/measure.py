@@ -5,6 +5,7 @@ import ctypes
 import datetime
 import gc
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -20,8 +21,12 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 def environment(*packages: str) -> str:
     """Date, device, threads, versions and commit, in one line."""
     versions = (f"{name} {importlib.metadata.version(name)}" for name in packages)
-    today = datetime.date.today().isoformat()
-    return ", ".join([today, device_name(), *versions, f"commit {commit()}"])
+    return ", ".join([today(), device_name(), *versions, f"commit {commit()}"])
+
+
+def today() -> str:
+    """The date."""
+    return datetime.date.today().isoformat()
 
 
 def device_name() -> str:
@@ -36,7 +41,10 @@ def device_name() -> str:
 
 
 def commit() -> str:
-    """The commit that is checked out, and whether the tree differs from it."""
+    """The commit that is checked out, and whether the tree differs from it.
+
+    EDPO_COMMIT names it where the sources were copied to without their .git folder.
+    """
 
     def git(*command: str) -> str:
         done = subprocess.run(
@@ -44,6 +52,8 @@ def commit() -> str:
         )
         return done.stdout.strip() if done.returncode == 0 else ""
 
+    if given := os.environ.get("EDPO_COMMIT"):
+        return given
     changed = " + changes" if git("status", "--porcelain", "../axolotl_edpo") else ""
     return (git("rev-parse", "--short", "HEAD") or "unknown") + changed
 
@@ -84,10 +94,10 @@ def _status(field: str) -> int:
     return int(found[1]) * 1024
 
 
-def append_results(section: str, text: str) -> None:
+def append_results(section: str, text: str, into: Path = RESULTS) -> None:
     """Adds a section to RESULTS.md, or replaces the one of that name."""
-    old = RESULTS.read_text() if RESULTS.exists() else "# Benchmark results\n"
+    old = into.read_text() if into.exists() else "# Benchmark results\n"
     parts = re.split(r"(?m)^(?=## )", old)
     kept = [part for part in parts if not part.startswith(f"## {section}\n")]
     new = "".join(kept).rstrip() + f"\n\n## {section}\n\n{text.strip()}\n"
-    RESULTS.write_text(new)
+    into.write_text(new)

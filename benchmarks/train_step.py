@@ -289,6 +289,7 @@ class Probe(BasePlugin):
         """A run begins, of which there may be several in a process."""
         self.imports_bytes: int | None = None
         self.logits_bytes = 0
+        self._trainer = self._clock = None  # those of the run before
 
     def pre_model_load(self, cfg) -> None:
         """Notes the memory in use; the reference comes here after the policy."""
