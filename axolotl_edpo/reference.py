@@ -28,7 +28,6 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
-from trl.models.utils import disable_gradient_checkpointing
 
 from . import backbone, engine, precompute
 from .args import PRECOMPUTE
@@ -39,6 +38,7 @@ from .head import Head, as_autocast
 from .identity import identity_of
 from .precompute import CacheSettings
 from .store import Store
+from .switches import without_checkpointing
 
 LOG = get_logger(__name__)
 
@@ -214,8 +214,7 @@ class PairReference(PairFeed):
 
     @contextmanager
     def _without_gradient(self) -> Iterator[None]:
-        kwargs = self.args.gradient_checkpointing_kwargs
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, kwargs):
+        with torch.no_grad(), without_checkpointing(self.model):
             yield
 
     @contextmanager

@@ -21,7 +21,9 @@ from axolotl.utils.config import validate_config
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from axolotl.utils.schemas.datasets import DPODataset
 from axolotl.utils.schemas.validation import RLValidationMixin
-from transformers import Trainer, masking_utils
+from peft import LoraModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from transformers import PreTrainedModel, Trainer, masking_utils
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -285,6 +287,23 @@ def test_flash_attention_takes_boundaries_and_passes_keywords_on():
 def test_gradient_checkpointing_keeps_the_keywords_of_a_layer():
     text = source(GradientCheckpointingLayer.__call__)
     assert "partial(super().__call__, **kwargs)" in text, "attention.py: segments"
+
+
+def test_a_flag_on_modules_says_what_is_checkpointed():
+    text = source(PreTrainedModel.is_gradient_checkpointing.fget)
+    assert "m.gradient_checkpointing for m in self.modules()" in text, "switches.py"
+    text = source(GradientCheckpointingLayer.__call__)
+    assert "if self.gradient_checkpointing and self.training:" in text, "switches.py"
+
+
+def test_peft_takes_adapters_into_use_by_walks_over_all_modules():
+    """They set attributes of modules, and `requires_grad`, which has no forward."""
+    for name in ("enable_adapters", "set_adapter"):
+        text = source(getattr(BaseTunerLayer, name))
+        assert "_set_layer_requires_grad(layer, " in text, "switches.py: _record"
+    text = source(BaseTuner._enable_adapter_layers)
+    assert "for module in self.model.modules():" in text, "switches.py is superfluous"
+    assert "_enable_adapter_layers" not in vars(LoraModel), "switches.py: LoraModel"
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gemma2"])
