@@ -97,6 +97,16 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: batch[name] for name in MODEL_INPUTS if name in batch}
 
 
+def each_tensor(
+    batch: Mapping[str, Any], change: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, Any]:
+    """A batch in which every tensor was handed to a function."""
+    return {
+        name: change(value) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+
+
 def select_completions(
     input_ids: torch.Tensor, completion_mask: torch.Tensor
 ) -> Completions:
