@@ -214,7 +214,6 @@ def head_of(model: PreTrainedModel, adapters: Sequence[str] | None = None) -> He
         HeadError: If the head is not known, or the config names a transform of the
             logits that is not known.
     """
-    module: Any
     module, names = _head_in_use(model, adapters)
     config = model.config.get_text_config()
     lora = tuple(_low_rank(module, name) for name in names)
@@ -309,14 +308,14 @@ def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 
 def _head_in_use(
     model: PreTrainedModel, adapters: Sequence[str] | None
-) -> tuple[nn.Module, list[str]]:
+) -> tuple[Any, list[str]]:
     """The head's module without PEFT's wrappers that are not in use.
 
     Returns:
         The module, and the LoRA adapters that add to its output: none, unless it is a
         `LoraLayer`.
     """
-    module: Any = model.get_output_embeddings()
+    module = model.get_output_embeddings()
     if isinstance(module, ModulesToSaveWrapper):
         name = next(iter(_in_use(module, adapters)), None)
         use_copy = name in module.modules_to_save

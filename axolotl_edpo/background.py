@@ -47,3 +47,10 @@ def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         return tensor
     with torch.cuda.device(device):  # a thread begins with the first GPU
         return tensor.pin_memory()
+
+
+def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor of the host's on a device that is not waited for."""
+    if tensor.device.type == "cpu":
+        tensor = pinned(tensor, device)
+    return tensor.to(device, non_blocking=True)

@@ -23,7 +23,7 @@ from torch import nn
 
 from . import engine, guard
 from .backbone import causal_lm
-from .background import in_background, pinned
+from .background import in_background, on_device, pinned
 from .batch import each_tensor
 from .collator import PairCollator, keep_examples, pairs_in
 from .pairs import check_tokens, long_pairs
@@ -60,6 +60,7 @@ class PairFeed(AxolotlDPOTrainer):
     rows: RowSettings
     collators: dict[str, PairCollator]
     _tried = False
+    _new_tokens: Any = 0
     _next: NextStep | None = None
 
     def _start_feed(self, wanted: RowSettings, models: list) -> None:
@@ -118,13 +119,14 @@ class PairFeed(AxolotlDPOTrainer):
             self._try_out_once(self.model_wrapped)
             laid = self._lay(self._pairs_of_step(read))
         self._read_ahead(epoch_iterator, num_batches, device)
-        held = [(pairs_in(batch), batch["chosen_tokens"]) for batch in laid]
-        whole = self._sum_over_ranks(torch.tensor(held).sum(dim=0))
+        held = torch.tensor([_held(batch) for batch in laid]).sum(dim=0)
+        whole = self._sum_over_ranks(held)
+        self._new_tokens = self._new_tokens + whole[2]
         # as every step does; where a model that evaluates has other kernels (4 bits on
         # some processors), nothing may be computed with them before
         self.model.train()
         self._ahead(self.model_wrapped, laid)
-        return laid, whole.clamp(min=1)  # both are divisors
+        return laid, whole[:2].clamp(min=1)  # both are divisors
 
     def _read_before(
         self, source: Iterator, count: int
@@ -284,8 +286,13 @@ class PairFeed(AxolotlDPOTrainer):
 
     def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(
-            values.to(self.accelerator.device), reduction="sum"
+            on_device(values, self.accelerator.device), reduction="sum"
         )
+
+
+def _held(batch: Batch) -> list[int]:
+    """Pairs, tokens of chosen answers, and tokens of all sequences."""
+    return [pairs_in(batch), batch["chosen_tokens"], batch["num_tokens"]]
 
 
 def forget_masks(batch: dict[str, Any]) -> None:
