@@ -49,8 +49,16 @@ def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         return tensor.pin_memory()
 
 
+def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device; to a GPU it is copied while the host goes on.
+
+    Other devices may read the host's memory after it is used again.
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A small tensor of the host's on a device that is not waited for."""
+    """As `copied`, of a tensor that may be pageable memory of the host."""
     if tensor.device.type == "cpu":
         tensor = pinned(tensor, device)
-    return tensor.to(device, non_blocking=True)
+    return copied(tensor, device)

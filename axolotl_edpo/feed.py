@@ -23,7 +23,7 @@ from torch import nn
 
 from . import engine, guard
 from .backbone import causal_lm
-from .background import in_background, on_device, pinned
+from .background import copied, in_background, on_device, pinned
 from .batch import each_tensor
 from .collator import PairCollator, keep_examples, pairs_in
 from .pairs import check_tokens, long_pairs
@@ -191,9 +191,8 @@ class PairFeed(AxolotlDPOTrainer):
 
     def _prepare_inputs(self, inputs):
         """Copies tensors to the device without waiting for it."""
-        device = self.args.device
-        copied = each_tensor(inputs, lambda own: own.to(device, non_blocking=True))
-        return super()._prepare_inputs(copied)
+        copy = partial(copied, device=self.args.device)
+        return super()._prepare_inputs(each_tensor(inputs, copy))
 
     def train(self, *args, **kwargs):
         """Lets go of what was read ahead when the run ends or fails."""

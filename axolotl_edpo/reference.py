@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from . import backbone, engine, precompute
 from .args import PRECOMPUTE
-from .background import pinned
+from .background import copied, pinned
 from .batch import Completions, completions_of, model_inputs
 from .errors import refuse
 from .feed import PairFeed
@@ -55,7 +55,7 @@ class Reading:
     Args:
         store: Holds them.
         pairs: Digests of the batch's pairs.
-        device: That the hidden states are needed on.
+        device: That the run is on: where it is a GPU, memory is pinned for it.
         then: The reading of the batch that comes next, started when this one is done:
             no more than two are in memory.
     """
@@ -82,7 +82,7 @@ class Reading:
         """Waits for it, once.
 
         Args:
-            like: Whose width and dtype are due, if there are no pairs.
+            like: Whose device is due and, if there are no pairs, width and dtype.
 
         Returns:
             Shape (tokens, hidden), all chosen, then all rejected, and the seconds that
@@ -98,8 +98,7 @@ class Reading:
         if self._then is not None:
             self._then.start()
         hidden = like.detach()[:0] if read is None else read
-        on_device = hidden.to(self._device, non_blocking=True)
-        return on_device, perf_counter() - before
+        return copied(hidden, like.device), perf_counter() - before
 
     def _read(self) -> torch.Tensor | None:
         both = [self._store.read(pair) for pair in self._pairs]

@@ -8,6 +8,7 @@ import inspect
 import re
 
 import pytest
+from accelerate.data_loader import DataLoaderShard
 from axolotl.core.builders.base import TrainerBuilderBase
 from axolotl.core.builders.causal import HFCausalTrainerBuilder
 from axolotl.core.builders.rl import HFRLTrainerBuilder
@@ -123,6 +124,20 @@ def test_the_whole_optimizer_step_is_counted_before_its_first_micro_batch():
     step = source(Trainer.training_step)
     asked = ("if not loss_is_scaled_for_ga:", "not self.model_accepts_loss_kwargs or")
     assert any(line in step for line in asked), "upstream.py: loss scale"
+
+
+def test_a_data_loader_says_which_micro_batch_is_its_last_when_it_hands_it_over():
+    """And signs off only when it is asked for another."""
+    text = source(DataLoaderShard.__iter__)
+    last = text[text.index("self.end_of_dataloader = True") :]
+    assert last.index("yield current_batch") < last.index("self.end()"), "feed.py"
+    text = source(Trainer.get_batch_samples)
+    assert "for _ in range(num_batches):" in text, "feed.py: _until_data_end"
+
+
+def test_every_loss_is_looked_at_unless_told_otherwise():
+    text = source(Trainer._run_epoch)
+    assert "self.args.logging_nan_inf_filter" in text, "trainer.py is superfluous"
 
 
 def test_beta_moves_between_the_optimizer_step_and_the_log():
