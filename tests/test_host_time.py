@@ -12,7 +12,12 @@ import pytest
 import tiny
 import torch
 from tiny import LORA
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from axolotl_edpo import trainer as trainer_module
@@ -20,6 +25,20 @@ from axolotl_edpo.batch import each_tensor
 from axolotl_edpo.logprobs import TokenStats
 
 CUDA = torch.device("cuda:0")
+
+
+def indexes_without_a_device() -> bool:
+    """torch 2.11, built for processors only, does not."""
+    with FakeTensorMode():
+        try:
+            return torch.empty(2, device=CUDA)[:, None].shape == (2, 1)
+        except RuntimeError:
+            return False
+
+
+pytestmark = pytest.mark.skipif(
+    not indexes_without_a_device(), reason="needs torch 2.13, or a GPU"
+)
 
 
 class Copies(TorchDispatchMode):
@@ -121,3 +140,26 @@ def test_a_micro_batch_makes_the_host_wait_for_nothing(step, rows, adapter):
     assert counted == [{"cpu to cuda, not blocking": tensors}] * 2
     # pairs that are not finite, and those of each step: once per optimizer step
     assert summed == [(4,)]
+
+
+def test_what_would_wait_is_counted():
+    with FakeTensorMode(), Copies() as copies:
+        host, device = torch.zeros(3), torch.empty(3, device=CUDA)
+        host.to(CUDA)
+        host.to(CUDA, non_blocking=True)
+        device.cpu()
+        device.index_select(0, torch.zeros(2, dtype=torch.int64).to(CUDA))
+        device.copy_(host)
+        device[torch.tensor([0, 2])]
+        device[[0, 2]]
+        with pytest.raises(DataDependentOutputException):
+            device.sum().item()
+        with pytest.raises(DynamicOutputShapeException):
+            device.nonzero()
+    assert copies.seen == {
+        "cpu to cuda, blocking": 3,  # a list too
+        "cpu to cuda, not blocking": 1,
+        "cuda to cpu, blocking": 1,
+        "copy_ between devices": 1,
+        "index of the host's, or a mask": 1,
+    }
