@@ -14,7 +14,7 @@ whose head cannot be read makes its logits itself: `completion_logits`.
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -26,12 +26,12 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
-from trl.trainer.utils import use_adapter
 
 from .attention import evaluating
 from .batch import Completions
 from .engine import gathered, inside
 from .head import Head, LowRank, Quantized4bit, Quantized8bit, Rows, full_precision
+from .switches import adapter_in_use
 
 REFERENCE_ADAPTER = "ref"
 
@@ -69,9 +69,13 @@ def reference_adapter(model: nn.Module) -> Iterator[None]:
     if not isinstance(model, PeftModel):
         yield
         return
-    name = REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None
-    with use_adapter(model, adapter_name=name):
+    with adapter_in_use(model, next(iter(_reference_adapters(model)), None)):
         yield
+
+
+def _reference_adapters(model: PeftModel) -> list[str]:
+    """Adapters of the reference that is a PEFT model's own: one, or none."""
+    return [name for name in (REFERENCE_ADAPTER,) if name in model.peft_config]
 
 
 def copy_to_reference_adapter(model: PeftModel, source: str = "default") -> None:
@@ -181,30 +185,39 @@ class HeadError(ValueError):
     """The head is not one that `head_of` can read; the message says why."""
 
 
-def head_modules(model: PreTrainedModel) -> list[nn.Module]:
+def head_modules(
+    model: PreTrainedModel, adapters: Sequence[str] | None = None
+) -> list[nn.Module]:
     """The modules whose weights `head_of` reads: the linear layer, then LoRA's.
+
+    Args:
+        model: A causal language model.
+        adapters: The adapters in use; by default those that are in use now.
 
     Raises:
         HeadError: If the head is not known.
     """
-    module = _active_head(model)
+    module, names = _head_in_use(model, adapters)
     if not isinstance(module, LoraLayer):
         return [module]
-    return [module.base_layer, *(module.lora_B[name] for name in _adapters(module))]
+    return [module.base_layer, *(module.lora_B[name] for name in names)]
 
 
-def head_of(model: PreTrainedModel) -> Head:
-    """The head, as it is active now, with the transform that the model applies.
+def head_of(model: PreTrainedModel, adapters: Sequence[str] | None = None) -> Head:
+    """The head with the transform that the model applies.
+
+    Args:
+        model: A causal language model.
+        adapters: The adapters in use; by default those that are in use now.
 
     Raises:
         HeadError: If the head is not known, or the config names a transform of the
             logits that is not known.
     """
-    module: Any = _active_head(model)
+    module, names = _head_in_use(model, adapters)
     config = model.config.get_text_config()
-    lora: tuple[LowRank, ...] = ()
+    lora = tuple(_low_rank(module, name) for name in names)
     if isinstance(module, LoraLayer):
-        lora = tuple(_low_rank(module, name) for name in _adapters(module))
         module = module.base_layer
     scale = 1.0
     for key, value in vars(config).items():
@@ -218,8 +231,8 @@ def head_of(model: PreTrainedModel) -> Head:
 def shared_reference_head(model: nn.Module) -> tuple[list[nn.Module], Head]:
     """The head of a reference that is the policy's model, and `head_modules` of it."""
     lm = causal_lm(model)
-    with reference_adapter(model):
-        return head_modules(lm), head_of(lm)
+    adapters = _reference_adapters(model) if isinstance(model, PeftModel) else None
+    return head_modules(lm, adapters), head_of(lm, adapters)
 
 
 @contextmanager
@@ -293,23 +306,32 @@ def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     return head.logits(hidden)
 
 
-def _active_head(model: PreTrainedModel) -> nn.Module:
-    """The head's module, without PEFT's wrappers that are not in use."""
+def _head_in_use(
+    model: PreTrainedModel, adapters: Sequence[str] | None
+) -> tuple[Any, list[str]]:
+    """The head's module without PEFT's wrappers that are not in use.
+
+    Returns:
+        The module, and the LoRA adapters that add to its output: none, unless it is a
+        `LoraLayer`.
+    """
     module = model.get_output_embeddings()
     if isinstance(module, ModulesToSaveWrapper):
-        name = module.active_adapters[0] if module.active_adapters else None
-        use_copy = name in module.modules_to_save and not module.disable_adapters
+        name = next(iter(_in_use(module, adapters)), None)
+        use_copy = name in module.modules_to_save
         module = module.modules_to_save[name] if use_copy else module.original_module
-    if isinstance(module, LoraLayer) and not _adapters(module):
-        module = module.base_layer
-    return module
+    if not isinstance(module, LoraLayer):
+        return module, []
+    names = [] if module.merged else _in_use(module, adapters)
+    names = [name for name in names if name in module.lora_A]
+    return (module, names) if names else (module.base_layer, [])
 
 
-def _adapters(module: LoraLayer) -> list[str]:
-    """LoRA adapters that add to the layer's output now."""
-    if module.disable_adapters or module.merged:
-        return []
-    return [name for name in module.active_adapters if name in module.lora_A]
+def _in_use(module: Any, adapters: Sequence[str] | None) -> Sequence[str]:
+    """The adapters in use in a layer of PEFT's, given those of the model."""
+    if adapters is not None:
+        return adapters
+    return [] if module.disable_adapters else module.active_adapters
 
 
 def _low_rank(module: LoraLayer, name: str) -> LowRank:

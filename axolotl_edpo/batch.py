@@ -18,10 +18,11 @@ Both say with `Completions` which positions are scored: everything after it is t
 """
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 # The entries of a batch that are a model's inputs.
@@ -96,6 +97,16 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: batch[name] for name in MODEL_INPUTS if name in batch}
 
 
+def each_tensor(
+    batch: Mapping[str, Any], change: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, Any]:
+    """A batch in which every tensor was handed to a function."""
+    return {
+        name: change(value) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+
+
 def select_completions(
     input_ids: torch.Tensor, completion_mask: torch.Tensor
 ) -> Completions:
@@ -119,61 +130,172 @@ def select_completions(
     )
 
 
-def shared_starts(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor
-) -> torch.Tensor:
-    """How many tokens chosen and rejected have in common at their start.
+class TokenSequence(NamedTuple):
+    """Prompt and completion, before they are in a row.
+
+    Attributes:
+        ids: The tokens.
+        prompt: How many of them come before the completion.
+    """
+
+    ids: list[int]
+    prompt: int
+
+    @property
+    def scored_from(self) -> int:
+        """The first token of the completion that a position predicts."""
+        return max(self.prompt, 1)
+
+    @property
+    def scored(self) -> int:
+        """Tokens of the completion that a position predicts."""
+        return max(len(self.ids) - self.scored_from, 0)
+
+
+class Pair(NamedTuple):
+    """Two sequences.
+
+    Attributes:
+        chosen: Of the answer that is better.
+        rejected: Of the other.
+        shared: How many tokens at their start are in the row once.
+    """
+
+    chosen: TokenSequence
+    rejected: TokenSequence
+    shared: int
+
+    @classmethod
+    def of(cls, chosen: TokenSequence, rejected: TokenSequence, share: bool) -> "Pair":
+        """A pair that shares all that its sequences have in common at their start."""
+        return cls(chosen, rejected, _common_start(chosen, rejected) if share else 0)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in a packed row."""
+        return len(self.chosen.ids) + len(self.rejected.ids) - self.shared
+
+
+def _common_start(chosen: TokenSequence, rejected: TokenSequence) -> int:
+    """How many tokens two sequences have in common at their start."""
+    shorter = min(len(chosen.ids), len(rejected.ids))
+    same = min(chosen.prompt, rejected.prompt, shorter)
+    if chosen.ids[:same] != rejected.ids[:same]:
+        same = 0
+    while same < shorter and chosen.ids[same] == rejected.ids[same]:
+        same += 1
+    return same
+
+
+def pairs_of(padded: Mapping[str, torch.Tensor], share: bool) -> list[Pair]:
+    """The pairs of a padded batch.
 
     Args:
-        input_ids: Shape (2 x pairs, length), padded on the right.
-        attention_mask: Shape (2 x pairs, length).
-
-    Returns:
-        Shape (pairs,).
+        padded: `input_ids`, `attention_mask` and `completion_mask`, each of shape
+            (2 x pairs, length), padded on the right, all chosen, then all rejected. A
+            completion is the end of its sequence.
+        share: Whether what a pair has in common at its start is to be in its row once.
     """
-    (chosen, rejected), real = input_ids.chunk(2), attention_mask.bool().chunk(2)
-    return ((chosen == rejected) & real[0] & real[1]).cumprod(dim=1).sum(dim=1)
+    lengths = padded["attention_mask"].sum(dim=1).tolist()
+    completions = padded["completion_mask"].sum(dim=1).tolist()
+    rows = zip(padded["input_ids"].tolist(), lengths, completions, strict=True)
+    every = [TokenSequence(ids[:n], n - completion) for ids, n, completion in rows]
+    half = len(every) // 2
+    both = zip(every[:half], every[half:], strict=True)
+    return [Pair.of(chosen, rejected, share) for chosen, rejected in both]
+
+
+class _Path(NamedTuple):
+    """Where in a row a sequence is.
+
+    Attributes:
+        sequence: Its tokens.
+        shared: How many of them, from its start, are not where the rest is.
+        first: Where token 0 is.
+        rest: Where token 0 would be, if all tokens were where the rest is.
+    """
+
+    sequence: TokenSequence
+    shared: int
+    first: int
+    rest: int
+
+    def runs(self, token: int, count: int) -> list[tuple[int, int]]:
+        """Where tokens of the sequence are that follow each other.
+
+        Returns:
+            The place of the first, and how many, of those that are shared and of the
+            others.
+        """
+        shared = min(max(self.shared - token, 0), count)
+        return [
+            (self.first + token, shared),
+            (self.rest + token + shared, count - shared),
+        ]
 
 
 class _Row:
-    """A packed row while it is written."""
+    """A packed row while it is written.
+
+    Attributes:
+        tokens: Of all pieces.
+        pieces: Length of each piece.
+        starts: Position of the first token of each piece.
+        copies: How many sequences each piece belongs to.
+        queries: Of each segment.
+        keys: Pieces that each segment sees.
+    """
 
     def __init__(self) -> None:
-        self.tokens: list[torch.Tensor] = []
-        self.positions: list[torch.Tensor] = []
+        self.tokens: list[int] = []
         self.pieces: list[int] = []
+        self.starts: list[int] = []
+        self.copies: list[int] = []
         self.queries: list[int] = []
         self.keys: list[tuple[int, ...]] = []
 
-    def __len__(self) -> int:
-        return sum(self.pieces)
-
     def write(
-        self, tokens: torch.Tensor, start: int, sees: tuple[int, ...] = ()
-    ) -> tuple[torch.Tensor, tuple[int, ...]]:
+        self, tokens: list[int], start: int, copies: int, sees: tuple[int, ...] = ()
+    ) -> tuple[int, ...]:
         """Appends a piece.
 
         Args:
-            tokens: Shape (length,); an empty piece is none.
+            tokens: Of the piece; an empty one is none.
             start: Position of its first token.
+            copies: How many sequences it belongs to.
             sees: Pieces before it that it continues.
 
         Returns:
-            Where in the row its tokens are, and the pieces up to it.
+            The pieces up to it.
         """
-        where = torch.arange(len(self), len(self) + len(tokens))
-        if not len(tokens):
-            return where, sees
-        self.tokens.append(tokens)
-        self.positions.append(torch.arange(start, start + len(tokens)))
+        if not tokens:
+            return sees
+        self.tokens += tokens
         self.pieces.append(len(tokens))
-        return where, (*sees, len(self.pieces) - 1)
+        self.starts.append(start)
+        self.copies.append(copies)
+        return (*sees, len(self.pieces) - 1)
 
     def close(self, queries: int, keys: tuple[int, ...]) -> None:
         """Ends a segment: the last `queries` tokens see these pieces."""
         if queries:
             self.queries.append(queries)
             self.keys.append(keys)
+
+    def write_pair(self, pair: Pair) -> tuple[_Path, _Path]:
+        """Appends what both share, then the rest of chosen, then that of rejected."""
+        chosen, rejected, shared = pair
+        first = len(self.tokens)
+        seen = self.write(chosen.ids[:shared], 0, copies=2)
+        keys = self.write(chosen.ids[shared:], shared, copies=1, sees=seen)
+        self.close(len(chosen.ids), keys)  # the first asks for what is shared too
+        rest = len(self.tokens) - shared
+        keys = self.write(rejected.ids[shared:], shared, copies=1, sees=seen)
+        self.close(len(rejected.ids) - shared, keys)
+        return (
+            _Path(chosen, shared, first, first),
+            _Path(rejected, shared, first, rest),
+        )
 
 
 def pack(
@@ -182,12 +304,17 @@ def pack(
     pad_token_id: int = 0,
     multiple: int | None = None,
 ) -> dict[str, Any]:
-    """One row that holds every sequence of a padded batch.
+    """As `pack_pairs`, of the pairs of a padded batch; see `pairs_of`."""
+    return pack_pairs(pairs_of(padded, share), pad_token_id, multiple)
+
+
+def pack_pairs(
+    pairs: Iterable[Pair], pad_token_id: int = 0, multiple: int | None = None
+) -> dict[str, Any]:
+    """One row that holds every sequence of some pairs.
 
     Args:
-        padded: `input_ids`, `attention_mask` and `completion_mask`, each of shape
-            (2 x pairs, length), padded on the right, all chosen, then all rejected.
-        share: Whether what a pair has in common at its start is there once.
+        pairs: At least one.
         pad_token_id: Fills the row's end, as a segment of its own, where `multiple`
             asks for it.
         multiple: The row's length becomes a multiple of it.
@@ -199,38 +326,50 @@ def pack(
         `attention_mask` is a place holder that keeps transformers from making one, and
         not a number for whoever would read it.
     """
-    ids, completion = padded["input_ids"], padded["completion_mask"].bool()
-    lengths = padded["attention_mask"].sum(dim=1).tolist()
-    pairs = len(lengths) // 2
-    starts = [0] * pairs
-    if share:
-        starts = shared_starts(ids, padded["attention_mask"]).tolist()
-    row, paths = _Row(), [torch.empty(0)] * (2 * pairs)
-    for pair, start in enumerate(starts):
-        trunk, seen = row.write(ids[pair, :start], 0)
-        for sequence in (pair, pairs + pair):
-            own = ids[sequence, start : lengths[sequence]]
-            where, keys = row.write(own, start, seen)
-            # the first branch asks for the trunk too
-            asked = len(own) + (start if sequence == pair else 0)
-            row.close(asked, keys)
-            paths[sequence] = torch.cat([trunk, where])
-    filling = -len(row) % (multiple or 1)
-    row.close(filling, row.write(ids.new_full((filling,), pad_token_id), 0)[1])
-    scored = [completion[i, 1:n] for i, n in enumerate(lengths)]
+    row = _Row()
+    chosen, rejected = zip(*map(row.write_pair, pairs), strict=True)
+    filling = -len(row.tokens) % (multiple or 1)
+    row.close(filling, row.write([pad_token_id] * filling, 0, copies=0))
+    tokens = np.array(row.tokens, dtype=np.int64)
+    paths = [*chosen, *rejected]
     return {
-        "input_ids": torch.cat(row.tokens)[None],
-        "position_ids": torch.cat(row.positions)[None],
-        "copies": torch.bincount(torch.cat(paths).long(), minlength=len(row))[None],
+        "input_ids": torch.from_numpy(tokens)[None],
+        "position_ids": torch.from_numpy(_ranges(row.starts, row.pieces))[None],
+        "copies": torch.from_numpy(np.repeat(row.copies, row.pieces))[None],
         "attention_mask": torch.full((1, 1, 1, 1), torch.nan),
         "segments": Segments(tuple(row.pieces), tuple(row.queries), tuple(row.keys)),
-        "positions": torch.cat([p[:-1][s] for p, s in zip(paths, scored, strict=True)]),
-        "targets": torch.cat([ids[i, 1:][: len(s)][s] for i, s in enumerate(scored)]),
-        "lengths": torch.stack([s.sum() for s in scored]),
+        "positions": torch.from_numpy(_places(paths, before=1)),
+        "targets": torch.from_numpy(tokens[_places(paths, before=0)]),
+        "lengths": torch.tensor([path.sequence.scored for path in paths]),
     }
 
 
-def deal(sizes: Sequence[int], bins: int) -> list[list[int]]:
+def _places(paths: list[_Path], before: int) -> np.ndarray:
+    """Where in the row the scored tokens of sequences are, or the tokens before them.
+
+    Args:
+        paths: Of the sequences.
+        before: How many tokens before each.
+
+    Returns:
+        Shape (tokens,), sequence after sequence.
+    """
+    runs = [
+        run
+        for path in paths
+        for run in path.runs(path.sequence.scored_from - before, path.sequence.scored)
+    ]
+    return _ranges([first for first, _ in runs], [count for _, count in runs])
+
+
+def _ranges(firsts: list[int], counts: list[int]) -> np.ndarray:
+    """So many numbers that follow each other from each of these on; int64."""
+    lengths = np.array(counts, dtype=np.int64)
+    before = np.array(firsts, dtype=np.int64) - (lengths.cumsum() - lengths)
+    return np.arange(lengths.sum()) + np.repeat(before, lengths)
+
+
+def deal(sizes: list[int], bins: int) -> list[list[int]]:
     """Items over bins, so that the fullest bin is about as small as it can be.
 
     The longest first, each to the emptiest bin.

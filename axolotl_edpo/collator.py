@@ -1,17 +1,25 @@
 """TRL's collator, and the rows made of what it returns.
 
-Truncation, padding and masks are TRL's. A batch is then left padded or packed, on the
-CPU, where lengths are known without asking the GPU.
+Truncation, padding and masks are TRL's. Packed rows are laid from lists of tokens: of
+pairs that need no truncation TRL's collator would only make tensors. Both on the CPU,
+where lengths are known without asking the GPU.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from .batch import Completions, deal, pack, select_completions, shared_starts
+from .batch import (
+    Completions,
+    Pair,
+    TokenSequence,
+    deal,
+    pack_pairs,
+    pairs_of,
+    select_completions,
+)
 
 
 @dataclass
@@ -62,7 +70,9 @@ class PairCollator(DataCollatorForPreference):
         """
         if not examples:
             return self._blank()
-        return self._finish(super().torch_call(examples), examples)
+        if self.packs:
+            return self._packed(examples, self._pairs(examples))
+        return self._padded(examples)
 
     def deal(self, step: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         """The pairs of an optimizer step over its micro-batches, evenly by tokens.
@@ -73,17 +83,18 @@ class PairCollator(DataCollatorForPreference):
         Returns:
             As many batches, ready for the model.
         """
-        pairs = [pair for micro_batch in step for pair in micro_batch]
-        if not pairs:
-            return [self._blank() for _ in step]
-        padded = super().torch_call(pairs)
-        dealt = deal(self._tokens(padded).tolist(), len(step))
+        examples = [example for micro_batch in step for example in micro_batch]
+        pairs = self._pairs(examples)
+        dealt = deal([pair.tokens for pair in pairs], len(step))
         return [
-            self._finish(_rows(padded, own), [pairs[i] for i in own])
-            if own
-            else self._blank()
+            self._of([examples[i] for i in own], [pairs[i] for i in own])
             for own in dealt
         ]
+
+    def _of(self, examples: list[dict[str, Any]], pairs: list[Pair]) -> dict[str, Any]:
+        if examples and self.packs:
+            return self._packed(examples, pairs)
+        return self.torch_call(examples)
 
     def _blank(self) -> dict[str, Any]:
         token = [self.pad_token_id]
@@ -94,35 +105,51 @@ class PairCollator(DataCollatorForPreference):
         counts = {"chosen_tokens": 0, "num_tokens": 0}
         return {**batch, **nothing, **counts, "examples": Examples([])}
 
-    def _tokens(self, padded: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Tokens of a pair in a packed row; shape (pairs,)."""
-        chosen, rejected = padded["attention_mask"].sum(dim=1).chunk(2)
-        tokens = chosen + rejected
-        if self.shares:
-            tokens -= shared_starts(padded["input_ids"], padded["attention_mask"])
-        return tokens
+    def _pairs(self, examples: list[dict[str, Any]]) -> list[Pair]:
+        """Prompts and answers put together, and truncated as TRL does it."""
+        long = [example for example in examples if self._is_long(example)]
+        cut = pairs_of(super().torch_call(long), self.shares) if long else []
+        truncated = iter(cut)
+        return [
+            next(truncated) if self._is_long(example) else self._pair(example)
+            for example in examples
+        ]
 
-    def _finish(
-        self, padded: dict[str, torch.Tensor], pairs: list[dict[str, Any]]
+    def _is_long(self, example: dict[str, Any]) -> bool:
+        """Whether TRL truncates it."""
+        if self.max_length is None:
+            return False
+        answer = max(len(example["chosen_ids"]), len(example["rejected_ids"]))
+        return len(example["prompt_ids"]) + answer > self.max_length
+
+    def _pair(self, example: dict[str, Any]) -> Pair:
+        prompt = example["prompt_ids"]
+        chosen, rejected = (
+            TokenSequence(prompt + example[answer], len(prompt))
+            for answer in ("chosen_ids", "rejected_ids")
+        )
+        return Pair.of(chosen, rejected, self.shares)
+
+    def _packed(
+        self, examples: list[dict[str, Any]], pairs: list[Pair]
     ) -> dict[str, Any]:
-        batch = self._lay(padded)
         return {
-            **batch,
-            "chosen_tokens": int(batch["lengths"].chunk(2)[0].sum()),
-            "num_tokens": int(padded["attention_mask"].sum()),
-            "examples": Examples(pairs),
+            **pack_pairs(pairs, self.pad_token_id, self.pad_to_multiple_of),
+            "chosen_tokens": sum(pair.chosen.scored for pair in pairs),
+            "num_tokens": sum(len(one.ids) for pair in pairs for one in pair[:2]),
+            "examples": Examples(examples),
         }
 
-    def _lay(self, padded: dict[str, torch.Tensor]) -> dict[str, Any]:
-        if self.packs:
-            return pack(padded, self.shares, self.pad_token_id, self.pad_to_multiple_of)
+    def _padded(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        padded = super().torch_call(examples)
         ids, mask = padded["input_ids"], padded["attention_mask"]
-        completions = select_completions(ids, padded["completion_mask"])._asdict()
-        return {"input_ids": ids, "attention_mask": mask, "copies": mask, **completions}
-
-
-def _rows(padded: dict[str, torch.Tensor], pairs: list[int]) -> dict[str, torch.Tensor]:
-    """A batch of these pairs only."""
-    count = len(padded["input_ids"]) // 2
-    both = pairs + [count + pair for pair in pairs]
-    return {name: values[both] for name, values in padded.items()}
+        completions = select_completions(ids, padded["completion_mask"])
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "copies": mask,
+            **completions._asdict(),
+            "chosen_tokens": int(completions.lengths.chunk(2)[0].sum()),
+            "num_tokens": int(mask.sum()),
+            "examples": Examples(examples),
+        }

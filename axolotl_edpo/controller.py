@@ -9,12 +9,13 @@
     state         β, and what the next one is made of
 
 A step is `begin` where β follows margins, `observe` per micro-batch, `pair_betas` for
-the loss, and `advance` at its end. State is small and explicit, as of a learning-rate
-plateau controller, and the same on every rank to the last bit: counts are integers, and
-sums of margins are rounded once (`math.fsum`), in whatever order they come.
+the loss, and `advance` at its end, by what all ranks `observed`. State is small and
+explicit, as of a learning-rate plateau controller, and the same on every rank to the
+last bit: counts are integers, and sums of margins are rounded once (`math.fsum`), in
+whatever order they come.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum
 from statistics import stdev
@@ -106,12 +107,19 @@ class BetaController:
             steps: Shape (pairs,), int64, values in {-1, 0, +1}.
         """
 
-    def advance(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def observed(self) -> list[torch.Tensor]:
+        """What was observed since the last step, as counts to sum over all ranks.
+
+        Returns:
+            Numbers, int64, as many on a rank that observed no pairs.
+        """
+        return []
+
+    def advance(self, counts: Sequence[int]) -> None:
         """At the end of an optimizer step.
 
         Args:
-            reduce: Sums a tensor over all ranks. Every rank calls it, whether it
-                observed pairs or not.
+            counts: The sums of `observed` over all ranks.
         """
 
     def discard(self) -> None:
@@ -180,14 +188,15 @@ class EpsilonController(BetaController):
         counts = torch.stack([(steps == s).sum() for s in (-1, 0, 1)])
         self._counts = counts if self._counts is None else self._counts + counts
 
-    def advance(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """As BetaController's: by the pairs observed since the last call."""
+    def observed(self) -> list[torch.Tensor]:
+        """As BetaController's: pairs of each step."""
         counts = self._counts
-        if counts is None:
-            counts = torch.zeros(3, dtype=torch.int64)
-        totals = reduce(counts).tolist()
+        return [*(torch.zeros(3, dtype=torch.int64) if counts is None else counts)]
+
+    def advance(self, counts: Sequence[int]) -> None:
+        """As BetaController's: by the pairs of the step."""
         self.beta = loss.next_beta(
-            self.beta, self.epsilon, totals, self.settings.beta_mean
+            self.beta, self.epsilon, counts, self.settings.beta_mean
         )
         self.discard()
 
@@ -277,7 +286,7 @@ class MarginController(BetaController):
         best = {*sorted(range(len(keys)), key=lambda i: -keys[i])[:count]}
         return [i in best for i in range(len(keys))]
 
-    def advance(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def advance(self, counts: Sequence[int]) -> None:
         """As BetaController's: the averages of the step count from now on."""
         if self._begun is not None:
             self.average, self.deviation = self._begun

@@ -4,11 +4,16 @@
 
 A data loader hands pairs over as they are. They are laid in rows when the pairs of
 their optimizer step are at hand: only then can they be dealt evenly, and what
-accelerate repeats so that all ranks have full batches be left out.
+accelerate repeats so that all ranks have full batches be left out. While a step runs,
+the rows of the next one are laid in the background.
 """
 
-from collections.abc import Callable
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
@@ -18,11 +23,30 @@ from torch import nn
 
 from . import engine, guard
 from .backbone import causal_lm
+from .background import copied, in_background, on_device, pinned
+from .batch import each_tensor
 from .collator import PairCollator, keep_examples, pairs_in
 from .pairs import check_tokens, long_pairs
 from .rows import RowSettings, prepare, tried
 
 LOG = get_logger(__name__)
+
+
+Batch = dict[str, Any]
+
+
+class NextStep(NamedTuple):
+    """The optimizer step after the one that runs.
+
+    Attributes:
+        source: The iterator that its micro-batches are from.
+        batches: Its micro-batches, as the data loader hands them over.
+        laid: The same in rows.
+    """
+
+    source: weakref.ref
+    batches: list[Batch]
+    laid: "Future[list[Batch]]"
 
 
 class PairFeed(AxolotlDPOTrainer):
@@ -36,6 +60,8 @@ class PairFeed(AxolotlDPOTrainer):
     rows: RowSettings
     collators: dict[str, PairCollator]
     _tried = False
+    _new_tokens: Any = 0
+    _next: NextStep | None = None
 
     def _start_feed(self, wanted: RowSettings, models: list) -> None:
         """Once TRL's own collator and the models are there.
@@ -75,28 +101,105 @@ class PairFeed(AxolotlDPOTrainer):
     def _inside_forward(self, model, method: Callable[[nn.Module], Any]) -> Any:
         return engine.inside_forward(self.accelerator, model, method)
 
-    def get_batch_samples(self, *args, **kwargs):
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of an optimizer step, laid in rows.
+
+        Those of the next step are read before this one runs, and laid meanwhile.
 
         Returns:
             The batches, and what they hold on all ranks, shape (2,): pairs, and tokens
             of chosen answers.
         """
-        batches, _ = super().get_batch_samples(*args, **kwargs)
-        if not batches:
-            return batches, None
-        self._try_out_once(self.model_wrapped)
-        step = [batch["examples"].pairs for batch in batches]
-        step[-1] = self._once(step[-1])
-        collator = self.collators["train"]
-        laid = collator.deal(step) if self.rows.deals else [*map(collator, step)]
-        held = [(pairs_in(batch), batch["chosen_tokens"]) for batch in laid]
-        whole = self._sum_over_ranks(torch.tensor(held).sum(dim=0))
+        read, laid = self._read_before(epoch_iterator, num_batches)
+        if laid is None:
+            rest = chain(read, epoch_iterator)
+            read, _ = super().get_batch_samples(rest, num_batches, device)
+            if not read:
+                return read, None
+            self._try_out_once(self.model_wrapped)
+            laid = self._lay(self._pairs_of_step(read))
+        self._read_ahead(epoch_iterator, num_batches, device)
+        held = torch.tensor([_held(batch) for batch in laid]).sum(dim=0)
+        whole = self._sum_over_ranks(held)
+        self._new_tokens = self._new_tokens + whole[2]
         # as every step does; where a model that evaluates has other kernels (4 bits on
         # some processors), nothing may be computed with them before
         self.model.train()
         self._ahead(self.model_wrapped, laid)
-        return laid, whole.clamp(min=1)  # both are divisors
+        return laid, whole[:2].clamp(min=1)  # both are divisors
+
+    def _read_before(
+        self, source: Iterator, count: int
+    ) -> tuple[list[Batch], list[Batch] | None]:
+        """What `_read_ahead` has read of a step.
+
+        Args:
+            source: Where the step's micro-batches are from: they are others in the next
+                epoch.
+            count: How many the step has, unless the data end before.
+
+        Returns:
+            The micro-batches, and the same in rows, if they are all of the step.
+        """
+        step, self._next = self._next, None
+        if step is None or step.source() is not source:
+            return [], None
+        have = len(step.batches)
+        whole = have == count or have < count and self._data_ended()
+        return step.batches, step.laid.result() if whole else None
+
+    def _read_ahead(self, source: Iterator, count: int, device) -> None:
+        """Reads the next step, and lays it in the background.
+
+        Only the main thread reads, at the same place on every rank: a data loader may
+        talk to other ranks. It is asked for no more than its last micro-batch: to be
+        asked again ends it, which accelerate would see before that one has run.
+        """
+        if self.state.global_step + 1 >= self.state.max_steps:
+            return
+        rest = self._until_data_end(source)
+        batches, _ = super().get_batch_samples(rest, count, device)
+        if batches:
+            work = partial(self._lay, self._pairs_of_step(batches))
+            laid = in_background(work, "next-step")
+            self._next = NextStep(weakref.ref(source), batches, laid)
+
+    def _data_ended(self) -> bool:
+        """Whether the epoch's last micro-batch was read; true if nobody can say."""
+        loader: Any = self.accelerator.gradient_state.active_dataloader
+        return loader is None or loader.end_of_dataloader
+
+    def _until_data_end(self, source: Iterator) -> Iterator[Batch]:
+        if self._data_ended():
+            return
+        for batch in source:
+            yield batch
+            if self._data_ended():
+                return
+
+    def _pairs_of_step(self, batches: list[Batch]) -> list[list[dict[str, Any]]]:
+        """The pairs of each micro-batch, once the last of them was read."""
+        step = [batch["examples"].pairs for batch in batches]
+        return [*step[:-1], self._once(step[-1])]
+
+    def _lay(self, step: list[list[dict[str, Any]]]) -> list[Batch]:
+        """The rows of a step; nothing of the trainer changes."""
+        collator = self.collators["train"]
+        laid = collator.deal(step) if self.rows.deals else [*map(collator, step)]
+        pin = partial(pinned, device=self.args.device)
+        return [each_tensor(batch, pin) for batch in laid]
+
+    def _prepare_inputs(self, inputs):
+        """Copies tensors to the device without waiting for it."""
+        copy = partial(copied, device=self.args.device)
+        return super()._prepare_inputs(each_tensor(inputs, copy))
+
+    def train(self, *args, **kwargs):
+        """Lets go of what was read ahead when the run ends or fails."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._next = None
 
     def _get_num_items_in_batch(self, batch_samples, device) -> None:
         """Nothing: pairs are counted when it is known which are counted."""
@@ -182,8 +285,13 @@ class PairFeed(AxolotlDPOTrainer):
 
     def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(
-            values.to(self.accelerator.device), reduction="sum"
+            on_device(values, self.accelerator.device), reduction="sum"
         )
+
+
+def _held(batch: Batch) -> list[int]:
+    """Pairs, tokens of chosen answers, and tokens of all sequences."""
+    return [pairs_in(batch), batch["chosen_tokens"], batch["num_tokens"]]
 
 
 def forget_masks(batch: dict[str, Any]) -> None:

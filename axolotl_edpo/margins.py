@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
+from .background import on_device
 from .batch import (
     Completions,
     chosen_minus_rejected,
@@ -102,7 +103,7 @@ class PairMargins(PairRun):
         self._weight = len(kept) / max(sum(kept), 1)
         first = sum(map(len, ranks[: self.accelerator.process_index]))
         mine = torch.tensor(kept[first : first + len(own)], dtype=torch.bool)
-        parts = mine.to(margins.device).split([*map(len, pairs)])
+        parts = on_device(mine, margins.device).split([*map(len, pairs)])
         for batch, part in zip(batches, parts, strict=True):
             batch[KEPT] = part
 

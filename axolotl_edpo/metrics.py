@@ -1,13 +1,15 @@
 """Weighted means that stay on the device until they are logged.
 
 A mean over an optimizer step must not depend on how the step was cut: a micro-batch
-of one pair weighs a fourth of one of four. So sums and weights are kept apart, added
-up on the device, reduced over ranks once, and divided last.
+of one pair weighs a fourth of one of four. So sums, on the device, and weights, on the
+host, are kept apart, reduced over ranks once, and divided last.
 """
 
 from collections.abc import Callable
 
 import torch
+
+from .background import on_device
 
 
 class WeightedMeans:
@@ -15,6 +17,7 @@ class WeightedMeans:
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
+        self._weights: dict[str, int] = {}
 
     def add(self, name: str, values: torch.Tensor) -> None:
         """Adds values of equal weight, one per pair or per token.
@@ -24,8 +27,9 @@ class WeightedMeans:
             values: Shape (n,), any n.
         """
         total = values.detach().float().sum()
-        entry = torch.stack([total, torch.full_like(total, values.numel())])
-        self._sums[name] = self._sums.get(name, 0) + entry
+        before = self._sums.get(name)
+        self._sums[name] = total if before is None else before + total
+        self._weights[name] = self._weights.get(name, 0) + values.numel()
 
     def pop(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """Means over everything added since the last call, and starts anew.
@@ -38,10 +42,13 @@ class WeightedMeans:
         """
         if not self._sums:
             return {}
-        names = list(self._sums)
-        sums = reduce(torch.stack([self._sums[name] for name in names])).tolist()
+        names, sums = list(self._sums), torch.stack([*self._sums.values()])
+        weights = torch.tensor([*self._weights.values()], dtype=sums.dtype)
+        own = torch.stack([sums, on_device(weights, sums.device)], dim=1)
+        totals = reduce(own).tolist()
         self._sums.clear()
+        self._weights.clear()
         return {
             name: total / weight if weight else 0.0
-            for name, (total, weight) in zip(names, sums, strict=True)
+            for name, (total, weight) in zip(names, totals, strict=True)
         }

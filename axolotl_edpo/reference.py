@@ -28,10 +28,10 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
-from trl.models.utils import disable_gradient_checkpointing
 
 from . import backbone, engine, precompute
 from .args import PRECOMPUTE
+from .background import copied, pinned
 from .batch import Completions, completions_of, model_inputs
 from .errors import refuse
 from .feed import PairFeed
@@ -39,6 +39,7 @@ from .head import Head, as_autocast
 from .identity import identity_of
 from .precompute import CacheSettings
 from .store import Store
+from .switches import without_checkpointing
 
 LOG = get_logger(__name__)
 
@@ -54,6 +55,7 @@ class Reading:
     Args:
         store: Holds them.
         pairs: Digests of the batch's pairs.
+        device: That the run is on: where it is a GPU, memory is pinned for it.
         then: The reading of the batch that comes next, started when this one is done:
             no more than two are in memory.
     """
@@ -61,8 +63,15 @@ class Reading:
     _reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reference-cache")
     _future: Future | None = None
 
-    def __init__(self, store: Store, pairs: list[bytes], then: "Reading | None"):
+    def __init__(
+        self,
+        store: Store,
+        pairs: list[bytes],
+        device: torch.device,
+        then: "Reading | None",
+    ):
         self._store, self._pairs, self._then = store, pairs, then
+        self._device = device
 
     def start(self) -> None:
         """Begins to read, if nobody has."""
@@ -73,27 +82,28 @@ class Reading:
         """Waits for it, once.
 
         Args:
-            like: Whose width, dtype and device are due, if there are no pairs.
+            like: Whose device is due and, if there are no pairs, width and dtype.
 
         Returns:
             Shape (tokens, hidden), all chosen, then all rejected, and the seconds that
-            were waited.
+            were waited: not for the copy to a GPU, which goes on.
 
         Raises:
             ValueError: If a file was damaged since it was opened.
         """
         before = perf_counter()
         self.start()
-        answers = self._future.result()  # type: ignore[union-attr]
+        read = self._future.result()  # type: ignore[union-attr]
         self._future = None
         if self._then is not None:
             self._then.start()
-        hidden = torch.cat(answers) if answers else like.detach()[:0]
-        return hidden.to(like.device), perf_counter() - before
+        hidden = like.detach()[:0] if read is None else read
+        return copied(hidden, like.device), perf_counter() - before
 
-    def _read(self) -> list[torch.Tensor]:
+    def _read(self) -> torch.Tensor | None:
         both = [self._store.read(pair) for pair in self._pairs]
-        return [answer for answers in zip(*both, strict=True) for answer in answers]
+        answers = [answer for side in zip(*both, strict=True) for answer in side]
+        return pinned(torch.cat(answers), self._device) if answers else None
 
 
 class PairReference(PairFeed):
@@ -214,8 +224,7 @@ class PairReference(PairFeed):
 
     @contextmanager
     def _without_gradient(self) -> Iterator[None]:
-        kwargs = self.args.gradient_checkpointing_kwargs
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, kwargs):
+        with torch.no_grad(), without_checkpointing(self.model):
             yield
 
     @contextmanager
@@ -270,7 +279,9 @@ class PairReference(PairFeed):
                     f"{store.folder}: its answers are not as long as those of the "
                     "batch: remove the folder, and it is computed anew"
                 )
-            batch["reading"] = reading = Reading(store, pairs, then=reading)
+            batch["reading"] = reading = Reading(
+                store, pairs, self.args.device, then=reading
+            )
         if reading is not None:
             reading.start()
 

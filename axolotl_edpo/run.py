@@ -7,6 +7,7 @@ checkpoints  hold β, the tokens so far and a reference that moves; they count w
 the stop     where losses or gradients are not finite
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,8 @@ class PairRun(PairReference):
 
     controller: BetaController
     trace: PairTrace | None = None
-    _new_tokens: int = 0
     _broken_pairs: Any = 0
+    _observed: Sequence[int] = ()
 
     def _start_run(self, settings: ControllerSettings, traced: int | None) -> None:
         self.controller = controller_of(settings)
@@ -105,7 +106,7 @@ class PairRun(PairReference):
         if self.accelerator.optimizer_step_was_skipped:
             self.controller.discard()
         else:
-            self.controller.advance(self._sum_over_ranks)
+            self.controller.advance(self._observed)
             self.stepped()
         args = self.args
         if (
@@ -186,21 +187,25 @@ class PairRun(PairReference):
         except Exception as error:
             LOG.warning(f"{self.trace.folder}: the last steps are not in it: {error}")
 
-    def _stop_where_losses_break(self, losses: torch.Tensor) -> None:
-        """Counts them on the device; all ranks look once per optimizer step.
+    def _observe(self, steps: torch.Tensor, losses: torch.Tensor) -> None:
+        """Counts on the device; all ranks sum up once per optimizer step.
 
         Args:
+            steps: Shape (pairs,), int64, values in {-1, 0, +1}.
             losses: Shape (pairs,).
 
         Raises:
-            Diverged: Before the last backward of the step.
+            Diverged: Where a loss is not finite, before the last backward of the step.
         """
+        self.controller.observe(steps)
         self._broken_pairs += (~losses.isfinite()).sum()
-        if self.accelerator.sync_gradients:
-            broken = int(self._sum_over_ranks(self._broken_pairs))
-            self._broken_pairs = 0
-            if broken:
-                self._stop(f"the loss of {broken} of the step's pairs is")
+        if not self.accelerator.sync_gradients:
+            return
+        counts = torch.stack([self._broken_pairs, *self.controller.observed()])
+        broken, *self._observed = self._sum_over_ranks(counts).tolist()
+        self._broken_pairs = 0
+        if broken:
+            self._stop(f"the loss of {broken} of the step's pairs is")
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Stops a run whose gradient is not finite.
@@ -229,6 +234,5 @@ class PairRun(PairReference):
         raise guard.diverged(what, step, beta, Path(self.args.output_dir))
 
     def _count_tokens(self) -> None:
-        new = torch.tensor(self._new_tokens)
-        self._total_train_tokens += int(self._sum_over_ranks(new))
+        self._total_train_tokens += int(self._new_tokens)
         self._new_tokens = 0

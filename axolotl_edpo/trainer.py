@@ -165,6 +165,9 @@ class EDPOTrainer(PairMargins):
             1.0 if self.ld_alpha is None else self.ld_alpha,
         )
         upstream.leave_losses_as_they_are(self)
+        # a loss that is not finite ends the run: no need to look at each on its own,
+        # for which the host would wait for the device
+        self.args.logging_nan_inf_filter = False
         self._means = {"train": WeightedMeans(), "eval": WeightedMeans()}
 
     def _settle_models(self) -> None:
@@ -270,8 +273,7 @@ class EDPOTrainer(PairMargins):
         mode = "train" if training else "eval"
         self._record(mode, inputs, completions, stats, pairs)
         if training:
-            self.controller.observe(pairs.steps)
-            self._stop_where_losses_break(pairs.losses.detach())
+            self._observe(pairs.steps, pairs.losses.detach())
         if num_items_in_batch is None:
             whole = (max(len(pairs.steps), 1), max(inputs["chosen_tokens"], 1))
         else:
@@ -401,7 +403,6 @@ class EDPOTrainer(PairMargins):
         add("logits/chosen", stats.mean_logit[:chosen])
         add("logits/rejected", stats.mean_logit[chosen:])
         if mode == "train":
-            self._new_tokens += inputs["num_tokens"]
             self._trace(inputs["examples"].pairs, completions, stats, pairs)
 
     def _trace(

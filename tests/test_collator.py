@@ -1,6 +1,10 @@
-"""collator.py on three pairs."""
+"""collator.py on three pairs, and on many against a row that is laid token by token."""
+
+import random
 
 import pytest
+import torch
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from axolotl_edpo.batch import Segments, completions_of
 from axolotl_edpo.collator import PairCollator, pairs_in
@@ -76,3 +80,110 @@ def test_without_pairs_there_is_a_row_that_scores_nothing(packs):
     dealt = collator.deal([PAIRS[:1], [], []])
     assert [pairs_in(batch) for batch in dealt] == [1, 0, 0]
     assert [pairs_in(batch) for batch in collator.deal([[], []])] == [0, 0]
+
+
+def some_pairs(count: int) -> list[dict]:
+    """Of few letters: answers that begin alike, are the same, or begin one another."""
+    rng = random.Random(0)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [rng.randint(1, 2) for _ in range(rng.randint(low, high))]
+
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    pairs = [
+        dict(zip(names, (ids(0, 6), ids(1, 4), ids(1, 4)), strict=True))
+        for _ in range(count)
+    ]
+    assert any(pair["chosen_ids"] == pair["rejected_ids"] for pair in pairs)
+    assert any(not pair["prompt_ids"] for pair in pairs)
+    return pairs
+
+
+def cut(collator: PairCollator, pair: dict) -> list[list[tuple[int, bool]]]:
+    """Tokens of both sequences, and whether each is scored, as TRL's collator says."""
+    padded = DataCollatorForPreference.torch_call(collator, [pair])
+    lengths = padded["attention_mask"].sum(dim=1).tolist()
+    rows = zip(padded["input_ids"], padded["completion_mask"], lengths, strict=True)
+    return [[*zip(a.tolist(), b.bool().tolist(), strict=True)][:n] for a, b, n in rows]
+
+
+def obvious(collator: PairCollator, pairs: list[dict]) -> dict:
+    """A row, token by token: as in the story of batch.py."""
+    row, seen, scored = [], [], ([], [])
+    for both in (cut(collator, pair) for pair in pairs):
+        shared = 0
+        while collator.shares and shared < min(map(len, both)):
+            if both[0][shared][0] != both[1][shared][0]:
+                break
+            shared += 1
+        start = [*range(len(row), len(row) + shared)]
+        row += [(both[0][k][0], k, 2) for k in range(shared)]
+        seen += [start[: k + 1] for k in range(shared)]
+        for side, tokens in enumerate(both):
+            places = [*start, *range(len(row), len(row) + len(tokens) - shared)]
+            row += [(tokens[k][0], k, 1) for k in range(shared, len(tokens))]
+            seen += [places[: k + 1] for k in range(shared, len(tokens))]
+            ks = [k for k in range(1, len(tokens)) if tokens[k][1]]
+            scored[side].append([(places[k - 1], tokens[k][0]) for k in ks])
+    filling = -len(row) % (collator.pad_to_multiple_of or 1)
+    places = [*range(len(row), len(row) + filling)]
+    row += [(collator.pad_token_id, k, 0) for k in range(filling)]
+    seen += [places[: k + 1] for k in range(filling)]
+    answers = [*scored[0], *scored[1]]
+    names = ("input_ids", "position_ids", "copies")
+    return {
+        **{n: [list(v)] for n, v in zip(names, zip(*row, strict=True), strict=True)},
+        "seen": seen,
+        "positions": [place for answer in answers for place, _ in answer],
+        "targets": [token for answer in answers for _, token in answer],
+        "lengths": [len(answer) for answer in answers],
+    }
+
+
+def seen_in(segments: Segments) -> list[list[int]]:
+    """The places in a row that each of its tokens sees."""
+    places = torch.arange(sum(segments.pieces)).split(segments.pieces)
+    seen = []
+    for queries, keys in zip(segments.queries, segments.keys, strict=True):
+        own = torch.cat([places[piece] for piece in keys]).tolist()
+        before = len(own) - queries
+        seen += [own[: before + i + 1] for i in range(queries)]
+    return seen
+
+
+def assert_laid(collator: PairCollator, batch: dict, pairs: list[dict]) -> None:
+    want = obvious(collator, pairs)
+    assert seen_in(batch["segments"]) == want.pop("seen")
+    for name, values in want.items():
+        assert batch[name].dtype == torch.int64, name
+        assert batch[name].tolist() == values, name
+    half = len(pairs)
+    assert batch["chosen_tokens"] == sum(want["lengths"][:half])
+    tokens = [len(one) for pair in pairs for one in cut(collator, pair)]
+    assert batch["num_tokens"] == sum(tokens)
+    assert batch["examples"].pairs == pairs
+
+
+@pytest.mark.parametrize("multiple", [None, 8])
+@pytest.mark.parametrize(
+    "truncation",
+    [{}, {"max_length": 7}, {"max_length": 7, "truncation_mode": "keep_end"}],
+)
+@pytest.mark.parametrize("shares", [False, True])
+def test_rows_are_those_that_are_laid_token_by_token(shares, truncation, multiple):
+    collator = PairCollator(
+        pad_token_id=9,
+        packs=True,
+        shares=shares,
+        pad_to_multiple_of=multiple,
+        **truncation,
+    )
+    pairs = some_pairs(60)
+    assert_laid(collator, collator(pairs), pairs)
+    step = [pairs[:25], pairs[25:28], pairs[28:]]
+    dealt = collator.deal(step)
+    assert sum(pairs_in(batch) for batch in dealt) == 60
+    rows = [batch["copies"].count_nonzero().item() for batch in dealt]
+    assert max(rows) - min(rows) <= 12
+    for batch in dealt:
+        assert_laid(collator, batch, batch["examples"].pairs)

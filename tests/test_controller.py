@@ -16,9 +16,9 @@ from axolotl_edpo.controller import (
 )
 
 
-def here(counts):
-    """The reduction of a single process."""
-    return counts
+def advance(controller):
+    """In a single process."""
+    controller.advance([int(count) for count in controller.observed()])
 
 
 def controller(**settings):
@@ -34,24 +34,26 @@ def test_any_cut_of_a_step_gives_the_same_beta_to_the_last_bit():
         c = controller()
         for part in steps.split(size):
             c.observe(part)
-        c.advance(here)
+        advance(c)
         betas.add(c.beta)
     assert betas == {0.1 * (8 / 1.2 + 4 / 0.8 + 4) / 16}
 
 
 def test_ranks_that_sum_their_counts_agree():
-    both = torch.tensor([1, 4, 3])
     a, b = controller(), controller()
     a.observe(torch.tensor([1, 1, 1, 0]))
     b.observe(torch.tensor([0, 0, 0, -1]))
-    a.advance(lambda counts: both)
-    b.advance(lambda counts: both)
+    summed = [int(x + y) for x, y in zip(a.observed(), b.observed(), strict=True)]
+    assert summed == [1, 4, 3]
+    a.advance(summed)
+    b.advance(summed)
     assert a.beta == b.beta == 0.1 * (3 / 1.2 + 1 / 0.8 + 4) / 8
 
 
 def test_a_rank_without_pairs_still_takes_part():
     c = controller()
-    c.advance(lambda counts: counts + torch.tensor([0, 0, 2]))
+    assert [int(count) for count in c.observed()] == [0, 0, 0]
+    c.advance([0, 0, 2])
     assert c.beta == pytest.approx(0.1 / 1.2)
 
 
@@ -59,14 +61,14 @@ def test_a_skipped_optimizer_step_leaves_nothing_behind():
     c = controller()
     c.observe(torch.tensor([1, 1]))
     c.discard()
-    c.advance(here)
+    advance(c)
     assert c.beta == 0.1
 
 
 def test_beta_survives_json_exactly():
     c = controller()
     c.observe(torch.tensor([1, 0, -1]))
-    c.advance(here)
+    advance(c)
     again = controller()
     assert again.load_state_dict(json.loads(json.dumps(c.state_dict()))) == []
     assert again.beta == c.beta
@@ -106,7 +108,7 @@ def test_a_recipe_gets_the_controller_it_names():
 def test_a_fixed_beta_stays_whatever_pairs_and_checkpoints_say():
     c = controller_of(ControllerSettings(0.1, control="fixed"))
     c.observe(torch.tensor([1, 1]))
-    c.advance(here)
+    advance(c)
     assert c.pair_betas(torch.tensor([1, 0, -1])).tolist() == pytest.approx([0.1] * 3)
     differences = c.load_state_dict({**controller().state_dict(), "beta": 0.07})
     assert (c.beta, c.epsilon) == (0.1, None)
@@ -121,7 +123,7 @@ def test_the_margins_of_three_steps_move_beta_as_worked_by_hand():
         assert c.begin(quiet(*margins)) == [True, True]
         betas.append(c.pair_betas(torch.tensor([0])).item())
         averages.append(c.metrics()["kl/margin_average"])
-        c.advance(here)
+        advance(c)
     assert averages == pytest.approx([0.0, 0.2, 0.08])
     by_hand = [0.1, 0.1 * (1 + 0.6 * (2 - 0.2)), 0.1 * (1 + 0.6 * (-1 - 0.08))]
     assert by_hand == pytest.approx([0.1, 0.208, 0.0352])
@@ -132,7 +134,7 @@ def test_the_margins_of_three_steps_move_beta_as_worked_by_hand():
 def margins_after(c, *margins):
     """Begins a step with these; the step before had a margin of 0."""
     c.begin(quiet(0.0, 0.0))
-    c.advance(here)
+    advance(c)
     return c.begin(quiet(*margins))
 
 
@@ -146,7 +148,7 @@ def test_beta_is_the_recipes_between_steps():
     c = margin_controller()
     margins_after(c, 2.0)
     assert c.beta > 0.2 and c.has_begun
-    c.advance(here)
+    advance(c)
     assert (c.beta, c.has_begun) == (0.1, False)
 
 
@@ -154,7 +156,7 @@ def test_averages_begin_with_the_first_step():
     c = margin_controller()
     c.begin(quiet(9.0, 11.0))  # as of a policy that was trained before
     assert c.beta == 0.1
-    c.advance(here)
+    advance(c)
     assert (c.average, c.deviation) == (10.0, pytest.approx(2**0.5))
 
 
@@ -163,7 +165,7 @@ def test_a_reference_that_takes_over_a_share_of_the_policy_takes_it_of_the_avera
     c.reference_moved(0.5)
     assert c.average is None
     c.begin(quiet(3.0, 5.0))
-    c.advance(here)
+    advance(c)
     c.reference_moved(0.25)
     assert (c.average, c.deviation) == (3.0, pytest.approx(0.75 * 2**0.5))
     c.reference_moved(1.0)
@@ -217,16 +219,16 @@ def test_a_skipped_step_and_a_step_without_pairs_leave_the_average():
     c = margin_controller()
     margins_after(c, 5.0)
     c.discard()
-    c.advance(here)
+    advance(c)
     assert c.begin([]) == []
-    c.advance(here)
+    advance(c)
     assert (c.average, c.beta) == (0.0, 0.1)
 
 
 def test_averages_survive_json_exactly():
     c = margin_controller()
     margins_after(c, 0.3, 0.1)
-    c.advance(here)
+    advance(c)
     again = margin_controller()
     assert again.load_state_dict(json.loads(json.dumps(c.state_dict()))) == []
     assert (again.average, again.deviation) == (c.average, c.deviation)

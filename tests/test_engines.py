@@ -1,7 +1,9 @@
 """Two ranks under every engine give the run that one process gives."""
 
+import inspect
 import json
 import multiprocessing
+import traceback
 from itertools import chain
 from pathlib import Path
 
@@ -14,7 +16,9 @@ from test_trainer import weights
 from tiny import CACHED, LORA, NF4
 from torch.multiprocessing import ProcessRaisedException
 
+from axolotl_edpo import checkpoint
 from axolotl_edpo.loss import next_beta
+from axolotl_edpo.run import BetaCallback
 
 CPU = {"device": "cpu"}
 STAGES = {
@@ -391,3 +395,62 @@ def test_zero3_goes_on_in_a_process_without_it(runs):
     assert_same_run(same, whole)
     with pytest.raises(ProcessRaisedException, match="among 2 ranks, and there are 4"):
         runs.many("zero3", 4, **PACKED, resume_from_checkpoint=start)
+
+
+COLLECTIVES = ("all_", "broadcast", "barrier", "gather", "scatter", "reduce", "monitor")
+OURS, OTHERS = Path(checkpoint.__file__).parent, {"transformers", "trl", "axolotl"}
+
+
+def asker() -> str | None:
+    """Which function of ours calls this, if no other package is in between."""
+    for frame in reversed(traceback.extract_stack()):
+        file = Path(frame.filename)
+        if file.parent == OURS and frame.name != "_sum_over_ranks":
+            return frame.name
+        *_, packages = frame.filename.partition("site-packages/")
+        if packages.split("/")[0] in OTHERS:
+            return None
+    return None
+
+
+def our_collectives(train) -> tuple:
+    """The probe: which of our functions asks all ranks, in which optimizer step."""
+    asked, trainers = [], []
+
+    def counted(function):
+        def call(*args, **kwargs):
+            if trainers and (name := asker()):
+                asked.append((trainers[0].state.global_step, name))
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in torch.distributed.distributed_c10d.__all__:
+        function = getattr(torch.distributed, name)
+        if inspect.isfunction(function) and name.startswith(COLLECTIVES):
+            setattr(torch.distributed, name, counted(function))
+    begin = BetaCallback.on_train_begin
+
+    def noted(self, *args, **kwargs):
+        trainers.append(self._trainer)
+        begin(self, *args, **kwargs)
+
+    BetaCallback.on_train_begin = noted
+    return train(), {"asked": asked}
+
+
+CONTROLS = {"epsilon": {}, "fixed": dict(edpo_control="fixed", edpo_epsilon=None)}
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_ranks_sum_up_twice_per_optimizer_step_and_once_per_log(runs, control):
+    """What a step holds before it, steps and losses before its last backward.
+
+    And the means where they are logged, here after every second step.
+    """
+    keys = dict(logging_steps=2, probe="test_engines:our_collectives", **PACKED)
+    for result in runs.double("ddp", **keys, **CONTROLS[control]):
+        by_step = [[who for at, who in result["asked"] if at == n] for n in range(10)]
+        step = ["get_batch_samples", "_observe"]
+        assert by_step[3::2] == [step] * 4  # the first step is logged as well
+        assert by_step[2::2] == [["pop", *step]] * 4

@@ -8,6 +8,7 @@ import inspect
 import re
 
 import pytest
+from accelerate.data_loader import DataLoaderShard
 from axolotl.core.builders.base import TrainerBuilderBase
 from axolotl.core.builders.causal import HFCausalTrainerBuilder
 from axolotl.core.builders.rl import HFRLTrainerBuilder
@@ -21,8 +22,10 @@ from axolotl.utils.config import validate_config
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from axolotl.utils.schemas.datasets import DPODataset
 from axolotl.utils.schemas.validation import RLValidationMixin
+from peft import LoraModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch.nn.attention import varlen
-from transformers import Trainer, masking_utils
+from transformers import PreTrainedModel, Trainer, masking_utils
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
@@ -123,6 +126,20 @@ def test_the_whole_optimizer_step_is_counted_before_its_first_micro_batch():
     step = source(Trainer.training_step)
     asked = ("if not loss_is_scaled_for_ga:", "not self.model_accepts_loss_kwargs or")
     assert any(line in step for line in asked), "upstream.py: loss scale"
+
+
+def test_a_data_loader_says_which_micro_batch_is_its_last_when_it_hands_it_over():
+    """And signs off only when it is asked for another."""
+    text = source(DataLoaderShard.__iter__)
+    last = text[text.index("self.end_of_dataloader = True") :]
+    assert last.index("yield current_batch") < last.index("self.end()"), "feed.py"
+    text = source(Trainer.get_batch_samples)
+    assert "for _ in range(num_batches):" in text, "feed.py: _until_data_end"
+
+
+def test_every_loss_is_looked_at_unless_told_otherwise():
+    text = source(Trainer._run_epoch)
+    assert "self.args.logging_nan_inf_filter" in text, "trainer.py is superfluous"
 
 
 def test_beta_moves_between_the_optimizer_step_and_the_log():
@@ -314,6 +331,23 @@ def test_sdpa_is_looked_up_when_it_is_called_and_takes_no_cap_and_no_sink():
 def test_gradient_checkpointing_keeps_the_keywords_of_a_layer():
     text = source(GradientCheckpointingLayer.__call__)
     assert "partial(super().__call__, **kwargs)" in text, "attention.py: segments"
+
+
+def test_a_flag_on_modules_says_what_is_checkpointed():
+    text = source(PreTrainedModel.is_gradient_checkpointing.fget)
+    assert "m.gradient_checkpointing for m in self.modules()" in text, "switches.py"
+    text = source(GradientCheckpointingLayer.__call__)
+    assert "if self.gradient_checkpointing and self.training:" in text, "switches.py"
+
+
+def test_peft_takes_adapters_into_use_by_walks_over_all_modules():
+    """They set attributes of modules, and `requires_grad`, which has no forward."""
+    for name in ("enable_adapters", "set_adapter"):
+        text = source(getattr(BaseTunerLayer, name))
+        assert "_set_layer_requires_grad(layer, " in text, "switches.py: _record"
+    text = source(BaseTuner._enable_adapter_layers)
+    assert "for module in self.model.modules():" in text, "switches.py is superfluous"
+    assert "_enable_adapter_layers" not in vars(LoraModel), "switches.py: LoraModel"
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gemma2"])
