@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -546,7 +546,7 @@ class _Parts:
         within = slice(rows.start - start, rows.stop - start)
         return (part[within] for part in self._parts if part is not None)
 
-    def add_products(self, rows: slice, left: torch.Tensor, rights) -> None:
+    def add_products(self, rows: slice, left: Any, rights: Sequence) -> None:
         """parts[rows] += left @ right, for the rights whose gradient is wanted."""
         wanted = (r for r, g in zip(rights, self._wholes, strict=True) if g is not None)
         for part, right in zip(self.at(rows), wanted, strict=True):
