@@ -13,6 +13,7 @@ softmax(h_ref + (1±ε) d) of Proposition 1, https://arxiv.org/abs/2502.13177. O
 signs, summed over a pair, are used, and they are ε times a small number, so they are
 never formed as a difference of two log-softmaxes: that loses the sign in bf16 and
 often in float32. A log of a mean is log1p of a mean of expm1: d = 0 gives exactly 0.
+The same number may be subtracted from every d_v, see tiles.py.
 
 The vocabulary is walked in tiles. `tiles.py`, or `kernels.py` on a GPU, adds each to
 running sums per token; this file walks the tiles and finishes the sums. The gradient is

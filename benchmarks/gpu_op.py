@@ -25,7 +25,7 @@ from measure import peak_extra_bytes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from axolotl_edpo import kernels
+from axolotl_edpo import kernels, logprobs
 from axolotl_edpo.head import Head
 from axolotl_edpo.logprobs import TokenStats, token_stats
 
@@ -307,19 +307,18 @@ def tests(note: Notes) -> None:
 
 def head(note: Notes) -> None:
     """Time of the op relative to its own products, and what moves it."""
-    note("shapes", "N, H, V; bfloat16; products: 3 with a frozen head, 5 with another")
+    counts = ", ".join(f"{name} {count}" for name, count in PRODUCTS.items())
+    note("shapes", f"N, H, V; bfloat16; products with a head that is {counts}")
     for shape in SHAPES if ON_GPU else [LARGE]:
         inputs = draw(shape)
-        for trained in (False, True):
-            weight = inputs.weight.clone().requires_grad_(trained)
-            products = milliseconds(products_of(inputs, trained))
+        for kind, count in PRODUCTS.items():
+            weight = inputs.weight.clone().requires_grad_(kind != "frozen")
+            products = milliseconds(products_of(inputs, count))
             for epsilon in (EPSILON, None):
-                run = step_of(inputs, weight, epsilon)
+                run = step_of(inputs, weight, epsilon, keeps="kept" in kind)
                 spent = milliseconds(run)
-                kind = "trained" if trained else "frozen"
-                kind += ", ε off" if epsilon is None else ""
                 note(
-                    f"{shape}, {kind}",
+                    f"{shape}, {kind}" + (", ε off" if epsilon is None else ""),
                     {
                         "ms": spent,
                         "products, ms": products,
@@ -331,7 +330,11 @@ def head(note: Notes) -> None:
     kernels_of_a_step(note)
 
 
-def products_of(inputs: Inputs, trained: bool) -> Callable[[], None]:
+# Matrix products of the op. What a head that trains may keep decides between the last.
+PRODUCTS = {"frozen": 3, "trained, kept": 4, "trained, formed again": 5}
+
+
+def products_of(inputs: Inputs, count: int) -> Callable[[], None]:
     """The products that the op needs, each as one call, into one buffer."""
     hidden, weight = inputs.hidden.detach(), inputs.weight
     buffer = hidden.new_zeros(len(hidden), len(weight))
@@ -340,17 +343,21 @@ def products_of(inputs: Inputs, trained: bool) -> Callable[[], None]:
         torch.mm(hidden, weight.T, out=buffer)
         torch.mm(inputs.reference, weight.T, out=buffer)
         torch.mm(buffer, weight)  # hidden gradient
-        if trained:
-            torch.mm(hidden, weight.T, out=buffer)  # logits once more
+        if count > 3:
             torch.mm(buffer.T, hidden)  # weight gradient
+        if count > 4:
+            torch.mm(hidden, weight.T, out=buffer)  # logits once more
 
     return run
 
 
-def step_of(inputs: Inputs, weight: torch.Tensor, epsilon: float | None):
-    """Forward and backward of the op."""
+def step_of(
+    inputs: Inputs, weight: torch.Tensor, epsilon: float | None, keeps: bool = False
+):
+    """Forward and backward of the op, which keeps all numerators or none."""
 
     def run() -> None:
+        logprobs.KEPT_BYTES = 2**40 if keeps else 0
         inputs.hidden.grad = weight.grad = None
         heads = Head(weight), Head(inputs.weight)
         stats = token_stats(inputs.hidden, inputs.reference, *heads, inputs.y, epsilon)
@@ -367,34 +374,23 @@ def extra_mib(inputs: Inputs, weight: torch.Tensor, run: Callable[[], object]) -
 
 
 def sweep(note: Notes) -> None:
-    """Other sizes of chunk, tile and block, as far as they are constants."""
-    names = [n for n in ("CHUNK", "TILE", "BLOCK") if hasattr(kernels, n)]
+    """Other sizes of chunk and tile, and other numbers of logits per thread."""
     if not ON_GPU:
         note("sweep", "needs a GPU")
         return
     inputs = draw(LARGE)
     run = step_of(inputs, inputs.weight, EPSILON)
-    usual = {name: getattr(kernels, name) for name in names}
-    choices = [(4096, 8192, 1024), (4096, 8192, 2048), (4096, 16384, 1024)]
-    choices += [(2048, 8192, 1024), (8192, 4096, 1024), (4096, 4096, 2048)]
-    tried = [usual]
-    for sizes in choices:
-        all_sizes = dict(zip(("CHUNK", "TILE", "BLOCK"), sizes, strict=True))
-        tried.append({name: all_sizes[name] for name in names})
+    usual = kernels.CHUNK, kernels.TILE, kernels.warps
+    choices = [(4096, 4096, 16), (4096, 4096, 8), (4096, 4096, 32), (4096, 8192, 16)]
+    choices += [(4096, 8192, 32), (4096, 16384, 16), (2048, 8192, 16), (8192, 4096, 16)]
     try:
-        for sizes in tried if names else []:
-            for name, size in sizes.items():
-                setattr(kernels, name, size)
-            note(f"{LARGE}, {cell(sizes)}", {"sweep, ms": milliseconds(run, 5)})
+        for chunk, tile, logits in choices:
+            kernels.CHUNK, kernels.TILE = chunk, tile
+            kernels.warps = lambda block, n=logits: min(max(block // 32 // n, 1), 32)
+            name = f"{LARGE}, CHUNK {chunk} TILE {tile}, {logits} logits per thread"
+            note(name, {"sweep, ms": milliseconds(run, 5)})
     finally:
-        for name, size in usual.items():
-            setattr(kernels, name, size)
-    note("constants that a sweep can set", names or "none")
-
-
-def cell(sizes: dict[str, int]) -> str:
-    """Names and sizes."""
-    return " ".join(f"{name} {size}" for name, size in sizes.items())
+        kernels.CHUNK, kernels.TILE, kernels.warps = usual
 
 
 def kernels_of_a_step(note: Notes) -> None:

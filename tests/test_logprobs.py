@@ -500,6 +500,34 @@ def test_tf32_of_the_newer_interface_alone_is_no_error(everywhere, monkeypatch):
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+@pytest.mark.parametrize("module", [tiles, kernels])
+def test_few_tokens_meet_wide_tiles(module):
+    """A product keeps its size, and a tile its memory."""
+    sizes = {n: module.tile_size(n) for n in (1, 300, module.CHUNK // 2, module.CHUNK)}
+    assert list(sizes.values()) == [2 * module.TILE] * 3 + [module.TILE]
+    cells = module.CHUNK * module.TILE
+    assert all(min(n, module.CHUNK) * tile <= cells for n, tile in sizes.items())
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 4, 8])
+@pytest.mark.parametrize("tile", [7, 61, 64])
+def test_values_and_gradients_do_not_depend_on_tiles(
+    backend, keeps, tokens, tile, monkeypatch
+):
+    h, ref, head, y = inputs(tokens=tokens, bias=True, device=device(backend))
+    leaves = [h.requires_grad_(), head.weight.requires_grad_()]
+
+    def run():
+        stats = token_stats(h, ref, head, head, y, 0.01, backend=backend)
+        return [*stats, *gradients(stats.policy_logp, leaves)]
+
+    before = run()
+    for module in (tiles, kernels):
+        monkeypatch.setattr(module, "TILE", tile)
+    for a, b in zip(run(), before, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_few_tokens_work_and_carry_a_gradient(backend, tokens):
     h, ref, head, y = inputs(tokens=tokens, device=device(backend))
