@@ -397,23 +397,24 @@ class _Kept:
         ∂ policy_logp / ∂ weight = (onehot(y) - p)ᵀ inputs
         """
         wanted = [
-            (whole, x.float())
+            (whole, x, torch.empty_like(x, dtype=self.values.dtype))
             for whole, x in zip(out, inputs, strict=True)
             if whole is not None
         ]
         for tile, factor in zip(call.tiles(), self.factors, strict=False):
             w, scale = self.of(tile).T, (grad_logp * factor)[:, None]
-            for whole, x in wanted:
-                _write_product(w, (x * scale).to(w.dtype), whole[tile])
+            for whole, x, scaled in wanted:
+                _write_product(w, torch.mul(x, scale, out=scaled), whole[tile])
         scale = (grad_logp * self.factors[-1])[:, None]
-        for whole, x in wanted:
-            rows = (x * scale).to(whole.dtype)
+        for whole, x, scaled in wanted:
+            rows = torch.mul(x, scale, out=scaled).to(whole.dtype)
             whole.index_put_((call.targets,), rows, accumulate=True)
 
 
 def _write_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     """out = a @ b, rounded once."""
-    exact = out if out.dtype == torch.float32 else out.float()
+    wide = out.dtype == torch.float32
+    exact = out if wide else torch.empty_like(out, dtype=torch.float32)
     product(a, b, exact)
     out.copy_(exact)
 
@@ -459,17 +460,14 @@ class _TokenStats(torch.autograd.Function):
         ]
         if call is None:
             return None, None, None, *d_inputs, *(None for _ in d_inputs)
-        inputs, kept = (
-            ctx.saved_tensors[half : 2 * half],
-            _Kept(*ctx.saved_tensors[-2:]),
-        )
-        device = grad_logp.device
-        d_head = [x and torch.empty(x[0], dtype=x[1], device=device) for x in ctx.head]
+        *inputs, values, factors = ctx.saved_tensors[half:]
+        d_bias, *d_weights = d_head = [
+            None if x is None else values.new_empty(x[0], dtype=x[1]) for x in ctx.head
+        ]
+        ones = values.new_ones(len(grad_logp), 1)  # what a bias is multiplied with
         columns = [None if d is None else d.view(len(d), -1) for d in d_head]
-        ones = torch.ones(len(grad_logp), 1, device=device)
-        with torch.cuda.device_of(grad_logp), full_precision(kept.values, *inputs):
-            kept.gradients(call, grad_logp, (ones, *inputs), columns)
-        d_bias, *d_weights = d_head
+        with torch.cuda.device_of(grad_logp), full_precision(values, *inputs):
+            _Kept(values, factors).gradients(call, grad_logp, (ones, *inputs), columns)
         return None, None, d_bias, *d_inputs, *d_weights
 
 
