@@ -343,8 +343,8 @@ def _takes_varlen(
     return (
         query.is_cuda
         and not torch.version.hip
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
         and _dtype_of_kernel(query) in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
         and size == value.shape[-1]
         and size % 8 == 0
         and (size <= 192 or size == 256)

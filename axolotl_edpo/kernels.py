@@ -47,12 +47,12 @@ TOTAL = tl.constexpr(tiles.TOTAL)
 CENTRE = tl.constexpr(tiles.CENTRE)
 LOGIT_Y = tl.constexpr(tiles.LOGIT_Y)
 RATIO_Y = tl.constexpr(tiles.RATIO_Y)
-WILD = tl.constexpr(tiles.WILD)
 REFERENCE = tl.constexpr(tiles.REFERENCE)
 UP = tl.constexpr(tiles.UP)
 DOWN = tl.constexpr(tiles.DOWN)
 WIDEST = tl.constexpr(tiles.WIDEST)
 SMALLEST_MEAN = tl.constexpr(tiles.SMALLEST_MEAN)
+LARGEST_MEAN = tl.constexpr(tiles.LARGEST_MEAN)
 # Below it, four terms of the series of e^x - 1 are enough.
 SERIES = tl.constexpr(0.06)
 
@@ -107,12 +107,6 @@ def _store(pointers, values, mask):
 
 
 @triton.jit
-def _has_digits(mean):
-    """As `tiles._has_digits`."""
-    return (mean >= SMALLEST_MEAN) & (mean < float("inf"))
-
-
-@triton.jit
 def _log_add(a, b):
     """log(e^a + e^b)."""
     m = tl.maximum(a, b)
@@ -135,12 +129,35 @@ def _sum_of_powers(w, x, t, widest):
 
 
 @triton.jit
-def _add_apart(sums, field, known, h, x, inside, t, centre):
-    """sums[field] = log(e^known + Σe^(h + t(x + c)))."""
-    values = tl.where(inside, tl.fma(x, t, h), float("-inf"))
-    top = tl.max(values, 0)
-    lse = top + tl.log(tl.sum(tl.exp(values - top), 0)) + t * centre
-    tl.store(sums + field, _log_add(known, lse))
+def _add_moved(
+    sums, stride, field, apart, w, h, x, inside, t, widest, top, centre, mass
+):
+    """Adds a row to Σw(e^tx - 1), and moves it to a new top, centre and mass.
+
+    As in `tiles._add_apart`, a logsumexp takes its place where it has lost its digits.
+    """
+    top_before = tl.load(sums + TOP * stride)
+    centre_before = tl.load(sums + CENTRE * stride)
+    mass_before = tl.load(sums + MASS * stride)
+    before = tl.load(sums + field * stride)
+    shrink = tl.exp(top_before - top)
+    moving = mass_before * shrink
+    step = tl.where(moving > 0, centre - centre_before, 0.0)
+    total = before * shrink
+    total += _expm1(-t * step) * (total + moving)
+    total += _sum_of_powers(w, x, t, widest)
+    tl.store(sums + field * stride, total)
+    mean = total / mass
+    digits = (mean >= SMALLEST_MEAN) & (mean <= LARGEST_MEAN)
+    digits = digits & (tl.abs(t) * tl.maximum(widest, tl.abs(step)) <= WIDEST)
+    known = tl.load(sums + apart * stride)
+    if (known == known) | (digits == 0):
+        so_far = top_before + tl.log(before + mass_before) + t * centre_before
+        known = tl.where(known == known, known, so_far)
+        values = tl.where(inside, tl.fma(x, t, h), float("-inf"))
+        highest = tl.max(values, 0)
+        lse = highest + tl.log(tl.sum(tl.exp(values - highest), 0)) + t * centre
+        tl.store(sums + apart * stride, _log_add(known, lse))
 
 
 @triton.jit
@@ -187,64 +204,34 @@ def _add_tile_kernel(
     centre = tl.where(highest > top_before, centre, centre_before)
     top = tl.maximum(top_before, highest)
     shrink = tl.exp(top_before - top)
-    tl.store(sums + TOP * stride, top)
-    tl.store(sums + CENTRE * stride, centre)
     tl.store(shrinks + token, shrink)
 
     w = tl.where(inside, tl.exp(h - top), 0.0)
     x = tl.where(inside, d - centre, 0.0)
     widest = tl.max(tl.abs(x), 0)
     if WEIGHTED:
-        _store(
-            weights + row + v, _times_slope(w, h, scale, cap, SCALED, CAPPED), inside
-        )
+        p = _times_slope(w, h, scale, cap, SCALED, CAPPED)
+        _store(weights + row + v, p, inside)
     logit = tl.load(sums + LOGIT * stride) * shrink + tl.sum(w * h, 0)
     tl.store(sums + LOGIT * stride, logit)
     if COLLIDING:
         collision = tl.load(sums + COLLISION * stride) * shrink * shrink
         tl.store(sums + COLLISION * stride, collision + tl.sum(w * w, 0))
-
-    # what was summed so far, moved to this top and centre
-    mass_before = tl.load(sums + MASS * stride)
-    moving = mass_before * shrink
+    moving = tl.load(sums + MASS * stride) * shrink
     mass = moving + tl.sum(w, 0)
     step = tl.where(moving > 0, centre - centre_before, 0.0)
     ratio = tl.load(sums + RATIO * stride) * shrink - step * moving
-    tl.store(sums + MASS * stride, mass)
     tl.store(sums + RATIO * stride, ratio + tl.sum(w * x, 0))
-    back_before = tl.load(sums + BACK * stride)
-    back = back_before * shrink
-    back += _expm1(step) * (back + moving) + _sum_of_powers(w, x, -1.0, widest)
-    tl.store(sums + BACK * stride, back)
-    digits = _has_digits(back / mass) & (tl.maximum(widest, tl.abs(step)) <= WIDEST)
-    plus_before, minus_before = 0.0, 0.0
+    back = sums, stride, BACK, REFERENCE, w, h, x, inside, -1.0
+    _add_moved(*back, widest, top, centre, mass)
     if PERTURBED:
-        plus_before = tl.load(sums + PLUS * stride)
-        minus_before = tl.load(sums + MINUS * stride)
-        plus, minus = plus_before * shrink, minus_before * shrink
-        plus += _expm1(-epsilon * step) * (plus + moving)
-        minus += _expm1(epsilon * step) * (minus + moving)
-        plus += _sum_of_powers(w, x, epsilon, widest)
-        minus += _sum_of_powers(w, x, -epsilon, widest)
-        tl.store(sums + PLUS * stride, plus)
-        tl.store(sums + MINUS * stride, minus)
-        digits = digits & _has_digits(plus / mass) & _has_digits(minus / mass)
-
-    wild = tl.load(sums + WILD * stride) > 0
-    if wild | (digits == 0):
-        tl.store(sums + WILD * stride, 1.0)
-        so_far = top_before + tl.log(back_before + mass_before) - centre_before
-        known = tl.where(wild, tl.load(sums + REFERENCE * stride), so_far)
-        _add_apart(sums, REFERENCE * stride, known, h, x, inside, -1.0, centre)
-        if PERTURBED:
-            so_far = top_before + tl.log(plus_before + mass_before)
-            so_far += epsilon * centre_before
-            known = tl.where(wild, tl.load(sums + UP * stride), so_far)
-            _add_apart(sums, UP * stride, known, h, x, inside, epsilon, centre)
-            so_far = top_before + tl.log(minus_before + mass_before)
-            so_far -= epsilon * centre_before
-            known = tl.where(wild, tl.load(sums + DOWN * stride), so_far)
-            _add_apart(sums, DOWN * stride, known, h, x, inside, -epsilon, centre)
+        plus = sums, stride, PLUS, UP, w, h, x, inside, epsilon
+        _add_moved(*plus, widest, top, centre, mass)
+        minus = sums, stride, MINUS, DOWN, w, h, x, inside, -epsilon
+        _add_moved(*minus, widest, top, centre, mass)
+    tl.store(sums + TOP * stride, top)
+    tl.store(sums + CENTRE * stride, centre)
+    tl.store(sums + MASS * stride, mass)
 
     y = tl.load(targets + token)
     if (y >= 0) & (y < tile):

@@ -344,46 +344,67 @@ def _cut(scratch: torch.Tensor, chunk: slice, tile: slice) -> torch.Tensor:
     return scratch[:, : rows * columns].view(-1, rows, columns)
 
 
+# The smallest factor of `_Kept`: e^-69, far from the end of bfloat16's range.
+LEAST_FACTOR = 1e-30
+
+
 @dataclass(frozen=True)
 class _Kept:
-    """The numerators of p, from which the gradient of a head that trains is made.
+    """onehot(y) - p in two factors, for the gradient of a head that trains.
 
     Attributes:
-        values: w of `add_tile`, tile after tile, each of shape (tokens, tile).
-        factors: Shape (tiles + 1, tokens): -e^(m - logsumexp) with the m that the w of
-            each tile is relative to, so that their product is -p; last the slope of
-            `Head.after` at h[y].
+        values: w of `add_tile`, tile after tile, each of shape (tokens, tile); once
+            `finish` was called, with another value at y.
+        factors: The m of each tile that its w is relative to, shape (tiles, tokens);
+            then -e^(m - logsumexp).
     """
 
     values: torch.Tensor
     factors: torch.Tensor
 
     @classmethod
-    def fitting(cls, call: _Call, policy: _Side, trained: list) -> "_Kept | None":
-        """Space for them, if there is enough, and if no digits are lost.
-
-        float16 has too small a range for p in two factors. On a CPU a gradient of 16
-        bits would be rounded with every token.
+    def fitting(cls, call: _Call, policy: _Side) -> "_Kept | None":
+        """Space for it, if there is enough: float16 has too small a range.
 
         Args:
             call: Whose vocabulary and tokens there are.
             policy: Whose numerators are kept.
-            trained: Bias and weights that want a gradient.
         """
         tokens, tiles = len(call.targets), len([*call.tiles()])
         rows = rows_of(policy.weights[0], slice(0, 1), policy.inputs[0])
         fits = tokens * call.policy.vocab * rows.itemsize <= KEPT_BYTES
-        narrow = any(x.dtype != torch.float32 for x in trained)
-        if not fits or rows.dtype == torch.float16 or narrow and not rows.is_cuda:
+        if not fits or rows.dtype == torch.float16:
             return None
         values = rows.new_empty(tokens * call.policy.vocab)
-        return cls(values, torch.empty(tiles + 1, tokens, device=rows.device))
+        return cls(values, torch.empty(tiles, tokens, device=rows.device))
 
     def of(self, tile: slice) -> torch.Tensor:
         """Those of a tile, shape (tokens, tile)."""
         tokens = self.factors.shape[1]
         part = self.values[tokens * tile.start : tokens * tile.stop]
         return part.view(tokens, tile.stop - tile.start)
+
+    def finish(
+        self, call: _Call, lse: torch.Tensor, logp: torch.Tensor, logit_y: torch.Tensor
+    ) -> None:
+        """Makes factors of what was kept.
+
+        Args:
+            call: Whose targets they are.
+            lse: logsumexp of the logits, as all that follow of shape (tokens,).
+            logp: log p[y].
+            logit_y: h[y].
+        """
+        factors = torch.exp(self.factors - lse).clamp_(min=LEAST_FACTOR).neg_()
+        self.factors.copy_(factors)
+        number = call.targets // call.width
+        start = number * call.width
+        columns = (call.policy.vocab - start).clamp(max=call.width)
+        tokens = torch.arange(len(lse), device=lse.device)
+        where = len(lse) * start + tokens * columns + call.targets - start
+        at_y = -torch.expm1(logp) * call.policy.slope(logit_y)  # (1 - p[y]) slope
+        at_y = at_y / factors.gather(0, number[None])[0]
+        self.values.scatter_(0, where, at_y.to(self.values.dtype))
 
     def gradients(
         self,
@@ -401,14 +422,11 @@ class _Kept:
             for whole, x in zip(out, inputs, strict=True)
             if whole is not None
         ]
-        for tile, factor in zip(call.tiles(), self.factors, strict=False):
-            w, scale = self.of(tile).T, (grad_logp * factor)[:, None]
+        for tile, factor in zip(call.tiles(), self.factors, strict=True):
+            scale = (grad_logp * factor)[:, None]
             for whole, x, scaled in wanted:
-                _write_product(w, torch.mul(x, scale, out=scaled), whole[tile])
-        scale = (grad_logp * self.factors[-1])[:, None]
-        for whole, x, scaled in wanted:
-            rows = torch.mul(x, scale, out=scaled).to(whole.dtype)
-            whole.index_put_((call.targets,), rows, accumulate=True)
+                torch.mul(x, scale, out=scaled)
+                _write_product(self.of(tile).T, scaled, whole[tile])
 
 
 def _write_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
@@ -430,9 +448,9 @@ class _TokenStats(torch.autograd.Function):
         wants_bias, *wants = ctx.needs_input_grad[2:]
         wanted = zip((bias, *weights), (wants_bias, *wants[half:]), strict=True)
         head = [x if want else None for x, want in wanted]
-        trained, kept = [x for x in head if x is not None], None
+        trained, kept = any(x is not None for x in head), None
         if call.with_grad and trained:
-            kept = _Kept.fitting(call, policy, trained)
+            kept = _Kept.fitting(call, policy)
         early = call.with_grad and (kept is not None or not trained and any(wants))
         stats, lse, gradients = _forward(call, policy, reference, early, kept)
         ctx.call, ctx.half, ctx.early = call if trained else None, half, early
@@ -483,8 +501,7 @@ def _forward(
         sums, gradients = _read_tiles(call, policy, reference, early, kept)
         stats, lse = _finish(call, sums)
     if kept is not None:
-        kept.factors[:-1] = -torch.exp(kept.factors[:-1] - lse)
-        kept.factors[-1].fill_(1).mul_(call.policy.slope(sums[LOGIT_Y]))
+        kept.finish(call, lse, stats.policy_logp, sums[LOGIT_Y])
     return stats, lse, gradients
 
 

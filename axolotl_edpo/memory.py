@@ -246,15 +246,15 @@ def _tiles(sizes: Sizes, tokens: int, itemsize: int, device: str, trains: bool) 
     cells = min(chunk, tokens) * min(tile, vocab)
     values = tokens * sizes.hidden
     gradient = 4 * min(values, BLOCK_VALUES) + itemsize * values
-    kept = itemsize * tokens * vocab * trains
-    keeps = kept <= KEPT_BYTES and (not trains or device == "cuda" or itemsize == 4)
+    kept = (itemsize if device == "cuda" else 4) * tokens * vocab * trains
+    keeps = kept <= KEPT_BYTES
     forward, backward = 4 * cells * matrices, 0
     if keeps:
         forward += gradient + (kept or itemsize * cells)
     if trains:
         rows = 4 * min(tile, vocab) * sizes.hidden
         again = (4 + itemsize) * cells + gradient
-        backward = rows + (kept + 2 * itemsize * values if keeps else again)
+        backward = rows + (kept + 3 * itemsize * values if keeps else again)
     return 2 * itemsize * values + max(forward, backward)
 
 

@@ -19,8 +19,9 @@ number is subtracted from every d, and a mean of e^-x - 1 is never near -1, wher
 log1p has no digits left, as long as the policy's favourite token has some probability.
 Where d = 0 everywhere, c = 0 and every sum of e^tx - 1 is exactly 0.
 
-A token is WILD (1, else 0) once some |x| > 60, so that e^x may overflow, or once such a
-mean falls below -0.9. From then on three logsumexps are kept as well:
+Such a mean loses its digits where it falls below -0.9, and where it was large before c
+moved; above |tx| = 60 it may overflow. From then on a logsumexp takes its place, which
+is NaN before:
 
     REFERENCE log Σe^h_ref    UP log Σe^(h + εd)          DOWN log Σe^(h - εd)
 """
@@ -32,9 +33,9 @@ import torch
 from .head import Head
 
 TOP, MASS, LOGIT, RATIO, BACK, PLUS, MINUS, COLLISION = range(8)
-TOTAL, CENTRE, LOGIT_Y, RATIO_Y, WILD, REFERENCE, UP, DOWN, FIELDS = range(8, 17)
-# The sums of e^tx - 1, see `moved`.
-MOVED = slice(BACK, MINUS + 1)
+TOTAL, CENTRE, LOGIT_Y, RATIO_Y, REFERENCE, UP, DOWN, FIELDS = range(8, 16)
+# The sums of e^tx - 1, and what takes their place, see `moved`.
+MOVED, APART = slice(BACK, MINUS + 1), slice(REFERENCE, DOWN + 1)
 
 # Tokens and vocabulary of a tile: 4 MiB per matrix, so that it stays in cache; and how
 # many matrices `add_tile` works in.
@@ -43,8 +44,9 @@ CHUNK, TILE, MATRICES = 1024, 1024, 4
 # The series of e^x - 1 ends where the next term is this small beside the first; where
 # that takes more than four terms, e^x is computed.
 NEGLIGIBLE, MOST_TERMS = 1.1e-7, 4
-# What makes a token wild.
-WIDEST, SMALLEST_MEAN = 60.0, -0.9
+# Beyond these, a mean of e^tx - 1 may have lost its digits. (With c it moves by up to
+# 1 + itself, of which float32 keeps 1e-7.)
+WIDEST, SMALLEST_MEAN, LARGEST_MEAN = 60.0, -0.9, 100.0
 # e^x as 2^(x log2 e): on CPUs several times as fast.
 LOG2E = math.log2(math.e)
 
@@ -58,6 +60,7 @@ def new_sums(tokens: int, device: torch.device) -> torch.Tensor:
     """Sums over an empty vocabulary, shape (FIELDS, tokens)."""
     sums = torch.zeros(FIELDS, tokens, device=device)
     sums[TOP].fill_(-torch.inf)
+    sums[APART].fill_(torch.nan)
     return sums
 
 
@@ -74,17 +77,10 @@ def moved(epsilon: float | None) -> tuple[tuple[int, int, float], ...]:
 
 def log_mean(sums: torch.Tensor, field: int, apart: int, t: float) -> torch.Tensor:
     """log Σ_v p_v e^(t x_v), from a row of `moved`; shape (tokens,)."""
-    mean = sums[field] / sums[MASS]
-    log = torch.log1p(mean)
     lse = sums[TOP] + sums[MASS].log()
     difference = sums[apart] - t * sums[CENTRE] - lse
-    exact = (sums[WILD] == 0) | _has_digits(mean)
-    return torch.where(exact, log, difference)
-
-
-def _has_digits(mean: torch.Tensor) -> torch.Tensor:
-    """Whether log1p of a mean of e^tx - 1 is exact: neither near -1 nor overflown."""
-    return (mean >= SMALLEST_MEAN) & mean.isfinite()
+    exact = torch.log1p(sums[field] / sums[MASS])
+    return torch.where(sums[apart].isnan(), exact, difference)
 
 
 def add_tile(
@@ -129,7 +125,7 @@ def add_tile(
     if collision:
         sums[COLLISION] += torch.mul(w, w, out=y).sum(1)
     _add_differences(sums, w, x, y, epsilon, widest.max().item())
-    _add_wild(sums, before, h, x, y, epsilon, torch.maximum(widest, step.abs()))
+    _add_apart(sums, before, h, x, y, epsilon, torch.maximum(widest, step.abs()))
     if out is not None:
         _times(w, heads[0].slope(h))
     return shrink
@@ -186,18 +182,20 @@ def _terms(x: float) -> int | None:
     return next(enough, None)
 
 
-def _add_wild(sums, before, h, x, y, epsilon, widest) -> None:
-    """Marks tokens as WILD, and keeps their logsumexps."""
-    digits = _has_digits(sums[MOVED] / sums[MASS]).all(0) & (widest <= WIDEST)
-    sums[WILD].masked_fill_(~digits, 1)
-    if not sums[WILD].any():
-        return
-    for field, apart, t in moved(epsilon):
+def _add_apart(sums, before, h, x, y, epsilon, widest) -> None:
+    """Keeps logsumexps where a mean has lost its digits; y is scratch."""
+    means = sums[MOVED] / sums[MASS]
+    digits = (means >= SMALLEST_MEAN) & (means <= LARGEST_MEAN) & sums[APART].isnan()
+    for (field, apart, t), fine in zip(moved(epsilon), digits, strict=True):
+        fine &= abs(t) * widest <= WIDEST
+        if fine.all():
+            continue
         lse = torch.add(h, x, alpha=t, out=y).logsumexp(1) + t * sums[CENTRE]
         so_far = (before[field] + before[MASS]).log()
         so_far += before[TOP] + t * before[CENTRE]
-        known = torch.where(before[WILD] > 0, before[apart], so_far)
-        sums[apart] = torch.logaddexp(known, lse)
+        known = torch.where(before[apart].isnan(), so_far, before[apart])
+        lse = torch.logaddexp(known, lse)
+        sums[apart] = torch.where(fine, sums[apart], lse)
 
 
 def _pick(out: torch.Tensor, values: torch.Tensor, targets: torch.Tensor) -> None:

@@ -115,7 +115,7 @@ def install_wheels() -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:  # what needs none of them can still be measured
         return f"not installed: {done.stderr.strip()[-500:]}"
-    sys.path.append(str(SITE))
+    sys.path.insert(0, str(SITE))  # before the machine's own, as for the children
     importlib.invalidate_caches()
     return f"{len(wheels)} installed"
 

@@ -803,7 +803,7 @@ def head_share(
 ) -> float:
     """The head's share of a step's matrix products, without a cache.
 
-        head    scored tokens × vocabulary × hidden × 3, or 5 where it trains
+        head    scored tokens × vocabulary × hidden × 3, or 4 where it trains
         body    tokens × weights of its linear layers × 4 (policy and reference, 2 for
                 backward), or 3 with an adapter; 1 more with checkpointing
 
@@ -819,7 +819,7 @@ def head_share(
     from axolotl_edpo.memory import sizes_of
 
     sizes, trains = sizes_of(config), not args.adapter
-    head = scored * sizes.head * (5 if trains else 3)
+    head = scored * sizes.head * (4 if trains else 3)
     body = tokens * sizes.linear * (3 + trains + args.gradient_checkpointing)
     return head / (head + body)
 

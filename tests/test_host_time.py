@@ -7,6 +7,7 @@ torch runs on real devices only.
 """
 
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import tiny
@@ -90,16 +91,25 @@ def put_on(mode: FakeTensorMode, model: torch.nn.Module) -> None:
 def step(recipe, tmp_path, monkeypatch):
     """Walks through the micro-batches of an optimizer step; returns what was counted.
 
-    That is the copies of each micro-batch, and the sums over ranks, which are read by
-    the host.
+    That is the copies of each micro-batch, the sums over ranks, which are read by the
+    host, and how many tensors were pinned when rows were laid.
     """
 
-    def walk(**keys) -> tuple[list[Counter], list[tuple[int, ...]]]:
+    def walk(**keys) -> tuple[list[Counter], list[tuple[int, ...]], int]:
         trainer = tiny.build(tmp_path, recipe(**keys))
         trainer.state.max_steps = 1
         source = iter(trainer.get_train_dataloader())
-        batches, held = trainer.get_batch_samples(source, 2, torch.device("cpu"))
-        mode, counted, summed = FakeTensorMode(), [], []
+        mode, counted, summed, pins = FakeTensorMode(), [], [], []
+
+        def pin(tensor: torch.Tensor) -> torch.Tensor:
+            pins.append(tensor.shape)
+            return tensor
+
+        with monkeypatch.context() as patched:
+            patched.setattr(type(trainer.args), "device", CUDA)
+            patched.setattr(torch.cuda, "device", lambda _: nullcontext())
+            patched.setattr(torch.Tensor, "pin_memory", pin)
+            batches, held = trainer.get_batch_samples(source, 2, torch.device("cpu"))
 
         def summed_up(values: torch.Tensor) -> torch.Tensor:
             summed.append(tuple(values.shape))
@@ -124,7 +134,7 @@ def step(recipe, tmp_path, monkeypatch):
                 )
             assert loss.device == CUDA and loss.requires_grad
             counted.append(copies.seen)
-        return counted, summed
+        return counted, summed, len(pins)
 
     return walk
 
@@ -135,8 +145,9 @@ ROWS = {"padded": {}, "packed": {"sample_packing": True}}
 @pytest.mark.parametrize("adapter", [{}, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("rows", ROWS)
 def test_a_micro_batch_makes_the_host_wait_for_nothing(step, rows, adapter):
-    counted, summed = step(**ROWS[rows], **adapter)
+    counted, summed, pins = step(**ROWS[rows], **adapter)
     tensors = {"padded": 6, "packed": 7}[rows]
+    assert pins == 2 * tensors  # else a copy that does not block waits all the same
     assert counted == [{"cpu to cuda, not blocking": tensors}] * 2
     # pairs that are not finite, and those of each step: once per optimizer step
     assert summed == [(4,)]
