@@ -12,6 +12,7 @@ from contextlib import nullcontext
 import pytest
 import tiny
 import torch
+from conftest import needs_named_gpu
 from tiny import LORA
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -28,18 +29,7 @@ from axolotl_edpo.logprobs import TokenStats
 CUDA = torch.device("cuda:0")
 
 
-def indexes_without_a_device() -> bool:
-    """torch 2.11, built for processors only, does not."""
-    with FakeTensorMode():
-        try:
-            return torch.empty(2, device=CUDA)[:, None].shape == (2, 1)
-        except RuntimeError:
-            return False
-
-
-pytestmark = pytest.mark.skipif(
-    not indexes_without_a_device(), reason="needs torch 2.13, or a GPU"
-)
+pytestmark = needs_named_gpu
 
 
 class Copies(TorchDispatchMode):

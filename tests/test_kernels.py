@@ -10,6 +10,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from conftest import needs_named_gpu
 from test_logprobs import assert_as_exact_as_pytorch, gradients, inputs, naive
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -77,6 +78,7 @@ class Operators(TorchDispatchMode):
         return found
 
 
+@needs_named_gpu
 @pytest.mark.parametrize("trained", [None, "kept", "again"])
 def test_the_host_never_waits_for_the_gpu(trained, monkeypatch):
     """On tensors that are on a GPU by name only: to read one is an error there."""
