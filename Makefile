@@ -71,6 +71,7 @@ DATA ?=
 bench: $(VENV)/installed-test
 	python benchmarks/head.py --write
 	python benchmarks/train_step.py $(addprefix --data ,$(DATA)) --write
+	python benchmarks/parts.py $(addprefix --data ,$(DATA)) --write
 	for adapter in "" "--adapter lora"; do python benchmarks/train_step.py \
 		$(addprefix --data ,$(DATA)) $(BODY) $(PATHS) $$adapter --write || exit; done
 	python benchmarks/balance.py $(addprefix --data ,$(DATA)) --write

@@ -1,4 +1,4 @@
-"""Where the processor time of a training step goes, part by part.
+"""Where the time of a training step goes, part by part, on a core of its own.
 
     python benchmarks/parts.py --data a.jsonl --data b.jsonl --write
 
@@ -21,7 +21,7 @@ import argparse
 import json
 import re
 from collections import Counter
-from time import process_time
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -68,9 +68,9 @@ class Recorder(TrainerCallback):
         if state.global_step == 1:
             self._profile = profile(activities=[ProfilerActivity.CPU])
             self._profile.start()
-            self._began = process_time()
+            self._began = perf_counter()
         elif state.global_step == 1 + STEPS:
-            spent = process_time() - self._began
+            spent = perf_counter() - self._began
             self._profile.stop()
             found: Counter[str] = Counter()
             for event in self._profile.events():
@@ -101,6 +101,11 @@ def parts(name: str, recipes: dict, env: dict[str, str]) -> dict[str, float]:
     path.write_text(text)
     command = ["train", str(path), "--launcher", "python"]
     output, _ = train_step.run_axolotl(command, path.with_suffix(".log"), env)
+    return reported(output)
+
+
+def reported(output: str) -> dict[str, float]:
+    """Seconds of each part, and of all, that a run printed."""
     (found,) = re.findall(r"\{'parts': '(.*)'\}", output)
     return json.loads(found)
 
@@ -167,7 +172,7 @@ def description(args: argparse.Namespace) -> str:
     header = environment("torch", "transformers", "trl", "axolotl", "axolotl-edpo")
     return (
         f"{header}\n\n{train_step.model_text(args)}; float32; full fine-tuning; "
-        f"{train_step.data_text(args)}; {STEPS} steps after the first, processor time. "
+        f"{train_step.data_text(args)}; {STEPS} steps after the first. "
         f"Parts are relative to the whole step of `{args.contenders[0]}`."
     )
 

@@ -19,6 +19,7 @@ from axolotl_edpo.collator import PairCollator
 sys.path.insert(0, str(ROOT / "benchmarks"))
 train_step = importlib.import_module("train_step")
 balance = importlib.import_module("balance")
+parts = importlib.import_module("parts")
 
 LACKS_LIGER = train_step.lacks_liger()
 MIB, GIB = 2**20, 2**30
@@ -246,6 +247,20 @@ def test_a_run_reports_what_its_trace_took(recipe, tmp_path, capfd):
     told = replace(RUN, trace_seconds=0.02).evidence()
     assert told.endswith("; the trace took 0.25% of the time")
     assert "trace" not in RUN.evidence()
+
+
+def test_the_parts_of_a_step_are_all_of_it(recipe, tmp_path, capfd):
+    trainer = tiny.build(tmp_path, recipe(max_steps=4))
+    trainer.add_callback(parts.Recorder())
+    trainer.train()
+    found = parts.reported(capfd.readouterr().out)
+    whole = found.pop("all")
+    assert set(found) == set(parts.PARTS)
+    assert min(found.values()) > 0
+    assert sum(found.values()) == pytest.approx(whole)
+    assert parts.rows("tiny", {"a": {"all": whole, **found}})[0].startswith(
+        "| tiny | a | 1.00 × | "
+    )
 
 
 def test_a_step_takes_what_lies_between_the_ends_of_steps():
