@@ -167,10 +167,11 @@ def assert_same_run(run: Run, clean: Run) -> None:
         torch.testing.assert_close(own[name], other[name], rtol=0, atol=1e-6)
 
 
-def ended(context, seconds: float = 60) -> list[tuple[int, str]]:
+def ended(context, seconds: float = 300) -> list[tuple[int, str]]:
     """Exit code and error of each process, none of which was ended by another.
 
-    Those that are there for longer are killed.
+    Those that are there for longer are killed. The first ranks under DeepSpeed compile
+    a part of it: killed at that, they leave a lock on which all later ones wait.
     """
     until = time.monotonic() + seconds
     for process in context.processes:
