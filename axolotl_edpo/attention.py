@@ -39,6 +39,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .background import on_device
 from .batch import Segments, model_inputs, pack, select_completions
 from .upstream import varlen_shares_heads
 
@@ -409,7 +410,7 @@ def _boundaries(segments: Segments, device: torch.device) -> dict[str, Any]:
     def make() -> dict[str, Any]:
         lengths = segments.queries, segments.key_lengths
         ends = torch.tensor([[0, *accumulate(each)] for each in lengths])
-        of_queries, of_keys = _send(ends.int(), device)
+        of_queries, of_keys = on_device(ends.int(), device)
         return {
             "cu_seq_lens_q": of_queries,
             "cu_seq_lens_k": of_keys,
@@ -418,13 +419,6 @@ def _boundaries(segments: Segments, device: torch.device) -> dict[str, Any]:
         }
 
     return segments.once(("boundaries", device), make)
-
-
-def _send(states: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """To a device; a GPU does not wait for it, nor the host for the GPU."""
-    if device.type == "cuda":
-        states = states.pin_memory()
-    return states.to(device, non_blocking=True)
 
 
 def _block_masked(base: Attention) -> Attention:
@@ -449,8 +443,8 @@ def _block_mask(segments: Segments, window: int | None, device: torch.device) ->
         of_key.append(torch.full((keys,), index))
         at_query.append(torch.arange(keys - queries, keys))
         at_key.append(torch.arange(keys))
-    q, k = (_send(torch.cat(parts), device) for parts in (of_query, of_key))
-    at_q, at_k = (_send(torch.cat(parts), device) for parts in (at_query, at_key))
+    q, k = (on_device(torch.cat(parts), device) for parts in (of_query, of_key))
+    at_q, at_k = (on_device(torch.cat(parts), device) for parts in (at_query, at_key))
     visible = _visible(window)
 
     def sees(batch_idx, head_idx, q_idx, kv_idx):
