@@ -17,7 +17,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from .versions import check_versions
+from .config.versions import check_versions
 
 try:
     from axolotl.integrations.base import BasePlugin
@@ -26,14 +26,14 @@ except ImportError:
     check_versions()  # says more, and axolotl does not swallow it
     raise
 
-from .args import LIGER, LOWERED, PREFIX, EDPOArgs, handed_on, lowered_packing
-from .recipe import (
+from .config.args import LIGER, LOWERED, PREFIX, EDPOArgs, handed_on, lowered_packing
+from .config.typos import check_command_line, misspelt
+from .config.validate import (
     check_foreign_recipe,
     check_recipe,
     check_without_gpu,
     without_effect,
 )
-from .spelling import check_command_line, misspelt
 from .upstream import automatic_plugins, dropped_words, named_plugins
 
 LOG = get_logger(__name__)
@@ -86,7 +86,7 @@ class EDPOPlugin(BasePlugin):
 
     def get_input_args(self) -> str | None:
         """The options that axolotl's config takes in addition."""
-        return "axolotl_edpo.args.EDPOArgs" if self._active else None
+        return "axolotl_edpo.config.args.EDPOArgs" if self._active else None
 
     def get_training_args(self, cfg) -> dict:
         """What TRL and transformers are told otherwise than the recipe says.
@@ -109,7 +109,7 @@ class EDPOPlugin(BasePlugin):
         """
         if preprocess or cfg.trainer_cls != TRAINER:
             return None
-        from .pairs import load
+        from .data.checks import load
 
         return load(cfg)
 
@@ -122,7 +122,7 @@ class EDPOPlugin(BasePlugin):
         if cfg.trainer_cls == TRAINER:
             from transformers import set_seed
 
-            from .rows import check_recipe_model
+            from .models.packing_support import check_recipe_model
 
             if not (cfg.merge_lora or _has_accelerator()):
                 check_without_gpu(cfg)
@@ -153,7 +153,7 @@ class EDPOPlugin(BasePlugin):
         if cfg.trainer_cls != TRAINER:
             return
         if cfg.auto_resume_from_checkpoints:
-            from .checkpoint import choose_auto_resume
+            from .training.checkpointing import choose_auto_resume
 
             choose_auto_resume(cfg)
         if cfg.lora_fp32_gradients and not cfg.deepspeed:
@@ -165,7 +165,7 @@ class EDPOPlugin(BasePlugin):
         """Names the weights of an adapter as PEFT reads them; see `name_as_peft`."""
         sharded = cfg.trainer_cls == TRAINER and cfg.adapter and cfg.fsdp_config
         if sharded and os.environ.get("RANK", "0") == "0":
-            from .checkpoint import name_as_peft
+            from .training.checkpointing import name_as_peft
 
             name_as_peft(Path(cfg.output_dir))
 

@@ -21,26 +21,29 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import backbone, engine, loss, upstream
-from .batch import (
+from . import distributed as engine
+from . import upstream
+from .data.packing import (
     Completions,
     chosen_minus_rejected,
     completions_of,
     sum_per_sequence,
 )
-from .controller import ControllerSettings
-from .logprobs import TokenStats, logits_stats, token_stats
-from .loss_types import Answers, LossSettings, wpo_weights
-from .margins import PairMargins
-from .metrics import WeightedMeans
-from .precompute import CacheSettings
-from .router import (
+from .losses import edpo as loss
+from .losses.beta_controller import ControllerSettings
+from .losses.preference import Answers, LossSettings, wpo_weights
+from .models import forward as backbone
+from .models.moe import (
     collected_router_logits,
     has_router_loss,
     router_loss,
     warn_of_reentrance,
 )
-from .rows import RowSettings
+from .models.packing_support import RowSettings
+from .ops.token_stats import TokenStats, logits_stats, token_stats
+from .reference.precompute import CacheSettings
+from .training.margin_filter import PairMargins
+from .training.metrics import WeightedMeans
 
 LOG = get_logger(__name__)
 

@@ -38,7 +38,7 @@ from axolotl.train import setup_model_and_trainer
 from measure import append_results, environment
 from transformers import AutoTokenizer
 
-from axolotl_edpo.collator import PairCollator
+from axolotl_edpo.data.collator import PairCollator
 
 HEADINGS = ("data", "pairs", "steps", "order", "largest / mean, median", "worst step")
 

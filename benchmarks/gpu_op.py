@@ -25,9 +25,10 @@ from measure import peak_extra_bytes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from axolotl_edpo import kernels, logprobs
-from axolotl_edpo.head import Head
-from axolotl_edpo.logprobs import TokenStats, token_stats
+from axolotl_edpo.ops import tile_triton as kernels
+from axolotl_edpo.ops import token_stats as logprobs
+from axolotl_edpo.ops.lm_head import Head
+from axolotl_edpo.ops.token_stats import TokenStats, token_stats
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -282,7 +283,8 @@ def tests(note: Notes) -> None:
     Raises:
         RuntimeError: If one fails.
     """
-    files = ["test_kernels.py", "test_logprobs.py", "test_attention.py"]
+    files = ["unit/ops/test_tile_triton.py", "unit/ops/test_token_stats.py"]
+    files += ["unit/models/test_packed_attention.py"]
     chosen = [] if ON_GPU else ["-k", "exactly_zero and eager"]  # a few
     workers = ["-n", "8"] if ON_GPU and importlib.util.find_spec("xdist") else []
     report = Path("tests.xml").resolve()
@@ -478,7 +480,7 @@ def times_of(attend: Callable[..., Any], heads: int, groups: int, size: int) -> 
 
 def inputs_of(heads: int, groups: int, size: int, seed: int) -> tuple[Any, ...]:
     """Segments of a row, and its query, key and value."""
-    from axolotl_edpo.batch import pack
+    from axolotl_edpo.data.packing import pack
 
     generator = torch.Generator().manual_seed(seed)
     pairs, prompt = (8, 100) if ON_GPU else (2, 10)
@@ -519,7 +521,7 @@ def packed_attention(name: str, heads: int, groups: int, size: int):
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    from axolotl_edpo.attention import enable_packing
+    from axolotl_edpo.models.packed_attention import enable_packing
 
     config = LlamaConfig(
         vocab_size=64,

@@ -34,7 +34,7 @@ from torch.profiler import ProfilerActivity, profile
 from train_step import GIB, ON_GPU, Run, logged
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from axolotl_edpo.memory import memory, sizes_of
+from axolotl_edpo.tools.memory import memory, sizes_of
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
@@ -347,7 +347,7 @@ def row(run: Run) -> dict[str, Any]:
 
 
 def expected(config: LlamaConfig, run: Run, contender: str, options) -> dict[str, Any]:
-    """Memory by `axolotl_edpo.memory`, for the mean tokens of a micro-batch."""
+    """Memory by `axolotl_edpo.tools.memory`, for the mean tokens of a micro-batch."""
     if contender in train_step.RIVALS:
         return {"calculated GiB": "-"}
     full = not options.adapter

@@ -37,8 +37,8 @@ import torch
 import torch.nn.functional as F
 from measure import append_results, environment, peak_extra_bytes
 
-from axolotl_edpo.head import Head
-from axolotl_edpo.logprobs import KEPT_BYTES, token_stats
+from axolotl_edpo.ops.lm_head import Head
+from axolotl_edpo.ops.token_stats import KEPT_BYTES, token_stats
 
 EPSILON = 0.01
 ON_GPU = torch.cuda.is_available()

@@ -319,7 +319,7 @@ class Probe(BasePlugin):
     def post_train(self, cfg, model) -> None:
         """After the last optimizer step; no GPU, no bytes."""
         # not above: what `rl: dpo` trains with is not this package
-        from axolotl_edpo.pairs import scored_lengths
+        from axolotl_edpo.data.checks import scored_lengths
 
         trainer = self._trainer
         history, pairs = trainer.state.log_history, trainer.train_dataset
@@ -816,7 +816,7 @@ def head_share(
         args: Whether all weights train, and whether layers are checkpointed.
     """
     # not above: a run of `rl: dpo` imports this file, and nothing of this package
-    from axolotl_edpo.memory import sizes_of
+    from axolotl_edpo.tools.memory import sizes_of
 
     sizes, trains = sizes_of(config), not args.adapter
     head = scored * sizes.head * (4 if trains else 3)

@@ -7,36 +7,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from pathlib import Path
-
 import torch
 
 if not torch.cuda.is_available():  # Triton reads it when it is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
-import tiny
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-DATA = Path(__file__).parent / "data"
-ROOT = Path(__file__).parent.parent
-
-
-def names_a_gpu() -> bool:
-    """Whether tensors may be on a GPU that is not there, by name and shape only.
-
-    torch 2.11, built for processors only, does not index them.
-    """
-    with FakeTensorMode():
-        try:
-            return torch.empty(2, device="cuda")[:, None].shape == (2, 1)
-        except RuntimeError:
-            return False
-
-
-needs_named_gpu = pytest.mark.skipif(
-    not names_a_gpu(), reason="needs torch 2.13, or a GPU"
-)
+from helpers import tiny
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -37,9 +37,9 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import disable_dropout_in_model
 
-from axolotl_edpo.args import HANDED_ON, Moving
-from axolotl_edpo.entries import FIELDS, IGNORED
-from axolotl_edpo.loss_types import LOSSES, REFUSED, SFT
+from axolotl_edpo.config.args import HANDED_ON, Moving
+from axolotl_edpo.config.dataset_entries import FIELDS, IGNORED
+from axolotl_edpo.losses.preference import LOSSES, REFUSED, SFT
 from axolotl_edpo.plugin import PLUGIN
 from axolotl_edpo.upstream import automatic_plugins, varlen_shares_heads
 

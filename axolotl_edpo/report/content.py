@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..saved import TEXTS
+from ..run_files import TEXTS
 from . import figures, logged, runs, trace
 from .logged import EVAL, Metric
 from .runs import Run

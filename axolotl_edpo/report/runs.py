@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..saved import CONTROLLER, PREFIX, STATE, checkpoints, is_complete, last_complete
+from ..run_files import (
+    CONTROLLER,
+    PREFIX,
+    STATE,
+    checkpoints,
+    is_complete,
+    last_complete,
+)
 from .logged import EVAL, KL, METRICS, Metric
 
 

@@ -22,7 +22,7 @@ over rejected, which grows with the lengths of answers. s is hardly more than it
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..saved import TEXTS, TRACE, TRACE_FILES
+from ..run_files import TEXTS, TRACE, TRACE_FILES
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -6,7 +6,7 @@ taken in four ways, with ε of the run:
     exact               logits and everything after them in float64
     released, bfloat16  three log-softmaxes and sums of logits rounded to bf16
     released, float32   the same in float32
-    ours                `axolotl_edpo.logprobs.token_stats`
+    ours                `axolotl_edpo.ops.token_stats.token_stats`
 
 and compared with the first.
 """
@@ -20,16 +20,16 @@ import torch
 from grade import read_pairs
 from transformers import LlamaForCausalLM
 
-from axolotl_edpo import loss
-from axolotl_edpo.backbone import completion_hidden, head_of
-from axolotl_edpo.batch import (
+from axolotl_edpo.data.packing import (
     Completions,
     chosen_minus_rejected,
     select_completions,
     sum_per_sequence,
 )
-from axolotl_edpo.checkpoint import checkpoints
-from axolotl_edpo.logprobs import token_stats
+from axolotl_edpo.losses import edpo as loss
+from axolotl_edpo.models.forward import completion_hidden, head_of
+from axolotl_edpo.ops.token_stats import token_stats
+from axolotl_edpo.training.checkpointing import checkpoints
 
 PAIRS = 256
 STAGES = (5, 10, 25, 50)  # optimizer steps, and the last

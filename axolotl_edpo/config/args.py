@@ -1,0 +1,224 @@
+"""The options of a recipe, and what becomes of them before axolotl sees them.
+
+`EDPOArgs` is the single place where an option is defined; axolotl merges it into its
+config. What would not train as written is refused by `recipe.py`.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field
+
+from ..losses.beta_controller import Control
+from ..losses.edpo import BetaMean
+
+PREFIX = "edpo_"
+CONTROL = "edpo_control"
+# Keys that belong to one `edpo_control`.
+OF_CONTROL: dict[str, Control] = {
+    "edpo_epsilon": "epsilon",
+    "edpo_beta_mean": "epsilon",
+    "edpo_margin_weight": "batch_margin",
+    "edpo_margin_momentum": "batch_margin",
+    "edpo_margin_keep": "batch_margin",
+}
+# Keys that axolotl refuses beside `rl` -> what they become.
+LOWERED = {
+    "sample_packing": "edpo_sample_packing",
+    "eval_sample_packing": "edpo_eval_sample_packing",
+}
+# A key of axolotl's that means more here, and ours beside it.
+PRECOMPUTE, CACHE = "precompute_ref_log_probs", "edpo_reference_cache"
+# A head of its own, which ours takes the place of.
+LIGER = "dpo_use_liger_kernel"
+# Keys that axolotl gives to supervised training only, though TRL's trainer takes them.
+HANDED_ON = (
+    "metric_for_best_model",
+    "greater_is_better",
+    "lr_quadratic_warmup",
+    "jagged_restart_steps",
+    "jagged_restart_warmup_steps",
+    "jagged_restart_anneal_steps",
+)
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number, not true or false, is needed")
+    return value
+
+
+def _switch(value: Any) -> Any:
+    if value not in (True, False, "auto"):
+        raise ValueError("true, false or auto is needed")
+    return value
+
+
+Switch = Annotated[bool | Literal["auto"], BeforeValidator(_switch)]
+Number = Annotated[float, BeforeValidator(_no_bool)]
+Count = Annotated[int, BeforeValidator(_no_bool)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_no_bool)]
+
+
+class EDPOArgs(BaseModel):
+    """Options that `axolotl_edpo.EDPOPlugin` adds to a recipe."""
+
+    beta: Positive | None = Field(
+        default=None,
+        description="Initial KL penalty β > 0; `rl_beta` means the same (absent: 0.1)",
+    )
+    edpo_epsilon: Number = Field(
+        default=0.01,
+        gt=0,
+        lt=1,
+        description="Perturbation ε of the KL penalty, between 0 and 1 (paper: 0.01)",
+    )
+    edpo_beta_mean: BetaMean = Field(
+        default="arithmetic",
+        description="Mean of the pairs' β that is the next step's β: `arithmetic` "
+        "(the paper's Eq. 6) or `harmonic` (the authors' released code)",
+    )
+    edpo_control: Control = Field(
+        default="epsilon",
+        description="What moves β: `epsilon` (ε-DPO), `fixed` (nothing: DPO) or "
+        "`batch_margin` (the margins of each step's pairs: β-DPO)",
+    )
+    edpo_margin_weight: Number = Field(
+        default=0.6,
+        ge=0,
+        allow_inf_nan=False,
+        description="With `edpo_control: batch_margin`: α, by how much β follows the "
+        "mean margin, per nat",
+    )
+    edpo_margin_momentum: Number = Field(
+        default=0.9,
+        ge=0,
+        lt=1,
+        description="With `edpo_control: batch_margin`: momentum of its averages",
+    )
+    edpo_margin_keep: Number = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="With `edpo_control: batch_margin`: share of a step's pairs that "
+        "its filter keeps (paper: 0.8; 1: no filter)",
+    )
+    edpo_log_pairs: Count | None = Field(
+        default=None,
+        gt=0,
+        description="Every so many optimizer steps, what each pair did is noted in "
+        "`edpo_pairs` in `output_dir` (Parquet)",
+    )
+    edpo_prefix_sharing: Switch = Field(
+        default="auto",
+        description="Whether a prompt is in a packed row once, for chosen and rejected "
+        "(`auto`: where pairs are packed or padding-free and the model can)",
+    )
+    edpo_reference_cache: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder of the reference's hidden states, which runs may share; "
+        "with `precompute_ref_log_probs: true` (absent: `edpo_reference` in "
+        "`dataset_prepared_path`)",
+    )
+    edpo_sample_packing: Switch = Field(
+        default=False,
+        description="What `sample_packing` becomes, which axolotl refuses beside `rl`: "
+        "one row per micro-batch, pairs of a step dealt evenly by tokens (`auto`: "
+        "padded, where the model cannot)",
+    )
+    edpo_eval_sample_packing: bool | None = Field(
+        default=None,
+        description="What `eval_sample_packing` becomes (absent: as in training)",
+    )
+
+
+class Bounds(BaseModel):
+    """axolotl's own options that it takes as they are, in the bounds that train."""
+
+    learning_rate: Number | None = Field(None, ge=0, description="Of the optimizer")
+    num_epochs: Number | None = Field(None, gt=0, description="Times over the data")
+    micro_batch_size: int | None = Field(None, gt=0, description="Pairs at once")
+    gradient_accumulation_steps: int | None = Field(
+        None, gt=0, description="Micro-batches of an optimizer step"
+    )
+    sequence_len: int | None = Field(
+        None, gt=0, description="Tokens of a prompt and an answer, at most"
+    )
+    val_set_size: Number | None = Field(
+        None, ge=0, lt=1, description="Share of the pairs that evaluate"
+    )
+    logging_steps: Number | None = Field(None, gt=0, description="Steps between logs")
+    save_steps: Number | None = Field(None, ge=0, description="Steps between saves")
+    lora_r: int | None = Field(None, gt=0, description="Rank of the adapter")
+    lora_dropout: Number | None = Field(
+        None, ge=0, le=1, description="Probability of the adapter's dropout"
+    )
+    dpo_loss_type: list[str] | None = Field(None, description="Names of losses")
+    dpo_loss_weights: list[Number] | None = Field(None, description="One per loss")
+    dpo_label_smoothing: Number | None = Field(
+        None, description="Share of labels believed to be flipped"
+    )
+    dpo_ld_alpha: Number | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Weight of the tokens that one answer is longer by",
+    )
+    context_parallel_size: int | None = Field(None, description="1 here")
+    sequence_parallel_degree: int | None = Field(None, description="1 here")
+    tensor_parallel_size: int | None = Field(None, description="1 here")
+    expert_parallel_size: int | None = Field(None, description="1 here")
+    ray_num_workers: int | None = Field(None, description="Processes that Ray starts")
+    fsdp_version: int | None = Field(None, description="2 here")
+
+
+class Moving(BaseModel):
+    """Keys of `trl:` that let the reference follow the policy (TR-DPO)."""
+
+    sync_ref_model: bool | None = Field(None, description="Whether it does")
+    ref_model_mixup_alpha: Number | None = Field(
+        None, gt=0, le=1, description="Share of the policy that it takes over"
+    )
+    ref_model_sync_steps: int | None = Field(
+        None, gt=0, description="Optimizer steps from one time to the next"
+    )
+
+
+def lowered_packing(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The packing keys of a recipe under the names they get.
+
+    Args:
+        recipe: The YAML; None is as good as absent.
+    """
+    lowered = {
+        name: recipe[key]
+        for key, name in LOWERED.items()
+        if recipe.get(key) is not None
+    }
+    for key, name in LOWERED.items():
+        given = recipe.get(name)
+        if name in lowered and given not in (None, lowered[name]):
+            raise ValueError(
+                f"`{key}: {lowered[name]}` and `{name}: {given}` mean the same and "
+                f"disagree: remove `{name}`"
+            )
+    return lowered
+
+
+def handed_on(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Training arguments that axolotl leaves out of preference training.
+
+    Args:
+        recipe: The recipe, validated.
+    """
+    told = {key: recipe[key] for key in HANDED_ON if recipe.get(key) is not None}
+    best = recipe.get("load_best_model_at_end") or recipe.get("early_stopping_patience")
+    if best:
+        told["load_best_model_at_end"] = True
+    if (trl := recipe.get("trl")) and trl.get("sync_ref_model"):
+        keys = Moving.model_fields
+        told |= {key: trl[key] for key in keys if trl.get(key) is not None}
+    if recipe.get("curriculum_sampling"):
+        told["train_sampling_strategy"] = "sequential"
+    return told

@@ -1,0 +1,199 @@
+"""Several ranks through axolotl's own command line, and what is left when one dies."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+from axolotl.cli.args import TrainerCliArgs
+from axolotl.cli.config import load_cfg
+from axolotl.cli.train import ray_train_func
+from helpers import ranks, tiny
+from helpers.paths import ROOT
+from torch.multiprocessing import ProcessExitedException, start_processes
+
+from axolotl_edpo.training.checkpointing import last_complete
+
+TWO_RANKS = ("--launcher", "torchrun", "--", "--nproc_per_node=2")
+SHARDED = {**ranks.FSDP2, "state_dict_type": "SHARDED_STATE_DICT"}
+ENGINES = {
+    "ddp": {},
+    "fsdp2": dict(fsdp_version=2, fsdp_config=SHARDED),
+    "zero3": dict(deepspeed="zero3.json"),
+}
+ZERO3 = {
+    **ranks.ZERO,
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+}
+
+
+def betas(entries: list[dict]) -> list[float]:
+    return [entry["kl/beta"] for entry in entries if "kl/beta" in entry]
+
+
+def saved_betas(checkpoint: Path) -> list[float]:
+    """β at every step up to a checkpoint, and the next."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    saved = state["stateful_callbacks"]["EDPO"]["beta"]
+    return [*betas(state["log_history"]), saved]
+
+
+def launch(folder: Path, keys: dict) -> tuple[int, str, float]:
+    """`axolotl train` on two CPU ranks.
+
+    Returns:
+        Exit code, what was printed, when it ended.
+    """
+    tiny.write(folder, keys)
+    done = subprocess.run(
+        ["axolotl", "train", "recipe.yml", *TWO_RANKS],
+        cwd=folder,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
+    )
+    return done.returncode, done.stdout, time.time()
+
+
+def environment() -> dict[str, str]:
+    """Ours, with axolotl's command and the tests' plugins in reach."""
+    commands = Path(sys.executable).parent
+    paths = {"PATH": [commands], "PYTHONPATH": [ROOT, ROOT / "tests"]}
+    values = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    for name, first in paths.items():
+        rest = filter(None, [os.environ.get(name)])
+        values[name] = os.pathsep.join([*map(str, first), *rest])
+    return {**os.environ, **values}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    multiprocessing.set_forkserver_preload(ranks.PRELOAD)
+    forkserver.ensure_running()  # imports while the launcher does
+    folder = tmp_path_factory.mktemp("launchers")
+    (folder / "zero3.json").write_text(json.dumps(ZERO3))
+    tiny.save_model(folder / "model")
+    tiny.save_pairs(folder / "pairs.jsonl", 40)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(shared):
+    """Makes a recipe of ten steps of eight pairs on two ranks."""
+
+    def make(folder: Path, engine: str = "ddp", **keys):
+        folder.mkdir(exist_ok=True)
+        keys = {
+            **ENGINES[engine],
+            "micro_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "num_epochs": 2,
+            "adam_epsilon": 1e-4,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "output_dir": str(folder / "out"),
+            "auto_resume_from_checkpoints": True,
+            **keys,
+        }
+        if "deepspeed" in keys:
+            keys["deepspeed"] = str(shared / keys["deepspeed"])
+        return tiny.recipe(shared, shared / "model", shared / "pairs.jsonl", **keys)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def alone(shared, recipe):
+    """β at every step of one process that makes batches as large."""
+    folder = shared / "alone"
+    trainer = tiny.train(folder, recipe(folder, micro_batch_size=4))
+    assert trainer.state.global_step == 10
+    assert trainer.controller.beta < 0.09
+    return [*betas(trainer.state.log_history), trainer.controller.beta]
+
+
+def dying(keys: dict, **where) -> dict:
+    """The recipe, of which rank 1 dies."""
+    plugins = [*keys["plugins"], "helpers.killed_runs.Dying"]
+    return {**keys, "plugins": plugins, "dies": {"rank": 1, **where}}
+
+
+@pytest.fixture(scope="module")
+def launched(shared, recipe):
+    """Rank 1 is killed after step 7; then the same command again, without that."""
+    folder = shared / "launched"
+    keys = recipe(folder, "fsdp2")
+    keys["plugins"] = [*keys["plugins"], "helpers.ranks.CpuRanks"]
+    killed = launch(folder, dying(keys, step=7))
+    kept = last_complete(folder / "out")
+    return killed, kept, launch(folder, keys)
+
+
+def test_a_launch_ends_when_a_rank_dies_and_names_it(launched):
+    (code, printed, ended), kept, _ = launched
+    assert code == 1, printed[-3000:]
+    assert "rank      : 1 (local_rank: 1)" in printed
+    assert f"exitcode  : {-signal.SIGKILL}" in printed
+    assert kept.name == "checkpoint-6"
+    saved = (kept / "trainer_state.json").stat().st_mtime
+    assert 0 < ended - saved < 30  # nobody waits for the dead rank
+
+
+def test_the_same_command_again_ends_as_one_process_that_was_never_killed(
+    launched, alone
+):
+    _, kept, (code, printed, _) = launched
+    assert code == 0, printed[-3000:]
+    assert printed.count("'kl/beta'") == 4  # steps 7 to 10
+    assert saved_betas(kept.parent / "checkpoint-10") == alone
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_a_checkpoint_counts_when_every_rank_has_written_its_part(
+    shared, recipe, alone, engine
+):
+    """Rank 1 dies over its part of step 6; the others have long written theirs."""
+    folder = shared / engine
+    keys = recipe(folder, engine)
+    with pytest.raises(ProcessExitedException, match=r"process 1 .*SIGKILL"):
+        ranks.run(folder, dying(keys, save=6))
+    cut = folder / "out" / "checkpoint-6"
+    assert (cut / "rng_state_1.pth").stat().st_size == 100
+    assert not (cut / "trainer_state.json").exists()
+    assert last_complete(folder / "out").name == "checkpoint-4"
+    for result in ranks.run(folder, keys):
+        assert [*betas(result["log"]), result["beta"]] == alone
+
+
+def ray_worker(rank: int, port: int, cfg: dict) -> None:
+    """What a worker of Ray does: axolotl's function, in variables like torchrun's."""
+    ranks.become(rank, 2, port)
+    ray_train_func({"cfg": cfg, "cli_args": TrainerCliArgs()})
+
+
+def test_workers_of_ray_take_the_config_that_the_driver_has_lowered(
+    shared, recipe, alone
+):
+    """Ray itself only starts them; its driver loads the recipe on one process."""
+    folder = shared / "ray"
+    keys = recipe(folder, sample_packing=True)
+    # without `ddp`, axolotl 0.19 counts the steps of one worker and trains two
+    # workers for twice the epochs
+    keys |= {"use_ray": True, "ray_num_workers": 2, "ddp": True}
+    cfg = load_cfg(str(tiny.write(folder, keys))).to_dict()
+    assert (cfg["rl"], cfg["edpo_sample_packing"]) == ("dpo", True)
+    cfg["plugins"].append("helpers.ranks.CpuRanks")
+    arguments = (ranks.free_port(), cfg)
+    start_processes(ray_worker, arguments, nprocs=2, start_method="forkserver")
+    assert saved_betas(folder / "out" / "checkpoint-10") == alone

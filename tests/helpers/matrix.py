@@ -1,0 +1,226 @@
+"""The compatibility matrix: cells that tests run, and docs/compatibility.md of them.
+
+Every `tests/matrix/test_matrix_*.py` is an area: TITLE, INTRO and CELLS, and tests that
+are parametrized over the cells with `cells`. What the document says of a cell is what
+its test asserts; nothing is skipped: a cell that this hardware cannot run says so, and
+so does one of an option that the installed axolotl does not have.
+
+Releases of axolotl differ. What the cells say under one is kept in a file of its own,
+and the document is written from all of these files:
+
+    python tests/matrix/record.py      under each release, in any order
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import textwrap
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axolotl.utils.schemas.config import AxolotlInputConfig
+
+from axolotl_edpo.config.json_schema import recipe_schema
+from helpers import tiny
+
+TESTS = Path(__file__).parent.parent
+DOCUMENT = TESTS.parent / "docs" / "compatibility.md"
+RECORDS = TESTS / "data" / "compatibility"
+# In the order of the document.
+AREAS = (
+    "models",
+    "adapters",
+    "losses",
+    "data",
+    "training",
+    "examples",
+    "errors",
+)
+HEAD = """\
+# What works with `rl: edpo`
+
+Made by `python tests/matrix/record.py` from the cells that `make test` runs: tiny
+models, axolotl's own config loading, data loading and train loop, one or two optimizer
+steps, two CPU cores. "Works" is a test that passed, "refused" a test that got the
+message, and "untested" says what it would take.
+
+{releases}
+"""
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A line of the document, and what its test runs.
+
+    Attributes:
+        name: What a user writes or has; Markdown.
+        keys: What it adds to a recipe.
+        refused: Regular expression of the message, if `rl: edpo` refuses it.
+        untested: What is missing to run it; such a cell is in the document only.
+        note: What a user should know; for a refused cell why it is refused.
+        missing: What the installed axolotl lacks of it, as `without` says it.
+    """
+
+    name: str
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    refused: str = ""
+    untested: str = ""
+    note: str = ""
+    missing: str = ""
+
+    @property
+    def verdict(self) -> str:
+        if self.missing or self.untested:
+            return self.missing or f"untested: {self.untested}"
+        return "refused" if self.refused else "works"
+
+
+def without(name: str, known: Collection[str] = AxolotlInputConfig.model_fields) -> str:
+    """ "no such key" or, of a set of values, "no such value", unless axolotl has it."""
+    kind = "key" if isinstance(known, Mapping) else "value"
+    return "" if name in known else f"no such {kind}"
+
+
+def without_module(name: str) -> str:
+    """The same of the key of a plugin, by where the plugin would be."""
+    return "" if importlib.util.find_spec(name) else "no such key"
+
+
+def cells(all_cells: Sequence[Cell]) -> Callable:
+    """Parametrizes a test over the cells that can run here, as `cell`.
+
+    Where there is none, there is no test: it would count as skipped.
+    """
+    run = [cell for cell in all_cells if not (cell.untested or cell.missing)]
+    if not run:
+        return lambda test: None
+    names = [cell.name.replace("`", "")[:60] for cell in run]
+    return pytest.mark.parametrize("cell", run, ids=names)
+
+
+def assert_cell(cell: Cell, folder: Path, recipe: dict) -> Any:
+    """Trains a cell's recipe for two steps, or asserts that it is refused.
+
+    Returns:
+        The trainer, or None where the recipe is refused.
+    """
+    if cell.refused:
+        with pytest.raises(ValueError, match=cell.refused):
+            tiny.train(folder, recipe)
+        return None
+    trainer = tiny.train(folder, {"max_steps": 2, **recipe})
+    assert_trains(trainer)
+    return trainer
+
+
+def assert_trains(trainer: Any) -> None:
+    """The first step finds policy and reference equal, the second does not."""
+    first, second = tiny.logs(trainer)[:2]
+    assert first["kl/p_epsilon_steps"] == first["kl/n_epsilon_steps"] == 0.0
+    assert first["kl/policy_ref"] == first["rewards/margins"] == 0.0
+    assert math.isfinite(second["loss"])
+    assert second["kl/policy_ref"] > 0
+    assert second["kl/p_epsilon_steps"] + second["kl/n_epsilon_steps"] > 0
+    assert trainer.controller.beta != first["kl/beta"]
+
+
+def record() -> Record:
+    """What the cells say under the installed axolotl, and what options it has."""
+    versions = {name: importlib.metadata.version(name) for name in ("axolotl", "trl")}
+    said = {name: _said(_area(name).CELLS) for name in AREAS}
+    return {**versions, "areas": said, "options": sorted(options())}
+
+
+def options() -> set[str]:
+    """Every option of axolotl's schema, as `key` or as `Group.key`."""
+    schema = recipe_schema()
+    groups = {"": schema, **{f"{name}.": d for name, d in schema["$defs"].items()}}
+    return {
+        name + key
+        for name, group in groups.items()
+        for key in group.get("properties", ())
+    }
+
+
+def records() -> dict[str, Record]:
+    """What was recorded of each release, the oldest first; by `0.19` and so on."""
+    files = sorted(RECORDS.glob("*.json"))
+    return {file.stem: json.loads(file.read_text()) for file in files}
+
+
+def release() -> str:
+    """The installed axolotl, as records name it."""
+    return ".".join(importlib.metadata.version("axolotl").split(".")[:2])
+
+
+def document(records: Mapping[str, Record]) -> str:
+    """docs/compatibility.md, as the records have it.
+
+    Raises:
+        ValueError: If a record is of other cells than the installed release's.
+    """
+    installed = {name: [*_said(_area(name).CELLS)] for name in AREAS}
+    for old, kept in records.items():
+        if {name: [*said] for name, said in kept["areas"].items()} != installed:
+            raise ValueError(
+                f"{RECORDS / old}.json has other cells: run `python "
+                f"tests/matrix/record.py` under axolotl {old}"
+            )
+    sections = [_section(name, records) for name in AREAS]
+    return "\n".join([_head(records), *sections])
+
+
+def _area(name: str) -> Any:
+    return importlib.import_module(f"test_matrix_{name}")
+
+
+def _said(all_cells: Sequence[Cell]) -> dict[str, str]:
+    """Verdict and note of each cell, as they are in the document, by its name."""
+    return {cell.name: f"{cell.verdict} | {cell.note}" for cell in all_cells}
+
+
+def _head(records: Mapping[str, Record]) -> str:
+    names = [f"{kept['axolotl']} (TRL {kept['trl']})" for kept in records.values()]
+    said = f"Run under axolotl {', '.join(names)}; where they differ, a column each."
+    return HEAD.format(releases=textwrap.fill(said, 88))
+
+
+def _section(name: str, records: Mapping[str, Record]) -> str:
+    area, said = _area(name), [kept["areas"][name] for kept in records.values()]
+    rows = {cell: [of[cell].split(" | ") for of in said] for cell in said[0]}
+    differ = any(len({verdict for verdict, _ in row}) > 1 for row in rows.values())
+    columns = [*records] if differ else [""]
+    table = [
+        f"| | {' | '.join(columns)} | why, or what to know |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    for cell, row in rows.items():
+        verdicts = " | ".join(verdict for verdict, _ in row[: len(columns)])
+        notes = dict(zip(records, (note for _, note in row), strict=True))
+        table.append(f"| {cell} | {verdicts} | {_note(notes)} |")
+    return "\n".join([f"## {area.TITLE}", "", area.INTRO.strip(), "", *table, ""])
+
+
+def _note(notes: Mapping[str, str]) -> str:
+    """One note, or several and the releases that each is of."""
+    of = {note: [r for r in notes if notes[r] == note] for note in notes.values()}
+    if len(of) == 1:
+        return next(iter(of))
+    return "; ".join(f"{', '.join(r)}: {note}" for note, r in of.items() if note)
+
+
+def write() -> None:
+    """Records the installed release, and writes docs/compatibility.md."""
+    RECORDS.mkdir(exist_ok=True)
+    text = json.dumps(record(), indent=1, ensure_ascii=False)
+    (RECORDS / f"{release()}.json").write_text(text + "\n")
+    try:
+        DOCUMENT.write_text(document(records()))
+    except ValueError as stale:
+        raise SystemExit(f"axolotl {release()} is recorded; {stale}") from None

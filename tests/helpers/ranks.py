@@ -1,0 +1,201 @@
+"""Axolotl's own training on several CPU ranks, with the real engines over gloo.
+
+accelerate and axolotl choose DeepSpeed and FSDP only where they see a GPU. `CpuRanks`
+changes which device and backend they pick, and nothing of the engines. It is a plugin
+of axolotl: a recipe that names it beside ours goes through any launcher.
+
+`run` forks the ranks from a server that has imported everything once, so that a run of
+a tiny model takes seconds. Set `multiprocessing.set_forkserver_preload(PRELOAD)` first.
+"""
+
+import gc
+import importlib
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it when it is imported
+
+import torch
+import torch.multiprocessing as mp
+from accelerate import parallelism_config, state
+from accelerate.utils import DistributedType
+from axolotl import utils
+from axolotl.cli import config
+from axolotl.integrations.base import BasePlugin
+
+from helpers import tiny
+
+# A CUDA build of torch would ask the driver, and a forked process may not.
+torch.cuda.can_device_access_peer = lambda *args: True
+
+# trackio: TRL asks it for a URL, and it takes seconds to import
+PRELOAD = ["deepspeed", "axolotl.train", "axolotl.core.builders", "trackio"]
+PRELOAD += ["helpers.ranks"]
+
+
+# What recipes of tests say of their engines: a DeepSpeed file beside its stage, and
+# `fsdp_config`.
+ZERO = {
+    "bf16": {"enabled": "auto"},
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "zero_force_ds_cpu_optimizer": False,  # its kernel would be compiled first
+}
+FSDP2 = {
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+    "state_dict_type": "FULL_STATE_DICT",
+    "reshard_after_forward": True,
+}
+
+
+class BrokenGradient(BasePlugin):
+    """In the second optimizer step, the gradient of one weight becomes NaN."""
+
+    def post_trainer_create(self, cfg, trainer) -> None:
+        def broken(gradient: torch.Tensor) -> torch.Tensor:
+            return gradient * float("nan") if trainer.state.global_step else gradient
+
+        *_, last = trainer.model.parameters()
+        last.register_hook(broken)
+
+
+class CpuRanks(BasePlugin):
+    """Beside `axolotl_edpo.EDPOPlugin`, a recipe runs on CPU ranks."""
+
+    def register(self, cfg: dict) -> None:
+        """Chooses by the engine that the recipe names."""
+        gc.freeze()  # axolotl and DeepSpeed collect often; imports are never garbage
+        _leave_placement_to_accelerate()
+        if cfg.get("deepspeed"):
+            _gather_detached()
+            _choose_cpu(DistributedType.MULTI_CPU)
+        elif cfg.get("fsdp_config"):
+            _choose_cpu(DistributedType.MULTI_GPU)
+        else:
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+
+
+def _leave_placement_to_accelerate() -> None:
+    """axolotl would put the model on GPU number LOCAL_RANK.
+
+    accelerate's CPU would have a number too, and checkpoints cannot be read to that.
+    """
+    torch.cuda.set_device = lambda *args, **kwargs: None
+    state.PartialState.set_device = lambda own: setattr(own, "device", _CPU)
+    normalize = config.normalize_config
+    for module in (config, utils.config):  # one is for workers of Ray
+        module.normalize_config = lambda cfg: (normalize(cfg), cfg.pop("device_map"))[0]
+
+
+def _choose_cpu(kind: DistributedType) -> None:
+    state.PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", kind)
+    parallel = parallelism_config.ParallelismConfig
+    build = parallel.build_device_mesh
+    parallel.build_device_mesh = lambda own, device: build(own, "cpu")
+
+
+_CPU = torch.device("cpu")
+
+
+def _gather_detached() -> None:
+    """In float32, ZeRO-1 and -2 gather from a shard that requires a gradient.
+
+    gloo refuses that. Without this operation DeepSpeed takes another, and detaches.
+    """
+    import deepspeed.comm
+
+    deepspeed.comm.has_all_gather_into_tensor = lambda: False
+
+
+def run(folder: Path, keys: dict, ranks: int = 2, probe: str | None = None) -> list:
+    """Trains a recipe on CPU ranks.
+
+    Args:
+        folder: Where the recipe and the ranks' results are put.
+        keys: The recipe.
+        ranks: Processes; with one, the recipe names no engine.
+        probe: `module:function`, called on every rank. It is given a function that
+            trains and returns the trainer, and returns what is added to the result.
+
+    Returns:
+        A result per rank: `log`, the entries the trainer logged, `beta` at the end,
+        and what the probe returned.
+
+    Raises:
+        ProcessRaisedException: If a rank failed; it holds the traceback.
+    """
+    context = start(folder, keys, ranks, probe)
+    while not context.join():
+        pass
+    return results(folder, ranks)
+
+
+def start(
+    folder: Path, keys: dict, ranks: int = 2, probe: str | None = None
+) -> mp.ProcessContext:
+    """As `run`, but does not wait for the ranks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return mp.start_processes(
+        _rank,
+        (ranks, free_port(), folder, keys, probe),
+        nprocs=ranks,
+        join=False,
+        start_method="forkserver",
+    )
+
+
+def results(folder: Path, ranks: int = 2) -> list:
+    """What ranks that were started there left, each when it had ended."""
+    files = [folder / f"rank{rank}.json" for rank in range(ranks)]
+    return [json.loads(file.read_text()) for file in files]
+
+
+def _rank(rank: int, ranks: int, port: int, folder: Path, keys: dict, probe) -> None:
+    if ranks > 1:
+        become(rank, ranks, port)
+    else:
+        _settle_in()
+    keys = {**keys, "plugins": [*keys.get("plugins", []), "helpers.ranks.CpuRanks"]}
+
+    def train():
+        return tiny.train(folder / f"rank{rank}", keys)
+
+    (folder / f"rank{rank}").mkdir(exist_ok=True)
+    if probe is None:
+        trainer, more = train(), {}
+    else:
+        module, _, function = probe.partition(":")
+        trainer, more = getattr(importlib.import_module(module), function)(train)
+    result = {"log": trainer.state.log_history, "beta": trainer.controller.beta, **more}
+    (folder / f"rank{rank}.json").write_text(json.dumps(result))
+
+
+def become(rank: int, ranks: int, port: int) -> None:
+    """Makes a process of the server one of the ranks that torchrun starts."""
+    _settle_in()
+    os.environ |= _torchrun(rank, ranks, port)
+
+
+def _settle_in() -> None:
+    torch.set_num_threads(1)
+    mp.set_start_method("fork", force=True)  # of data loaders; it was the server's
+
+
+def _torchrun(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """The variables that torchrun sets."""
+    values: dict[str, Any] = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks)
+    values |= dict(LOCAL_WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return {name: str(value) for name, value in values.items()}
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

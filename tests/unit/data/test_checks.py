@@ -1,0 +1,57 @@
+"""pairs.py: columns are counted as rows would be."""
+
+import random
+
+import pytest
+from datasets import Dataset
+
+from axolotl_edpo.data.checks import check_tokens, long_pairs
+
+PAIRS = [
+    {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9], "rejected_ids": [10]},
+    {"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7]},
+    {"prompt_ids": [4, 4, 4, 4], "chosen_ids": [6], "rejected_ids": [7, 8]},
+]
+
+
+def pairs(count: int, empty: int = 0) -> list[dict]:
+    """More than one piece of a table; answers of up to three of two tokens."""
+    rng = random.Random(0)
+
+    def answer() -> list[int]:
+        return rng.choices([3, 4], k=rng.randint(1, 3))
+
+    rows = [
+        {"prompt_ids": [5], "chosen_ids": answer(), "rejected_ids": answer()}
+        for _ in range(count)
+    ]
+    for row in rng.sample(rows, empty):
+        row["rejected_ids"] = []
+    return rows
+
+
+def test_long_pairs_are_those_of_which_a_sequence_is_cut():
+    data = Dataset.from_list(PAIRS)
+    assert [long_pairs(data, n) for n in (6, 5, 4, 2, 1)] == [0, 1, 2, 2, 3]
+    assert long_pairs(data.filter(lambda row: len(row["prompt_ids"]) < 4), 4) == 1
+
+
+def test_pairs_of_one_answer_are_counted(caplog):
+    rows = pairs(2500)
+    same = sum(row["chosen_ids"] == row["rejected_ids"] for row in rows)
+    check_tokens("train", Dataset.from_list(rows))
+    assert 0 < same < 2500 and f"the same in {same} of 2500 pairs" in caplog.text
+    caplog.clear()
+    check_tokens("train", Dataset.from_list(PAIRS))
+    assert not caplog.records
+
+
+def test_pairs_without_an_answer_are_counted():
+    with pytest.raises(ValueError, match="eval set: 7 of 2500 pairs have an answer"):
+        check_tokens("eval", Dataset.from_list(pairs(2500, empty=7)))
+
+
+def test_no_pairs_are_refused():
+    nothing = Dataset.from_list(PAIRS).select([])
+    with pytest.raises(ValueError, match="train set: no pair is left"):
+        check_tokens("train", nothing)

@@ -1,0 +1,173 @@
+"""kernels.py: it compiles for real GPUs, and runs on one where there is one.
+
+What the kernels compute is tested in test_logprobs.py, where they are interpreted.
+"""
+
+import subprocess
+import sys
+from collections import defaultdict
+from contextlib import nullcontext
+
+import pytest
+import torch
+from helpers.gpu import needs_named_gpu
+from helpers.token_stats import assert_as_exact_as_pytorch, gradients, inputs, naive
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from axolotl_edpo.ops import tile_triton as kernels
+from axolotl_edpo.ops import token_stats as logprobs
+from axolotl_edpo.ops.lm_head import Head
+from axolotl_edpo.ops.token_stats import token_stats
+
+COMPILE = """
+import sys
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from axolotl_edpo.ops import tile_triton as kernels
+
+TYPES = dict(targets="*i64", weights="*bf16", out="*bf16", tile="i32", width="i32")
+TYPES |= dict(stride="i32")
+TYPES |= dict(epsilon="fp32", scale="fp32", cap="fp32")
+TYPES |= dict(reference_scale="fp32", reference_cap="fp32")
+
+def build(kernel, flags, block=kernels.BLOCK, warps=4):
+    constants = {name: flags for name in kernel.arg_names if name.isupper()}
+    constants["BLOCK"] = block
+    signature = {name: TYPES.get(name, "*fp32") for name in kernel.arg_names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    target = GPUTarget("cuda", int(sys.argv[1]), 32)
+    options = {"enable_fp_fusion": False, "num_warps": warps}
+    return compile(source, target=target, options=options)
+
+for flags in (False, True):
+    for block in kernels.TILE, 2 * kernels.TILE:
+        whole = build(kernels._add_tile_kernel, flags, block, kernels.warps(block))
+        print(len(whole.asm["cubin"]), whole.asm["ptx"].count("st.local"))
+    print(len(build(kernels._gradient_tile_kernel, flags).asm["cubin"]), 0)
+print(len(build(kernels._rescale_kernel, False).asm["cubin"]), 0)
+"""
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_every_kernel_compiles_for_a_gpu_that_is_not_here(architecture, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    command = [sys.executable, "-c", COMPILE, str(architecture)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    built = [[*map(int, line.split())] for line in done.stdout.splitlines()]
+    assert len(built) == 7
+    # bytes of a kernel, and how often it runs out of registers
+    assert all(size > 1000 and not spilled for size, spilled in built)
+
+
+class Operators(TorchDispatchMode):
+    """Notes every operator, and refuses tensors that are not on the GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.seen.add(operator.overloadpacket)
+        found = operator(*args, **(kwargs or {}))
+        for x in tree_leaves((args, found)):
+            assert not isinstance(x, torch.Tensor) or x.is_cuda, operator
+        return found
+
+
+@needs_named_gpu
+@pytest.mark.parametrize("trained", [None, "kept", "again"])
+def test_the_host_never_waits_for_the_gpu(trained, monkeypatch):
+    """On tensors that are on a GPU by name only: to read one is an error there."""
+    for name in ("_add_tile_kernel", "_gradient_tile_kernel", "_rescale_kernel"):
+        monkeypatch.setattr(kernels, name, defaultdict(lambda: lambda *_, **__: None))
+    monkeypatch.setattr(torch.cuda, "device_of", lambda _: nullcontext())
+    monkeypatch.setattr(logprobs, "KEPT_BYTES", 2**29 if trained == "kept" else 0)
+    with FakeTensorMode():
+        kind = dict(device="cuda", dtype=torch.bfloat16)
+        h = torch.empty(5000, 64, **kind, requires_grad=True)
+        w = torch.empty(9001, 64, **kind, requires_grad=trained is not None)
+        y = torch.empty(5000, device="cuda", dtype=torch.int64)
+        with pytest.raises(DataDependentOutputException):
+            y[0].item()
+        with Operators() as operators:
+            stats = token_stats(h, h.detach(), Head(w), Head(w.detach()), y, 0.01)
+            gradients = stats.policy_logp.grad_fn.apply(*stats)
+    assert [g.shape for g in gradients if g is not None] == [
+        x.shape for x in (h, w) if x.requires_grad
+    ]
+    aten = torch.ops.aten
+    assert aten.addmm in operators.seen
+    assert (aten.scatter_ in operators.seen) == (trained == "kept")
+
+
+def test_the_op_needs_torch_alone():
+    """So that it can be measured where nothing else is installed."""
+    loaded = "import sys, axolotl_edpo.ops.token_stats; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", loaded], capture_output=True, text=True
+    )
+    modules = set(done.stdout.split())
+    assert "axolotl_edpo.ops.tile_torch" in modules
+    assert not modules & {"axolotl", "transformers", "peft", "trl", "bitsandbytes"}
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trained", [False, True])
+def test_on_a_gpu_values_and_gradients_are_as_exact_as_pytorch(dtype, trained):
+    """Whole tiles and pieces of them, products of 16-bit operands on tensor cores."""
+    sizes = dict(tokens=4500, hidden=256, vocab=9001, size=0.3)
+    h, ref, head, y = inputs(**sizes, dtype=dtype, device="cuda")
+    leaves = [h, head.weight] if trained else [h]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    ours = token_stats(h, ref, head, head, y, 0.01, collision=True)
+    plain = naive(h, ref, head, y, 0.01, dtype)
+    exact = naive(h, ref, head, y, 0.01)
+    logit_size = 10 + head.logits(h.detach()).abs().max()
+    assert_as_exact_as_pytorch(ours, plain, exact, logit_size)
+    got = (gradients(stats.policy_logp, leaves) for stats in (ours, plain, exact))
+    for a, b, c in zip(*got, strict=True):
+        error, allowed = (a - c).abs().max(), (b - c).abs().max()
+        assert error <= allowed + torch.finfo(dtype).eps * c.abs().max()
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("scale", [1.0, 1 / 6, 0.8333])
+def test_on_a_gpu_equal_policies_give_exactly_zero(scale):
+    """Nothing is fused with the difference of logits; the interpreter never fuses."""
+    kind = dict(tokens=500, hidden=64, vocab=5000, device="cuda", scale=scale)
+    h, _, head, y = inputs(**kind)
+    stats = token_stats(h, h.clone(), head, head, y, 0.01)
+    for values in (stats.plus, stats.minus, stats.kl):
+        assert not values.any()
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("trained", [False, True])
+def test_on_a_gpu_memory_is_bounded_by_the_tile(trained):
+    tokens, hidden, vocab = 8192, 4096, 128256
+    kind = dict(device="cuda", dtype=torch.bfloat16)
+    h, ref = (torch.randn(tokens, hidden, **kind) for _ in range(2))
+    weight = torch.randn(vocab, hidden, **kind) / 64
+    y = torch.randint(vocab, (tokens,), device="cuda")
+    h.requires_grad_()
+    weight.requires_grad_(trained)
+    head = Head(weight)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    token_stats(h, ref, head, head, y, 0.01).policy_logp.sum().backward()
+    extra = torch.cuda.max_memory_allocated() - before
+    gradients = sum(t.nbytes for t in (h, weight) if t.requires_grad)
+    assert extra - gradients <= 512 * 2**20

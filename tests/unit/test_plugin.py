@@ -1,0 +1,237 @@
+"""plugin.py through axolotl's own config loading."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+from axolotl.cli.config import load_cfg
+from axolotl.cli.main import cli
+from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
+from axolotl.integrations import base
+from axolotl.integrations.base import PluginManager
+from axolotl.utils.dict import DictDefault
+from helpers import tiny
+from helpers.paths import ROOT
+
+from axolotl_edpo.config.typos import check_command_line
+from axolotl_edpo.config.versions import TESTED, check_versions
+from axolotl_edpo.plugin import PLUGIN, TRAINER, EDPOPlugin
+from axolotl_edpo.upstream import automatic_plugins
+
+BY_ITSELF = PLUGIN in automatic_plugins()  # from axolotl 0.21 on
+
+
+def load(folder, recipe, **overrides):
+    return load_cfg(str(tiny.write(folder, recipe)), **overrides)
+
+
+def test_the_recipe_is_lowered_to_what_axolotl_knows(recipe, tmp_path):
+    cfg = load(tmp_path, recipe())
+    assert (cfg.rl, cfg.trainer_cls) == ("dpo", TRAINER)
+    assert (cfg.beta, cfg.rl_beta) == (0.1, 0.1)
+    assert (cfg.edpo_epsilon, cfg.edpo_beta_mean) == (0.05, "arithmetic")
+
+
+def test_defaults_are_filled_in(recipe, tmp_path):
+    cfg = load(tmp_path, recipe(beta=None, edpo_epsilon=None))
+    assert cfg.edpo_epsilon == 0.01
+    assert cfg.rl_beta is None  # TRL's default, 0.1
+    trainer = tiny.train(tmp_path, recipe(beta=None, edpo_epsilon=None, max_steps=1))
+    assert trainer.controller.settings.beta == 0.1
+    assert trainer.controller.settings.epsilon == 0.01
+
+
+def test_packing_is_lowered_to_keys_that_axolotl_lets_be(recipe, tmp_path):
+    cfg = load(tmp_path, recipe(sample_packing=True, eval_sample_packing=False))
+    assert (cfg.sample_packing, cfg.eval_sample_packing) == (None, None)
+    assert (cfg.edpo_sample_packing, cfg.edpo_eval_sample_packing) == (True, False)
+    assert cfg.edpo_prefix_sharing == "auto"
+    cfg = load(tmp_path, recipe(sample_packing="auto", edpo_prefix_sharing=False))
+    assert (cfg.edpo_sample_packing, cfg.edpo_prefix_sharing) == ("auto", False)
+    assert not load(tmp_path, recipe()).edpo_sample_packing
+    empty = recipe(sample_packing=True) | {"edpo_prefix_sharing": None}  # `key:` alone
+    assert load(tmp_path, empty).edpo_prefix_sharing == "auto"
+
+
+@pytest.mark.parametrize("keys", [{}, {"sample_packing": True}], ids=str)
+def test_lowering_a_lowered_recipe_changes_nothing(recipe, tmp_path, keys):
+    once = DictDefault(recipe(**keys))
+    EDPOPlugin().register(once)
+    twice = DictDefault(once.to_dict())
+    EDPOPlugin().register(twice)
+    assert once.to_dict() == twice.to_dict()
+    # and what a Ray worker does with the validated config
+    cfg = load(tmp_path, recipe(**keys))
+    again = DictDefault(cfg.to_dict())
+    EDPOPlugin().register(again)
+    assert again.to_dict() == cfg.to_dict()
+
+
+def test_a_command_line_beta_that_disagrees_names_both(recipe, tmp_path):
+    with pytest.raises(ValueError, match=r"`beta: 0.1` and `rl_beta: 0.2`"):
+        load(tmp_path, recipe(), rl_beta=0.2)
+    with pytest.raises(ValueError, match=r"`beta: 0.1` and `trl.beta: 0.3`"):
+        load(tmp_path, recipe(), trl__beta=0.3)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"edpo_epsilonn": 0.1}, "did you mean `edpo_epsilon`"),
+        ({"edpo_epsilon": 2}, "`edpo_epsilon: 2`"),
+        ({"rl": "dpo"}, "`edpo_epsilon: 0.05` has no effect with `rl: dpo`"),
+        ({"rl": None}, "`edpo_epsilon: 0.05` has no effect"),
+        ({"trainer_cls": "my.Trainer"}, "`trainer_cls: my.Trainer`.*remove it"),
+        ({"edpo_prefix_sharing": True}, "`edpo_prefix_sharing: True`"),
+    ],
+)
+def test_a_wrong_recipe_stops_before_a_model_is_loaded(recipe, tmp_path, keys, message):
+    keys = {**keys, "base_model": str(tmp_path / "does-not-exist")}
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, recipe(**keys))
+
+
+SPECTRUM = "axolotl.integrations.spectrum.SpectrumPlugin"
+
+
+@pytest.mark.parametrize("plugins", [None, [SPECTRUM]], ids=["none", "another"])
+def test_one_word_is_enough_from_axolotl_021_on(recipe, tmp_path, plugins):
+    load(tmp_path, recipe(plugins=[PLUGIN]))  # registered in this process
+    keys = recipe(plugins=plugins, edpo_epsilon=None)
+    if BY_ITSELF:
+        cfg = load(tmp_path, keys)
+        assert (cfg.rl, cfg.trainer_cls, cfg.edpo_epsilon) == ("dpo", TRAINER, 0.01)
+        return
+    with pytest.raises(ValueError, match="edpo"):
+        load(tmp_path, keys)
+    # 0.19 asks a plugin that another recipe of the process named; 0.20 does not
+    with pytest.raises(ValueError, match=rf"`plugins: \[{PLUGIN}\]`.*only from 0.21"):
+        EDPOPlugin().register(DictDefault(keys))
+
+
+def test_the_form_of_an_entry_point_names_the_plugin_too(recipe, tmp_path):
+    """`module:Class`, which axolotl takes from 0.21 on."""
+    colon = DictDefault(recipe(plugins=["axolotl_edpo:EDPOPlugin"]))
+    EDPOPlugin().register(colon)
+    assert colon.trainer_cls == TRAINER
+    if BY_ITSELF:
+        cfg = load(tmp_path, recipe(plugins=["axolotl_edpo:EDPOPlugin"]))
+        assert cfg.trainer_cls == TRAINER
+
+
+@pytest.mark.parametrize("name", ["axolotl", "trl"])
+def test_a_release_outside_the_tested_range_names_both_versions(name):
+    with pytest.raises(RuntimeError, match=rf"{name} >=9,<10, here it is \d") as caught:
+        check_versions({name: ">=9,<10"})
+    assert not isinstance(caught.value, ImportError)  # axolotl swallows those
+    assert "axolotl-edpo 0." in str(caught.value)
+
+
+def test_a_missing_dependency_is_named():
+    with pytest.raises(RuntimeError, match="nothing-like-it.*here it is not installed"):
+        check_versions({"nothing-like-it": ">=1"})
+
+
+def load_with_another(name: str, folder, keys: dict) -> subprocess.CompletedProcess:
+    """Loads a recipe in a process that finds the metadata of another release first."""
+    info = folder / "site" / f"{name}-9.9.0.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.9.0\n"
+    )
+    path = tiny.write(folder, keys)
+    return subprocess.run(
+        [sys.executable, "-c", LOAD, str(folder / "site"), str(path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+LOAD = """
+import sys
+import axolotl.cli.config, trl
+sys.path.insert(0, sys.argv[1])
+cfg = axolotl.cli.config.load_cfg(sys.argv[2])
+print("plain dpo:", cfg.rl == "dpo" and cfg.trainer_cls is None)
+"""
+
+
+@pytest.mark.parametrize("name", ["axolotl", "trl"])
+@pytest.mark.parametrize("plugins", [[PLUGIN], None], ids=["named", "by itself"])
+def test_another_release_ends_in_our_sentence_and_never_in_plain_dpo(
+    recipe, tmp_path, name, plugins
+):
+    """Before 0.21 a recipe without `plugins:` ends in axolotl's: it knows no `edpo`."""
+    run = load_with_another(name, tmp_path, recipe(plugins=plugins))
+    sentence = f"works with {name} {TESTED[name]}, here it is 9.9.0"
+    assert run.returncode == 1 and "plain dpo" not in run.stdout
+    last = run.stderr.strip().splitlines()[-1]
+    assert sentence in last if plugins or BY_ITSELF else "edpo" in run.stderr
+
+
+@pytest.mark.parametrize("name", ["axolotl", "trl"])
+def test_another_release_is_no_matter_of_plain_dpo(recipe, tmp_path, name):
+    run = load_with_another(name, tmp_path, recipe(**tiny.DPO))
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.splitlines()[-1] == "plain dpo: True"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--edpo-epsilon", "0.02"], "`--edpo-epsilon 0.02` .*`edpo_epsilon: 0.02`"),
+        (["--edpo_epsilon=0.02"], "`--edpo_epsilon 0.02` .*`edpo_epsilon: 0.02`"),
+        (["--beta", "0.02"], "`--beta 0.02` .*`beta: 0.02`"),
+    ],
+)
+def test_an_option_of_ours_on_the_command_line_is_refused(
+    recipe, tmp_path, words, message
+):
+    """axolotl's own command, up to where it loads the recipe."""
+    path = tiny.write(tmp_path, recipe(beta=None, edpo_epsilon=None))
+    with pytest.raises(ValueError, match=message):
+        cli(["train", str(path), "--launcher", "python", *words], standalone_mode=False)
+
+
+def test_words_for_a_launcher_are_left_alone():
+    check_command_line(["--nproc_per_node=2", "--beta", "2"], keys=())
+    with pytest.raises(ValueError, match="--edpo-epsilonn"):
+        check_command_line(["--nproc_per_node", "2", "--edpo-epsilonn"], keys=())
+
+
+def test_plain_dpo_is_untouched_in_a_process_that_trained_edpo(recipe, tmp_path):
+    tiny.train(tmp_path, recipe(max_steps=1))
+    assert PLUGIN in PluginManager.get_instance().plugins
+    keys = dict(rl="dpo", rl_beta=0.1, beta=None, edpo_epsilon=None, max_steps=1)
+    for plugins in (None, [SPECTRUM]):
+        cfg = load(tmp_path, recipe(**keys, plugins=plugins))
+        left = [key for key in cfg if key.startswith("edpo_") or key == "beta"]
+        # axolotl 0.20 loads a plugin of its own into every recipe, and with it the keys
+        # of all plugins of the process; this one is not asked, and they do nothing
+        assert not left or set(base.BUILTIN_PLUGINS) and not BY_ITSELF
+        assert (cfg.rl, cfg.trainer_cls) == ("dpo", None)
+    trainer = tiny.train(tmp_path, recipe(**keys, plugins=None))
+    assert type(trainer) is AxolotlDPOTrainer
+    assert tiny.logs(trainer, "loss")[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert not tiny.logs(trainer, "kl/beta")
+
+
+def test_the_plugin_imports_nothing_heavy():
+    """And importing the package leaves axolotl's training arguments unmerged."""
+    code = (
+        "import sys, axolotl_edpo; "
+        "bad = {'trl', 'axolotl.core.training_args', 'axolotl_edpo.trainer'}; "
+        "print(sorted(bad & set(sys.modules)))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
+    )
+    assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_the_lowered_recipe_is_plain_yaml(recipe):
+    lowered = DictDefault(recipe())
+    EDPOPlugin().register(lowered)
+    assert yaml.safe_load(yaml.safe_dump(lowered.to_dict()))["trainer_cls"] == TRAINER
