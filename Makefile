@@ -91,6 +91,7 @@ lint: $(VENV)/installed-dev
 	ruff check .
 	ruff format --check .
 	mypy
+	lint-imports --no-cache
 
 clean:
 	rm -rf examples/tiny/build examples/tiny/out

@@ -1,7 +1,7 @@
-"""Work of the host beside the run, and copies that do not wait for the device.
+"""Background threads, and copies to the GPU that the CPU does not wait for.
 
-A thread is made for one piece of work and ends with it: none has to be stopped when a
-run ends or fails.
+Each thread does one piece of work and then ends. So no thread has to be stopped when
+a run ends or fails.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,15 @@ T = TypeVar("T")
 
 
 def in_background(work: Callable[[], T], name: str) -> "Future[T]":
-    """Begins some work in a thread of its own.
+    """Runs a function in a new thread.
 
     Args:
-        work: Ends by itself, within a step: the interpreter waits for it.
-        name: Of the thread.
+        work: The function. It must end soon: until then Python cannot exit.
+        name: The thread's name.
 
     Returns:
-        What it returns; an error is raised where the result is asked for.
+        A future of the function's result. If the function fails, the future's
+        `result()` raises its error.
     """
     future: Future[T] = Future()
 
@@ -37,28 +38,32 @@ def in_background(work: Callable[[], T], name: str) -> "Future[T]":
 
 
 def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor where a GPU can copy it from while the host goes on.
+    """Copies a tensor to pinned memory, from which a GPU can copy asynchronously.
 
     Args:
-        tensor: On the CPU.
-        device: That it will be copied to; if it is no GPU, nothing is done.
+        tensor: A tensor on the CPU.
+        device: Where it will be copied to later.
+
+    Returns:
+        The pinned copy. The tensor itself if `device` is not a GPU.
     """
     if device.type != "cuda":
         return tensor
-    with torch.cuda.device(device):  # a thread begins with the first GPU
+    with torch.cuda.device(device):  # a new thread would else use the first GPU
         return tensor.pin_memory()
 
 
 def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on a device; to a GPU it is copied while the host goes on.
+    """Copies a tensor to a device.
 
-    Other devices may read the host's memory after it is used again.
+    A copy to a GPU is asynchronous. A copy to another device is complete on return:
+    otherwise the CPU could overwrite the memory before the device has read it.
     """
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """As `copied`, of a tensor that may be pageable memory of the host."""
+    """Copies a tensor to a device as `copied` does; pins a tensor of the CPU first."""
     if tensor.device.type == "cpu":
         tensor = pinned(tensor, device)
     return copied(tensor, device)

@@ -1,12 +1,13 @@
-"""What DDP, DeepSpeed and FSDP2 ask of the walk from batch to loss.
+"""What DDP, DeepSpeed and FSDP2 need: access to sharded weights, sums over ranks.
 
-They gather weights, and prepare gradients, in the forward of the module that they
-wrap. So everything that reads a weight runs inside such a forward:
+These engines gather weights, and prepare gradients, in the forward of the module that
+they wrap. So code that uses weights has to run inside such a forward:
 
-    `inside_forward`   of the whole model; the layers' own forwards do the rest
-    `inside`           of single modules, for whoever reads their weights itself
+    `within_forward`          inside the forward of the whole model, to call its layers
+    `within_modules_forward`  inside the forwards of some of its modules, to read their
+                              weights directly
 
-Before the first step a reference of its own is sharded as the policy is: `shard`.
+`shard` shards a reference that is a separate model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,64 +15,69 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
-import accelerate.accelerator
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
-from trl.models.utils import _ForwardRedirection
 
-_redirect = _ForwardRedirection()
+from .background import on_device
+from .upstream import forward_redirection, shard_fsdp2
 
 
-def inside_forward(
+def within_forward(
     accelerator: Accelerator, model: nn.Module, method: Callable[[nn.Module], Any]
 ) -> Any:
-    """Runs a function in the forward of the engine that wraps a model.
+    """Runs a function inside the forward of the engine that wraps a model.
 
     Args:
-        accelerator: That prepared the model.
-        model: As its engine wraps it.
-        method: Is given the model without its engine.
+        accelerator: The accelerator that prepared the model.
+        model: The model, wrapped by its engine.
+        method: The function; its argument is the model without the engine.
 
     Returns:
         What the function returns.
     """
     unwrapped = accelerator.unwrap_model(model)
     with accelerator.autocast():
-        # engines cast, move or copy arguments: None is left alone
-        return _redirect(model, unwrapped, lambda _: method(unwrapped), None)
+        # an engine may cast, move or copy arguments: None stays as it is
+        redirect = forward_redirection()
+        return redirect(model, unwrapped, lambda _: method(unwrapped), None)
 
 
-def inside(
+def within_modules_forward(
     modules: Sequence[nn.Module],
     method: Callable[[torch.Tensor], Any],
     hidden: torch.Tensor,
 ) -> Any:
-    """Runs a function in the forward of all these modules.
+    """Runs a function inside the forward of several modules.
 
     Args:
-        modules: Whose weights it reads.
-        method: Is given the hidden states.
-        hidden: With gradient, if the weights are needed in the backward: ZeRO-3 lets go
-            of them where the gradient of a module's input is known.
+        modules: The modules whose weights the function reads.
+        method: The function; its argument is `hidden`.
+        hidden: Hidden states, shape (tokens, hidden). They must require a gradient if
+            the backward reads the weights: ZeRO-3 frees the weights of a module as
+            soon as the gradient of its input is known.
 
     Returns:
         What the function returns.
     """
     if not modules:
         return method(hidden)
-    first, *others = modules
-    return _redirect(first, first, lambda own: inside(others, method, own), hidden)
+    first, *rest = modules
+
+    def inner(states: torch.Tensor) -> Any:
+        return within_modules_forward(rest, method, states)
+
+    return forward_redirection()(first, first, inner, hidden)
 
 
 def keep_float32(accelerator: Accelerator) -> None:
-    """Leaves what a model's forward returns as it is, under FSDP2 in mixed precision.
+    """Keeps FSDP2 in mixed precision from rounding what a model's forward returns.
 
-    It would be rounded to the dtype of the weights, and the head's statistics with it.
-    Layers return that dtype all the same, as their weights have it.
+    The forward of the whole model returns statistics per token in float32. Its layers
+    still return the dtype of their weights.
     """
     plugin = accelerator.state.fsdp_plugin
     if (policy := plugin.mixed_precision_policy) is not None:
@@ -79,32 +85,32 @@ def keep_float32(accelerator: Accelerator) -> None:
 
 
 def shard(accelerator: Accelerator, reference: nn.Module) -> nn.Module:
-    """Shards a frozen model layer by layer, as FSDP2 does with the policy.
+    """Shards a frozen model layer by layer, as FSDP2 shards the policy.
 
-    TRL would shard it as one piece, of which every rank holds the whole in its forward.
+    TRL would shard the model as a whole. Every rank would then hold all of its weights
+    during a forward.
     """
-    # axolotl replaces it there: ranks that loaded no weights get those of rank 0
-    return accelerate.accelerator.fsdp2_prepare_model(accelerator, reference)
+    return shard_fsdp2(accelerator, reference)
 
 
 def reshard(model: nn.Module) -> None:
-    """Lets go of weights that FSDP2 keeps whole after a forward."""
+    """Shards again the weights that FSDP2 keeps whole after a forward."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
-def let_go(model: nn.Module, kept: Sequence[torch.Tensor]) -> None:
-    """Frees what ZeRO-3 has sharded of a model that will not run again.
+def release(model: nn.Module, kept: Sequence[torch.Tensor]) -> None:
+    """Frees the weights of a model that ZeRO-3 has sharded and that will not run again.
 
-    DeepSpeed holds every module that ever ran: `functools.lru_cache` on a method of its
-    coordinator has them as keys.
+    It is not enough to delete the model: a `functools.lru_cache` of DeepSpeed keeps
+    every module that has run.
 
     Args:
-        model: Without its engine.
-        kept: Weights of it that are still read.
+        model: The model without its engine.
+        kept: Weights of the model that are still needed.
     """
     for weight in model.parameters():
-        if hasattr(weight, "ds_id") and not any(weight is other for other in kept):
+        if hasattr(weight, "ds_id") and not any(weight is keep for keep in kept):
             for name in ("ds_tensor", "ds_secondary_tensor"):
                 if getattr(weight, name, None) is not None:
                     delattr(weight, name)
@@ -115,22 +121,28 @@ def let_go(model: nn.Module, kept: Sequence[torch.Tensor]) -> None:
 def gathered(
     tensors: Sequence[torch.Tensor], writes: bool = False
 ) -> Iterator[list[torch.Tensor]]:
-    """Within it, the whole of tensors that ZeRO-3 or FSDP2 have sharded.
+    """A context in which weights that ZeRO-3 or FSDP2 have sharded are whole.
+
+    All ranks enter it together, outside the forward of the weights' module.
 
     Args:
-        tensors: Weights outside their module's forward, sharded or not.
-        writes: Whether what the first rank writes into them is kept; ZeRO-3 only.
+        tensors: Weights, sharded or not.
+        writes: Whether to keep what rank 0 writes into the weights; ZeRO-3 only.
+
+    Yields:
+        The whole weights, in the same order.
     """
-    empty = [tensor for tensor in tensors if _is_released(tensor)]
-    if not empty:
+    released = [tensor for tensor in tensors if _is_released(tensor)]
+    if not released:
         yield [_whole(tensor) for tensor in tensors]
         return
     import deepspeed
 
     with ExitStack() as gathering:
         writer = 0 if writes else None
-        # one by one: of several, DeepSpeed waits for the last, and gloo may not be done
-        for tensor in empty:
+        # gathered one by one: DeepSpeed would wait only for the last weight of a list,
+        # and gloo may finish that one first
+        for tensor in released:
             gathering.enter_context(
                 deepspeed.zero.GatheredParameters([tensor], modifier_rank=writer)
             )
@@ -138,14 +150,19 @@ def gathered(
 
 
 def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    """Fills a weight, sharded or not, with a whole value that every rank has."""
-    released = [tensor]
+    """Overwrites a weight, sharded or not; all ranks call it.
+
+    Args:
+        tensor: The weight.
+        value: The whole value, the same on every rank.
+    """
+    to_gather = [tensor]
     if isinstance(tensor, DTensor):
         mesh: Any = tensor.device_mesh
-        here = value.to(mesh.device_type)
-        value = distribute_tensor(here, mesh, tensor.placements, src_data_rank=None)
-        released = []
-    with torch.no_grad(), gathered(released, writes=True):
+        value = value.to(mesh.device_type)
+        value = distribute_tensor(value, mesh, tensor.placements, src_data_rank=None)
+        to_gather = []
+    with torch.no_grad(), gathered(to_gather, writes=True):
         tensor.copy_(value)
 
 
@@ -154,18 +171,70 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
 
 
-def of_first(value: Any) -> Any:
-    """The first rank's, on every rank."""
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a weight, or a weight that is not sharded; detached."""
+    local = getattr(tensor, "ds_tensor", tensor).detach()
+    return local.to_local() if isinstance(local, DTensor) else local
+
+
+def broadcast_from_rank0(value: Any) -> Any:
+    """The value of rank 0, on every rank."""
     return broadcast_object_list([value], from_process=0)[0]
 
 
+def sum_over_ranks(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all ranks, on every rank.
+
+    Args:
+        accelerator: The run's accelerator.
+        values: This rank's tensor, on any device. All ranks pass the same shape.
+
+    Returns:
+        A tensor of this shape, on the accelerator's device.
+    """
+    return accelerator.reduce(on_device(values, accelerator.device), reduction="sum")
+
+
+def gather_rows(
+    accelerator: Accelerator, values: torch.Tensor
+) -> tuple[torch.Tensor, int]:
+    """Concatenates the rows of all ranks; every rank gets the result.
+
+    Args:
+        accelerator: The run's accelerator.
+        values: Shape (rows, ...), on any device. The number of rows may differ from
+            rank to rank, and be 0.
+
+    Returns:
+        A tensor of shape (rows of all ranks, ...) in the order of the ranks, and the
+        index in it of the first row of this rank. One process gets its own tensor;
+        else it is on the accelerator's device.
+    """
+    if accelerator.num_processes == 1:
+        return values, 0
+    values = on_device(values, accelerator.device)
+    counts = _gather(accelerator, torch.tensor([len(values)])).tolist()
+    first, longest = sum(counts[: accelerator.process_index]), max(counts)
+    if longest == 0:
+        return values, first
+    # a collective takes tensors of one shape, so shorter ones are padded
+    padding = values.new_zeros(longest - len(values), *values.shape[1:])
+    padded = _gather(accelerator, torch.cat([values, padding])).split(longest)
+    parts = zip(padded, counts, strict=True)
+    return torch.cat([rows[:count] for rows, count in parts]), first
+
+
+def _gather(accelerator: Accelerator, values: torch.Tensor) -> Any:
+    return accelerator.gather(on_device(values, accelerator.device))
+
+
 def _is_released(tensor: Any) -> bool:
-    """Whether ZeRO-3 has taken a weight away until its module's forward."""
+    """Whether ZeRO-3 keeps this weight empty outside the forward of its module."""
     return hasattr(tensor, "ds_id") and tensor.ds_status.name != "AVAILABLE"
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
-    here: Any = tensor.to(tensor.device_mesh.device_type)
-    return here.full_tensor()
+    shard: Any = tensor.to(tensor.device_mesh.device_type)
+    return shard.full_tensor()

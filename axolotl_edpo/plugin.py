@@ -1,16 +1,16 @@
-"""What axolotl calls: `register` lowers `rl: edpo` to what axolotl knows.
+"""The hooks that axolotl calls: `register` rewrites `rl: edpo` as `rl: dpo`.
 
-axolotl's `rl` is a closed list that its data loading, model loading and validators
-branch on. ε-DPO wants all of them to do what they do for DPO, so the recipe is lowered
-before validation:
+axolotl accepts only the values of `rl` that it knows. Its data loading, model loading
+and validation branch on them. For ε-DPO they have to do what they do for DPO. So the
+recipe is lowered (rewritten in axolotl's keys) before axolotl validates it:
 
     rl: edpo               →   rl: dpo
     beta: 0.01             →   rl_beta: 0.01
     sample_packing: true   →   edpo_sample_packing: true
-    dpo_use_liger_kernel: …    nothing: the head takes the place of Liger's loss
-                               trainer_cls: axolotl_edpo.trainer.EDPOTrainer
+    dpo_use_liger_kernel: …    removed: our fused op replaces Liger's loss
+    (new)                      trainer_cls: axolotl_edpo.trainer.EDPOTrainer
 
-Lowering a lowered recipe changes nothing: Ray workers load a config twice.
+Ray workers load a config twice. So lowering a lowered recipe changes nothing.
 """
 
 import os
@@ -23,7 +23,7 @@ try:
     from axolotl.integrations.base import BasePlugin
     from axolotl.utils.logging import get_logger
 except ImportError:
-    check_versions()  # says more, and axolotl does not swallow it
+    check_versions()  # its RuntimeError says more; axolotl would ignore an ImportError
     raise
 
 from .config.args import LIGER, LOWERED, PREFIX, EDPOArgs, handed_on, lowered_packing
@@ -34,12 +34,22 @@ from .config.validate import (
     check_without_gpu,
     without_effect,
 )
-from .upstream import automatic_plugins, dropped_words, named_plugins
+from .errors import quote
+from .upstream import (
+    automatic_plugins,
+    dropped_words,
+    keep_adapter_in_float32,
+    loss_watchdog,
+    named_plugins,
+    recipe_keys,
+)
 
 LOG = get_logger(__name__)
 
 PLUGIN = "axolotl_edpo.EDPOPlugin"
 TRAINER = "axolotl_edpo.trainer.EDPOTrainer"
+# The seed of a recipe without `seed:`; transformers has the same default.
+DEFAULT_SEED = 42
 
 
 class EDPOPlugin(BasePlugin):
@@ -57,55 +67,48 @@ class EDPOPlugin(BasePlugin):
 
         Raises:
             ValueError: If the recipe would not train as written.
-            RuntimeError: If axolotl or TRL is missing or outside the tested range.
+            RuntimeError: If axolotl or TRL is missing, or is an untested release.
         """
         self._active = cfg.get("rl") == "edpo" or cfg.get("trainer_cls") == TRAINER
-        ours = EDPOArgs.model_fields if self._active else ()
-        check_command_line(dropped_words(), ours)
-        if not self._active:
-            if not cfg.get("inference"):  # there axolotl takes `rl` away itself
-                check_foreign_recipe(cfg)
-            return
-        check_versions()
-        _check_registration(cfg)
-        beta = check_recipe(cfg)
-        if cfg["rl"] == "edpo":  # not lowered yet, and only what the user wrote
-            for line in [*misspelt(cfg, _known_keys()), *without_effect(cfg)]:
-                LOG.warning(line)
-        cfg.update(rl="dpo", trainer_cls=TRAINER, **lowered_packing(cfg))
-        absent = [
-            key for key in cfg if str(key).startswith(PREFIX) and cfg[key] is None
-        ]
-        lowered = [key for key in LOWERED if cfg.get(key) is not None]
-        for key in [*lowered, *absent]:
-            del cfg[key]
-        if cfg.pop(LIGER, None):
-            LOG.info(f"`{LIGER}`: this head takes the place of Liger's loss.")
-        if beta is not None:
-            cfg.update(beta=beta, rl_beta=beta)
+        check_command_line(
+            dropped_words(), EDPOArgs.model_fields if self._active else ()
+        )
+        if self._active:
+            check_versions()
+            _check_registration(cfg)
+            beta = check_recipe(cfg)
+            _warn(cfg)
+            _lower(cfg, beta)
+        elif not cfg.get("inference"):  # axolotl removes `rl` for inference
+            check_foreign_recipe(cfg)
 
     def get_input_args(self) -> str | None:
-        """The options that axolotl's config takes in addition."""
+        """The class of our options, for axolotl to add to its config."""
         return "axolotl_edpo.config.args.EDPOArgs" if self._active else None
 
     def get_training_args(self, cfg) -> dict:
-        """What TRL and transformers are told otherwise than the recipe says.
+        """The training arguments that override those that axolotl sets.
 
-        TRL 1.9 switches its own `padding_free` off with a warning; rows are laid by
-        `PairCollator`. What it precomputes are two numbers per pair; `PairReference`
-        caches more. axolotl does not hand on all that TRL takes. And a recipe with
-        `bf16: true` may run without an accelerator.
+        - `padding_free` is off: `PairCollator` lays out the rows, and TRL 1.9 would
+          switch it off with a warning.
+        - `precompute_ref_log_probs` is off: TRL would store two log-probabilities per
+          pair, but the loss needs hidden states.
+        - `handed_on` adds the options that axolotl does not pass to TRL.
+        - `use_cpu` is on without an accelerator: `bf16: true` needs it there.
         """
         if cfg.trainer_cls != TRAINER:
             return {}
-        ours = {"padding_free": False, "precompute_ref_log_probs": False}
-        told: dict = {**ours, **handed_on(cfg)}
-        return told if _has_accelerator() else told | {"use_cpu": True}
+        arguments = {"padding_free": False, "precompute_ref_log_probs": False}
+        arguments |= handed_on(cfg)
+        return arguments if _has_accelerator() else arguments | {"use_cpu": True}
 
     def load_datasets(self, cfg, preprocess: bool = False):
-        """As axolotl's; what is wrong with the data is said before a model loads.
+        """Loads the pairs with axolotl, and refuses wrong ones before a model loads.
 
-        `axolotl preprocess` is left alone: it shows rows on demand.
+        Does nothing for `axolotl preprocess`, which can print rows.
+
+        Raises:
+            ValueError: Names the data set and what it lacks.
         """
         if preprocess or cfg.trainer_cls != TRAINER:
             return None
@@ -114,23 +117,27 @@ class EDPOPlugin(BasePlugin):
         return load(cfg)
 
     def pre_model_load(self, cfg) -> None:
-        """Refuses what this machine or this model cannot do.
+        """Refuses what this machine or this model cannot do, and sets the seed.
 
-        Then sets the seed: what is drawn while a model is loaded (an adapter, rows for
-        new tokens) is the same for policy and reference, on every rank, in every run.
+        Loading a model may draw random weights: an adapter, embeddings of new tokens.
+        With the seed set, they are equal on every rank and in every run.
+
+        Raises:
+            ValueError: Names the key, its value and what to set.
         """
-        if cfg.trainer_cls == TRAINER:
-            from transformers import set_seed
+        if cfg.trainer_cls != TRAINER:
+            return
+        from transformers import set_seed
 
-            from .models.packing_support import check_recipe_model
+        from .models.packing_support import check_recipe_model
 
-            if not (cfg.merge_lora or _has_accelerator()):
-                check_without_gpu(cfg)
-            check_recipe_model(cfg)
-            set_seed(42 if cfg.seed is None else cfg.seed)  # 42: transformers'
+        if not (cfg.merge_lora or _has_accelerator()):
+            check_without_gpu(cfg)
+        check_recipe_model(cfg)
+        set_seed(DEFAULT_SEED if cfg.seed is None else cfg.seed)
 
     def add_callbacks_post_trainer(self, cfg, trainer) -> list:
-        """What ends a run early, which axolotl adds to supervised training only."""
+        """The callbacks of options that axolotl applies to supervised training only."""
         callbacks: list = []
         if cfg.trainer_cls != TRAINER:
             return callbacks
@@ -139,16 +146,18 @@ class EDPOPlugin(BasePlugin):
 
             callbacks.append(EarlyStoppingCallback(cfg.early_stopping_patience))
         if cfg.loss_watchdog_threshold is not None:
-            from axolotl.utils.callbacks import LossWatchDogCallback
-
-            callbacks.append(LossWatchDogCallback(cfg))
+            callbacks.append(loss_watchdog(cfg))
         return callbacks
 
     def post_trainer_create(self, cfg, trainer) -> None:
-        """Points auto-resume at the newest checkpoint whose save came to its end.
+        """Chooses the checkpoint of auto-resume, and casts an adapter to float32.
 
-        And keeps an adapter in float32 for `lora_fp32_gradients`: axolotl looks for one
-        in the model that it loads, and the trainer of preferences adds it later.
+        Auto-resume continues from the newest checkpoint that is complete. axolotl
+        applies `lora_fp32_gradients` when it loads the model. The adapter does not
+        exist then, as TRL's trainer adds it later. So it is cast here.
+
+        Raises:
+            ValueError: If the ranks do not find the same checkpoint.
         """
         if cfg.trainer_cls != TRAINER:
             return
@@ -157,12 +166,10 @@ class EDPOPlugin(BasePlugin):
 
             choose_auto_resume(cfg)
         if cfg.lora_fp32_gradients and not cfg.deepspeed:
-            from axolotl.utils.lora_precision import upcast_lora_parameters
-
-            upcast_lora_parameters(trainer.model)
+            keep_adapter_in_float32(trainer.model)
 
     def post_train(self, cfg, model) -> None:
-        """Names the weights of an adapter as PEFT reads them; see `name_as_peft`."""
+        """Renames the weights of a saved adapter for PEFT; see `name_as_peft`."""
         sharded = cfg.trainer_cls == TRAINER and cfg.adapter and cfg.fsdp_config
         if sharded and os.environ.get("RANK", "0") == "0":
             from .training.checkpointing import name_as_peft
@@ -176,19 +183,40 @@ def _check_registration(cfg: Mapping) -> None:
             f"`rl: edpo` needs `plugins: [{PLUGIN}]` in this recipe: only from 0.21 on "
             "axolotl finds an installed plugin by itself"
         )
-    if cfg.get("trainer_cls") not in (None, TRAINER):
+    trainer = cfg.get("trainer_cls")
+    if trainer not in (None, TRAINER):
         raise ValueError(
-            f"`trainer_cls: {cfg['trainer_cls']}` would replace the trainer of "
-            "`rl: edpo`: remove it"
+            f"{quote('trainer_cls', trainer)} would replace the trainer of `rl: edpo`: "
+            "remove it"
         )
 
 
-def _known_keys() -> set[str]:
-    """The keys of axolotl and of the plugins of this recipe."""
-    from axolotl.integrations.config import merge_input_args
+def _warn(cfg: Mapping) -> None:
+    """Warns of keys without effect.
 
-    fields = merge_input_args()[1].model_fields
-    return {*fields, *(field.alias for field in fields.values() if field.alias)}
+    A lowered recipe gets no warnings: it has keys that the user did not write.
+    """
+    if cfg["rl"] == "edpo":
+        for line in [*misspelt(cfg, recipe_keys()), *without_effect(cfg)]:
+            LOG.warning(line)
+
+
+def _lower(cfg: dict, beta: float | None) -> None:
+    """Lowers the recipe in place; see the head of this file.
+
+    Args:
+        cfg: The recipe, checked.
+        beta: β₀, or None if the recipe sets none: TRL's default then holds.
+    """
+    cfg.update(rl="dpo", trainer_cls=TRAINER, **lowered_packing(cfg))
+    for key in [*cfg]:
+        empty = str(key).startswith(PREFIX) and cfg[key] is None
+        if empty or key in LOWERED and cfg[key] is not None:
+            del cfg[key]
+    if cfg.pop(LIGER, None):
+        LOG.info(f"`{LIGER}`: this head takes the place of Liger's loss.")
+    if beta is not None:
+        cfg.update(beta=beta, rl_beta=beta)
 
 
 def _has_accelerator() -> bool:

@@ -1,8 +1,8 @@
-"""What a run leaves, and which checkpoint directories are complete. Needs no torch.
+"""Names of the files of a run, and which checkpoints are complete. Needs no torch.
 
-transformers writes `trainer_state.json` last, so a directory whose file is missing or
-cut short belongs to a save that was interrupted: its weights, optimizer or β may be
-missing, or left there by an earlier run.
+transformers writes `trainer_state.json` last. So if that file is missing or cut short,
+the save was interrupted. Weights, optimizer or β may then be missing, or be left from
+an earlier run.
 """
 
 import json
@@ -10,15 +10,16 @@ from pathlib import Path
 
 STATE = "trainer_state.json"
 PREFIX = "checkpoint-"
-# β and its settings in that file.
+# The key in STATE below which β and its settings are saved.
 CONTROLLER = "EDPO"
-# The trace: a folder beside the checkpoints, its files, and their columns of text.
+# The trace of pairs: its folder in `output_dir`, its files, and the columns that hold
+# text.
 TRACE, TRACE_FILES = "edpo_pairs", "steps-*-rank*.parquet"
 TEXTS = ("prompt", "chosen", "rejected")
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether the save that wrote this directory came to its end."""
+    """Whether a checkpoint was saved to its end."""
     try:
         json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -27,13 +28,13 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoint directories of a run, oldest step first, complete or not."""
-    found = {
+    """All checkpoint directories of a run, complete or not, by ascending step."""
+    by_step = {
         int(step): path
         for path in output_dir.glob(f"{PREFIX}*")
         if (step := path.name.removeprefix(PREFIX)).isdigit()
     }
-    return [found[step] for step in sorted(found)]
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def last_complete(output_dir: Path) -> Path | None:
@@ -41,6 +42,6 @@ def last_complete(output_dir: Path) -> Path | None:
     return newest_complete(checkpoints(output_dir))
 
 
-def newest_complete(found: list[Path]) -> Path | None:
-    """The last complete directory of some, or None."""
-    return next(filter(is_complete, reversed(found)), None)
+def newest_complete(oldest_first: list[Path]) -> Path | None:
+    """The newest complete one of these checkpoints, or None."""
+    return next(filter(is_complete, reversed(oldest_first)), None)

@@ -1,117 +1,63 @@
-"""`EDPOTrainer`: the walk from a batch of pairs to the ε-DPO loss.
+"""`EDPOTrainer`: from a batch of pairs to the ε-DPO loss.
 
-    batch → completions → reference hidden → policy hidden → head → sums per sequence
-          → steps → pair betas → loss per pair
+    batcher → reference → scorer → pair_outcomes → mean over the step
 
-The controller observes every micro-batch and moves β once per optimizer step. Model
-loading, data, evaluation and saving are axolotl's, TRL's and transformers' own; what is
-overridden here calls super().
+Each part is an attribute and has its own file. axolotl, TRL and transformers load the
+model and the data, evaluate and save. Where they offer no hook, a method is overridden
+here and calls super(). `EDPOCallback` does what happens once per run or step.
 """
 
-import textwrap
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-import torch
-from accelerate.utils import DynamoBackend
-from axolotl.integrations.base import PluginManager
-from axolotl.utils.collators.dpo import AxolotlDPODataCollatorWithPadding
-from axolotl.utils.logging import get_logger
-from peft import PeftModel
-from torch import nn
-from transformers import PreTrainedModel
+from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 
-from . import distributed as engine
-from . import upstream
-from .data.packing import (
-    Completions,
-    chosen_minus_rejected,
-    completions_of,
-    sum_per_sequence,
-)
-from .losses import edpo as loss
-from .losses.beta_controller import ControllerSettings
-from .losses.preference import Answers, LossSettings, wpo_weights
-from .models import forward as backbone
-from .models.moe import (
-    collected_router_logits,
-    has_router_loss,
-    router_loss,
-    warn_of_reentrance,
-)
-from .models.packing_support import RowSettings
-from .ops.token_stats import TokenStats, logits_stats, token_stats
-from .reference.precompute import CacheSettings
-from .training.margin_filter import PairMargins
-from .training.metrics import WeightedMeans
-
-LOG = get_logger(__name__)
+from . import distributed, upstream
+from .data import checks
+from .data.collator import trl_collator
+from .data.layout import release_masks
+from .losses.beta_controller import BetaController, make_controller
+from .losses.preference import PreferenceLoss
+from .models.completion_forward import CompletionForward
+from .models.start import resolve_reference_adapter, starting_models
+from .reference.provider import Reference
+from .run_files import CONTROLLER
+from .training import assembly, checkpointing, finite_checks
+from .training.batching import PairBatcher
+from .training.callbacks import EDPOCallback
+from .training.citation import PAPER
+from .training.margin_filter import MarginFilter
+from .training.metrics import Mode
+from .training.pair_outcomes import MeanOverStep, pair_outcomes
+from .training.records import StepRecords
+from .training.scoring import PairScorer
+from .training.settings import EDPOSettings
 
 
-class Pairs(NamedTuple):
-    """What a batch says of its pairs; each of shape (pairs,).
-
-    Attributes:
-        plus: Δ+, nats.
-        minus: Δ-, nats.
-        steps: s of Eq. 5, in {-1, 0, +1}.
-        betas: β̃ = β / (1 + ε s).
-        losses: Loss, with gradient, but for `sft`.
-        sft: -log π_θ of chosen, nats, with gradient.
-        chosen_rewards: β̃ · (log π_θ - log π_ref) of chosen.
-        rejected_rewards: The same of rejected.
-    """
-
-    plus: torch.Tensor
-    minus: torch.Tensor
-    steps: torch.Tensor
-    betas: torch.Tensor
-    losses: torch.Tensor
-    sft: torch.Tensor
-    chosen_rewards: torch.Tensor
-    rejected_rewards: torch.Tensor
-
-    @property
-    def margins(self) -> torch.Tensor:
-        """Implicit reward margins."""
-        return self.chosen_rewards - self.rejected_rewards
-
-    def filtered(self, weights: torch.Tensor | None) -> "Pairs":
-        """With losses times weights, shape (pairs,), 0 for what is left out."""
-        return self if weights is None else self._replace(losses=self.losses * weights)
-
-
-class EDPOTrainer(PairMargins):
-    """DPO in which every pair has a KL penalty of its own (arXiv 2502.13177).
+class EDPOTrainer(AxolotlDPOTrainer):
+    """DPO in which every pair has its own KL penalty (arXiv 2502.13177).
 
     Args:
-        model: Policy, as AxolotlDPOTrainer takes it.
-        ref_model: Reference, or None for the adapter's own reference.
-        settings: β₀, ε and the mean; by default those of the axolotl recipe.
-        rows: How pairs are laid in rows; by default as the axolotl recipe says, or,
-            with `settings` of one's own, padded.
-        cache: Where the reference's hidden states are kept; by default as the recipe
-            says, or, with `settings` of one's own, nowhere.
-        log_pairs: Every so many steps pairs are noted; by default as the recipe says,
-            or, with `settings` of one's own, never.
-        **kwargs: As AxolotlDPOTrainer takes them.
+        model: The policy.
+        ref_model: The reference; None if it is the policy with another adapter.
+        settings: Settings of the recipe. By default, those of the recipe that axolotl
+            runs.
+        **kwargs: Further arguments of AxolotlDPOTrainer.
     """
 
-    _name = "ε-DPO"
-    _tag_names = ["trl", "dpo", "edpo"]
-    tag_names = ["axolotl", "dpo", "edpo"]
-    _paper = {
-        "title": "KL Penalty Control via Perturbation for Direct Preference "
-        "Optimization",
-        "id": "2502.13177",
-        "citation": textwrap.dedent("""\
-            @article{lee2025edpo,
-                title         = {{KL Penalty Control via Perturbation for Direct Preference Optimization}},
-                author        = {Sangkyu Lee and Janghoon Han and Hosung Song and Stanley Jungkyu Choi and Honglak Lee and Youngjae Yu},
-                year          = 2025,
-                eprint        = {arXiv:2502.13177},
-            }"""),  # noqa: E501
-    }
+    controller: BetaController  # β
+    loss: PreferenceLoss  # the loss of a pair
+    batcher: PairBatcher  # pairs of a step, laid out in micro-batches
+    forward: CompletionForward  # runs models up to the head
+    reference: Reference  # hidden states, computed or read from disk
+    scorer: PairScorer  # policy and reference, compared token by token
+    margin_filter: MarginFilter | None  # β-DPO: which pairs count
+    mean: MeanOverStep  # a micro-batch's share of the step's loss
+    records: StepRecords  # what is logged, traced and counted of pairs
+
+    _name, _paper = "ε-DPO", PAPER
+    _tag_names, tag_names = ["trl", "dpo", "edpo"], ["axolotl", "dpo", "edpo"]
 
     def __init__(
         self,
@@ -120,317 +66,194 @@ class EDPOTrainer(PairMargins):
         args=None,
         data_collator=None,
         peft_config=None,
-        settings: ControllerSettings | None = None,
-        rows: RowSettings | None = None,
-        cache: CacheSettings | None = None,
-        log_pairs: int | None = None,
+        settings: EDPOSettings | None = None,
         **kwargs,
     ):
-        # whoever passes settings is no recipe of axolotl's
-        cfg: Any = PluginManager.get_instance().cfg if settings is None else None
-        if isinstance(data_collator, AxolotlDPODataCollatorWithPadding):
-            # axolotl hands over a collator for batches TRL no longer makes;
-            # TRL's own pads to a multiple as well
-            args.pad_to_multiple_of = data_collator.pad_to_multiple_of
-            data_collator = None
-        rows = rows or (RowSettings() if cfg is None else RowSettings.of(cfg))
-        self._cache = cache if cfg is None else CacheSettings.of(cfg)
-        continued = cfg is not None and cfg.adapter and cfg.lora_model_dir
-        if continued:
-            model = PeftModel.from_pretrained(
-                model, cfg.lora_model_dir, is_trainable=True
-            )
-            self._require_copyable(model, evaluating=peft_config is None)
-        elif cfg is not None and peft_config is None:
-            ref_model = self._base_reference(model, ref_model)
-        self.ref_model = ref_model
-        super().__init__(
-            model,
-            ref_model,
-            args=args,
-            data_collator=data_collator,
-            peft_config=None if continued else peft_config,
-            **kwargs,
+        if settings is None:
+            settings = EDPOSettings.from_config(upstream.recipe_config(), args.beta)
+        models = starting_models(model, ref_model, peft_config, settings.models)
+        self.ref_model: Any = models.reference  # is sharded within super()
+        kwargs |= {"args": args, "data_collator": trl_collator(args, data_collator)}
+        kwargs |= {"peft_config": models.peft_config}
+        super().__init__(models.policy, models.reference, **kwargs)
+        if settings.models.adapter_dir:
+            resolve_reference_adapter(self.model, trains=peft_config is not None)
+        assembly.set_up(self)
+        self._make_parts(settings)
+
+    def _make_parts(self, settings: EDPOSettings) -> None:
+        controller = make_controller(settings.controller)
+        loss = assembly.make_loss(self)
+        forward = CompletionForward(self.accelerator)
+        reference = assembly.make_reference(self, forward, settings.cache)
+        scorer = assembly.make_scorer(self, forward, reference, controller, loss)
+        records = assembly.make_records(self, settings.log_pairs, controller)
+        self.controller, self.loss, self.forward = controller, loss, forward
+        self.reference, self.scorer, self.records = reference, scorer, records
+        self.batcher = assembly.make_batcher(self, settings.layout)
+        self.mean = assembly.make_mean(self, loss)
+        self.margin_filter = assembly.make_margin_filter(
+            self, controller, scorer, loss, records.finite
         )
-        if continued:
-            self._settle_reference_adapter(evaluating=peft_config is None)
-        self._settle_models()
-        self._start_feed(rows, self._models())
-        self._start_run(
-            settings or ControllerSettings.of(cfg, self.args.beta),
-            log_pairs if cfg is None else cfg.edpo_log_pairs,
-        )
-        self.loss = LossSettings(
-            tuple(self.loss_types),
-            tuple(self.loss_weights),
-            self.label_smoothing,
-            self.use_weighting,
-            1.0 if self.ld_alpha is None else self.ld_alpha,
-        )
-        upstream.leave_losses_as_they_are(self)
-        # a loss that is not finite ends the run: no need to look at each on its own,
-        # for which the host would wait for the device
-        self.args.logging_nan_inf_filter = False
-        self._means = {"train": WeightedMeans(), "eval": WeightedMeans()}
-
-    def _settle_models(self) -> None:
-        """What axolotl and TRL leave open in policy and reference.
-
-        Raises:
-            ValueError: If a router loss is not known.
-        """
-        if isinstance(self.model, PeftModel):
-            # axolotl ends by saving the model below the adapter as well: a copy of
-            # `base_model` under names nothing reads, which fails where weights are tied
-            below: Any = backbone.causal_lm(self.model)
-            below.save_pretrained = self.model.save_pretrained
-        if self.aux_loss_enabled:
-            lm = backbone.causal_lm(self.model)
-            self.aux_loss_enabled: bool = has_router_loss(lm)
-        if self.args.disable_dropout:
-            for lm in self._models():
-                backbone.disable_attention_dropout(lm)
-
-    def try_out(self, model: nn.Module) -> None:
-        """As PairFeed's; also finds out whether the head op can take the head."""
-
-        def read(unwrapped: nn.Module) -> None:
-            backbone.check_causal(backbone.causal_lm(unwrapped))
-            self._reads_head = self._head_is_readable(unwrapped)
-
-        with torch.no_grad():
-            self._inside_forward(model, read)
-        super().try_out(model)
-        self._compile_layers()
-
-    def _head_is_readable(self, unwrapped: nn.Module) -> bool:
-        """Whether the head op can take the head; if not, says what that costs."""
-        lm = backbone.causal_lm(unwrapped)
-        try:
-            backbone.check_head(lm)
-        except backbone.HeadError as error:
-            vocab = lm.config.get_text_config().vocab_size
-            size = vocab * (2 * lm.dtype.itemsize + 8) * 1000 / 2**30
-            LOG.warning(
-                f"The head of {type(lm).__name__} cannot be read: {error}. The model "
-                f"makes its own logits instead: about {size:.1f} GiB more memory per "
-                f"1,000 tokens of a micro-batch, slower, and rounded to {lm.dtype}."
-            )
-            return False
-        return True
-
-    def _models(self) -> list[PreTrainedModel]:
-        """The policy and, where it is a model of its own, the reference."""
-        policy = backbone.causal_lm(self.model)
-        if self.ref_model is None:
-            return [policy]
-        return [policy, self._own_reference()]
+        self._callback = EDPOCallback(controller, reference, records)
+        self.add_callback(self._callback)
+        self._is_prepared = False
 
     def create_accelerator_and_postprocess(self):
-        """As TRL's; shards the reference.
-
-        Keeps `torch_compile` for the layers, see `compile_layers`.
-        """
+        """Also shards the reference, and keeps `torch_compile` for single layers."""
         super().create_accelerator_and_postprocess()
         if self.is_fsdp_enabled:
-            engine.keep_float32(self.accelerator)
+            distributed.keep_float32(self.accelerator)
             if self.ref_model is not None:
-                self.ref_model = engine.shard(self.accelerator, self.ref_model)
-        dynamo = self.accelerator.state.dynamo_plugin
-        self._compile_keywords = {}
-        if dynamo.backend != DynamoBackend.NO:
-            self._compile_keywords = dynamo.to_kwargs()
-            dynamo.backend = DynamoBackend.NO
+                self.ref_model = distributed.shard(self.accelerator, self.ref_model)
+        self._compile = upstream.take_compile_options(self.accelerator)
 
-    def _compile_layers(self) -> None:
-        """What `torch_compile` asks for."""
-        if self._compile_keywords:
-            for lm in self._models():
-                backbone.compile_layers(lm.base_model, self._compile_keywords)
+    def prepare(self, model) -> None:
+        """Before the first batch, once: probes the policy, fills the reference's cache.
 
-    # --- loss --------------------------------------------------------------------
+        Args:
+            model: The policy, wrapped by its engine.
+
+        Raises:
+            ValueError: If the model does not do what the recipe asks for.
+        """
+        if not self._is_prepared:
+            assembly.prepare(self, model, self._compile)
+            self._is_prepared = True
+
+    # --- batches ---------------------------------------------------------------------
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        """Checks the pairs, and reports how many `sequence_len` cuts or drops."""
+        pairs = checks.preference_columns(dataset)
+        done = super()._prepare_dataset(pairs, processing_class, args, dataset_name)
+        checks.check_prepared(dataset_name, dataset, done, args.max_length)
+        return done
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of an optimizer step, laid out, and their counts.
+
+        Returns:
+            This rank's batches, and a tensor of shape (2,): pairs of the step and
+            tokens of their chosen answers, on all ranks.
+        """
+        if not self._is_prepared:
+            self.model_wrapped.train()  # some CPUs switch 4-bit kernels in evaluation
+            self.prepare(self.model_wrapped)
+        read = partial(super().get_batch_samples, device=device)
+        has_next = self.state.global_step + 1 < self.state.max_steps
+        batches = self.batcher.step(epoch_iterator, num_batches, read, has_next)
+        if not batches:
+            return batches, None
+        counts = self.batcher.count(batches)
+        self.records.metrics.add_tokens(counts[2])
+        self.reference.begin_step(batches, self.optimizer)
+        if self.margin_filter is not None:
+            policy, to_device = self.model_wrapped, self._prepare_inputs
+            steps_done = self.state.global_step
+            self.margin_filter.look_ahead(policy, batches, to_device, steps_done)
+        return batches, counts[:2].clamp(min=1)  # both are divisors
+
+    def _prepare_inputs(self, inputs):
+        """Copies tensors to the device without waiting for it."""
+        return super()._prepare_inputs(self.batcher.to_device(inputs))
+
+    def _get_num_items_in_batch(self, batch_samples, device) -> None:
+        """Counts nothing, as `get_batch_samples` counts."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        """Skips axolotl's override: it empties the GPU cache at every micro-batch."""
+        step = super(AxolotlDPOTrainer, self).training_step
+        loss = step(model, inputs, *args, **kwargs)
+        release_masks(inputs)
+        return loss
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """Lays out a batch of an evaluation, then runs it."""
+        self.prepare(model)
+        batch = self.batcher.evaluation_batch(inputs)
+        self.reference.prefetch([batch])
+        return super().prediction_step(model, batch, *args, **kwargs)
+
+    # --- loss ------------------------------------------------------------------------
 
     def compute_loss(
         self, model, inputs, return_outputs=False, num_items_in_batch=None
     ):
-        """Loss of a micro-batch: its share of the mean over the step's pairs.
+        """A micro-batch's share of the mean loss over the pairs of its step.
 
         Args:
             model: The policy, wrapped by its engine.
-            inputs: Batch of a `PairCollator`.
-            return_outputs: Refused: no logits are kept that could be returned.
-            num_items_in_batch: Shape (2,), pairs of the whole optimizer step and tokens
-                of their chosen answers; absent in evaluation, where the micro-batch
-                stands for itself.
+            inputs: A `Batch` on the run's device.
+            return_outputs: Refused, as no logits are kept.
+            num_items_in_batch: Counts of `get_batch_samples`; None in evaluation.
 
-        Returns:
-            Scalar with gradient.
+        Raises:
+            Diverged: If a loss of the step is not finite.
         """
         if return_outputs:
             raise ValueError("`rl: edpo` keeps no logits that it could return")
-        completions = completions_of(inputs)
-        stats, routing = self._score(model, inputs, completions)
-        training = self.model.training
-        weights = self._weights(inputs, stats, completions)
-        pairs = self._judge(stats, completions).filtered(weights)
-        mode = "train" if training else "eval"
-        self._record(mode, inputs, completions, stats, pairs)
-        if training:
-            self._observe(pairs.steps, pairs.losses.detach())
-        if num_items_in_batch is None:
-            whole = (max(len(pairs.steps), 1), max(inputs["chosen_tokens"], 1))
-        else:
-            # engines average gradients over ranks; the divisors count all ranks' pairs
-            whole = tuple(num_items_in_batch / self.accelerator.num_processes)
-        total = self._total(pairs, *whole)
-        if routing is None:
-            return total
-        self._means[mode].add("aux_loss", routing.expand(len(pairs.steps)))
-        share = len(pairs.steps) / whole[0]
-        return total + self.router_aux_loss_coef * share * routing
+        stats, router_loss = self.scorer(model, inputs)
+        weights = None
+        if self.margin_filter is not None and self._mode == "train":
+            steps_done = self.state.global_step
+            weights = self.margin_filter.weights(inputs, stats, steps_done)
+        lengths, step = inputs["lengths"], self.state.global_step + 1
+        pairs = pair_outcomes(stats, lengths, self.controller, self.loss, weights)
+        self.records.add(self._mode, step, inputs, stats, pairs, router_loss)
+        return self.mean(pairs, inputs, num_items_in_batch, router_loss)
 
-    def _total(self, pairs: Pairs, count, chosen_tokens) -> torch.Tensor:
-        """Loss of pairs, as part of a mean over so many pairs and chosen tokens."""
-        total = pairs.losses.sum() / count
-        if self.loss.sft_weight:
-            total = total + self.loss.sft_weight * pairs.sft.sum() / chosen_tokens
-        return total
+    @property
+    def _mode(self) -> Mode:
+        return "train" if self.model.training else "eval"
 
-    def _score(
-        self, model, inputs, completions: Completions
-    ) -> tuple[TokenStats, torch.Tensor | None]:
-        """Reference first, without gradient, then policy and head in one forward.
-
-        Returns:
-            What the head says, and the router loss of a mixture of experts.
-        """
-        epsilon, y = self.controller.epsilon, completions.targets
-        weighted = self.loss.weighted
-        reference = self._reference(model, inputs, completions)
-
-        def made(unwrapped: nn.Module) -> TokenStats:
-            own = self._positions(unwrapped, inputs, completions)
-            return logits_stats(own, reference(own), y, epsilon, collision=weighted)
-
-        def read(unwrapped: nn.Module) -> TokenStats:
-            modules, head = others or backbone.shared_reference_head(unwrapped)
-            lm = backbone.causal_lm(unwrapped)
-            return engine.inside(
-                [*dict.fromkeys([*backbone.head_modules(lm), *modules])],
-                lambda own: token_stats(
-                    own,
-                    reference(own),
-                    backbone.head_of(lm),
-                    head,
-                    y,
-                    epsilon,
-                    collision=weighted,
-                ),
-                self._positions(unwrapped, inputs, completions),
-            )
-
-        if not self._reads_head:
-            return self._forward(model, made, inputs["copies"])
-        with self._separate_reference_head() as others:
-            return self._forward(model, read, inputs["copies"])
-
-    def _forward(
-        self, model, score: Callable[[nn.Module], TokenStats], copies: torch.Tensor
-    ) -> tuple[TokenStats, torch.Tensor | None]:
-        """Runs the policy's forward, from which a router loss comes along."""
-
-        def forward(unwrapped: nn.Module) -> tuple[torch.Tensor | None, ...]:
-            if not self.aux_loss_enabled:
-                return *score(unwrapped), None
-            lm = backbone.causal_lm(unwrapped)
-            with collected_router_logits(lm) as collected:
-                stats = score(unwrapped)
-            return *stats, router_loss(lm, collected[0], copies)
-
-        *stats, routing = self._inside_forward(model, forward)
-        learns = self.model.training and torch.is_grad_enabled()
-        if routing is not None and learns and not routing.requires_grad:
-            warn_of_reentrance()
-        return TokenStats(*stats), routing
-
-    def _judge(self, stats: TokenStats, completions: Completions) -> Pairs:
-        """Steps, betas and losses of a batch's pairs."""
-        lengths = completions.lengths
-
-        def per_sequence(values: torch.Tensor) -> torch.Tensor:
-            return sum_per_sequence(self.loss.counted(values, lengths), lengths)
-
-        plus = chosen_minus_rejected(per_sequence(stats.plus))
-        minus = chosen_minus_rejected(per_sequence(stats.minus))
-        steps = loss.steps(plus, minus)
-        betas = self.controller.pair_betas(steps)
-        # differences per token first: sums near -1000 would round them away
-        log_ratios = per_sequence(stats.policy_logp - stats.reference_logp)
-        losses = self.loss.losses(Answers.of(log_ratios, lengths, betas))
-        if self.loss.weighted:
-            likely = stats.policy_logp - stats.collision.log()
-            relative = sum_per_sequence(likely, lengths)
-            losses = losses * wpo_weights(relative / lengths.clamp(min=1))
-        sft = -sum_per_sequence(stats.policy_logp, lengths).chunk(2)[0]
-        chosen, rejected = log_ratios.detach().chunk(2)
-        rewards = betas * chosen, betas * rejected
-        return Pairs(plus, minus, steps, betas, losses, sft, *rewards)
-
-    # --- metrics -----------------------------------------------------------------
-
-    def _record(
-        self,
-        mode: str,
-        inputs,
-        completions: Completions,
-        stats: TokenStats,
-        pairs: Pairs,
-    ) -> None:
-        """Adds a batch to the means that are logged next."""
-        add = self._means[mode].add
-        if self.controller.epsilon is not None:
-            add("kl/avg_steps", pairs.steps)
-            add("kl/p_epsilon_steps", pairs.steps == 1)
-            add("kl/n_epsilon_steps", pairs.steps == -1)
-        add("rewards/chosen", pairs.chosen_rewards)
-        add("rewards/rejected", pairs.rejected_rewards)
-        add("rewards/accuracies", pairs.margins > 0)
-        add("rewards/margins", pairs.margins)
-        logps = sum_per_sequence(stats.policy_logp.detach(), completions.lengths)
-        for name, values in zip(("chosen", "rejected"), logps.chunk(2), strict=True):
-            add(f"logps/{name}", values)
-        chosen = inputs["chosen_tokens"]
-        add("kl/policy_ref", stats.kl)
-        add("entropy", stats.entropy)
-        add("mean_token_accuracy", stats.hit[:chosen])
-        add("logits/chosen", stats.mean_logit[:chosen])
-        add("logits/rejected", stats.mean_logit[chosen:])
-        if mode == "train":
-            self._trace(inputs["examples"].pairs, completions, stats, pairs)
-
-    def _trace(
-        self, examples, completions: Completions, stats: TokenStats, pairs: Pairs
-    ) -> None:
-        """Notes a batch's pairs, where the recipe asks for it."""
-        step = self.state.global_step + 1
-        if self.trace is None or not self.trace.is_due(step):
-            return
-        with self.trace.timed():
-            kl = sum_per_sequence(stats.kl, completions.lengths)
-            chosen, rejected = completions.lengths.chunk(2)
-            tokens = (chosen + rejected).clamp(min=1)
-            kl = torch.stack(kl.chunk(2)).sum(dim=0) / tokens
-            moved = pairs.plus, pairs.minus, pairs.steps, pairs.betas, pairs.margins
-            self.trace.observe(step, examples, [*moved, kl, chosen, rejected])
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Stops a run whose gradient is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        deepspeed = self.is_deepspeed_enabled
+        if finite_checks.gradient_is_broken(self.accelerator, model, norm, deepspeed):
+            step, beta = self.state.global_step + 1, self.controller.beta
+            self.records.finite.stop("the gradient is", step, beta)
+        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Hands TRL the means over everything since the last log."""
-        mode = "train" if self.model.training else "eval"
-        self._count_tokens()
-        means = self._means[mode].pop(self._sum_over_ranks)
-        if means:
-            means["num_tokens"] = self._total_train_tokens
-            if mode == "eval":
-                means["kl/beta"] = self.controller.beta
-            self._metrics[mode].update({name: [value] for name, value in means.items()})
+        """Logs the means over everything since the last log."""
+        sums = partial(distributed.sum_over_ranks, self.accelerator)
+        means = self.records.metrics.pop(self._mode, sums, self.controller.beta)
+        self._metrics[self._mode].update(means)
         super().log(logs, start_time)
+
+    # --- runs and checkpoints --------------------------------------------------------
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """Trains. Refuses frozen models and checkpoints that cannot be resumed."""
+        finite_checks.require_trainable(self.model)
+        ranks = self.accelerator.num_processes if self.is_deepspeed_enabled else None
+        checkpointing.require_resumable(resume_from_checkpoint, ranks)
+        with self.batcher.reading_ahead(), self.records.flushed_at_end():
+            return super().train(resume_from_checkpoint, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        """Also saves β, the reference of TR-DPO, and the trace so far."""
+        folder = checkpointing.folder_of(self._get_output_dir(trial), self.state)
+        moving, writes = assembly.moving_reference(self), self.args.should_save
+        checkpointing.begin_save(folder, self.accelerator, writes, moving)
+        self.records.flush()
+        self.state.stateful_callbacks[CONTROLLER] = self._callback.saved_state()
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        """Also waits until every rank has written its last file."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """Also loads the reference of TR-DPO, and a schedule that DeepSpeed saved."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        moving = assembly.moving_reference(self)
+        if moving is not None:
+            checkpointing.load_reference(Path(checkpoint), moving)
+        if not self.is_deepspeed_enabled:
+            checkpointing.load_deepspeed_schedule(Path(checkpoint), self.lr_scheduler)

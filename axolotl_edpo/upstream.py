@@ -1,11 +1,15 @@
-"""Differences between the supported releases of axolotl and what is below it.
+"""Private and moving names of axolotl and its libraries, one function each.
 
-Each is found by what a release has, not by its number. Releases: axolotl 0.19, 0.20 and
-0.21, with torch 2.11 to 2.14, transformers 5.16 to 5.20 and TRL 1.9 to 1.14.
+Where releases differ, a function looks for what the release has, not for its number.
+Supported: axolotl 0.19, 0.20 and 0.21, with torch 2.11 to 2.14, transformers 5.16 to
+5.20 and TRL 1.9 to 1.14. `tests/test_upstream.py` pins every function.
 """
 
 import inspect
+import sys
+from collections.abc import Callable, Collection
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,27 +17,59 @@ from axolotl.integrations import base
 
 
 def automatic_plugins() -> tuple[str, ...]:
-    """Plugins that axolotl loads though no recipe names them.
+    """Plugins that axolotl loads without being named in the recipe.
 
-    From 0.21 on, those of the entry-point group `axolotl.plugins`.
+    From 0.21 on: those of the entry-point group `axolotl.plugins`. Before: none.
     """
     found = getattr(base, "get_builtin_plugins", None)
     return found() if found else ()
 
 
 def named_plugins(recipe: Any) -> list[str]:
-    """The `plugins:` of a recipe; 0.21 takes `module:Class` as well."""
+    """`plugins:` of a recipe, as `module.Class`; 0.21 also accepts `module:Class`."""
     return [str(name).replace(":", ".") for name in recipe.get("plugins") or ()]
 
 
 def dropped_words() -> list[str]:
-    """Words of the command line that axolotl hands to a launcher, if there is one."""
+    """Words of the command line that axolotl did not parse, meant for a launcher."""
     context = click.get_current_context(silent=True)
     return [*context.args] if context else []
 
 
+def recipe_keys() -> set[str]:
+    """All keys that a recipe may have: those of axolotl and of the loaded plugins.
+
+    axolotl 0.19 to 0.21 merge them into one pydantic class.
+    """
+    from axolotl.integrations.config import merge_input_args
+
+    _, recipe = merge_input_args()
+    fields = recipe.model_fields
+    return {*fields, *(field.alias for field in fields.values() if field.alias)}
+
+
+def keep_adapter_in_float32(model: Any) -> None:
+    """Casts the trainable weights of an adapter to float32, in place.
+
+    In axolotl from 0.20 on, for the key `lora_fp32_gradients`.
+    """
+    from axolotl.utils.lora_precision import upcast_lora_parameters
+
+    upcast_lora_parameters(model)
+
+
+def loss_watchdog(cfg: Any) -> Any:
+    """The callback of `loss_watchdog_threshold`; axolotl 0.19 to 0.21."""
+    from axolotl.utils.callbacks import LossWatchDogCallback
+
+    return LossWatchDogCallback(cfg)
+
+
 def default_fsdp_version() -> int:
-    """Of a recipe that names none: 1 in axolotl 0.19, then 2."""
+    """The FSDP version of a recipe without `fsdp_version`.
+
+    1 in axolotl 0.19, 2 from 0.20 on.
+    """
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
     fields: Any = AxolotlInputConfig.model_fields
@@ -41,9 +77,9 @@ def default_fsdp_version() -> int:
 
 
 def cuts_answers() -> bool:
-    """Whether `chat_template` types find an answer in what they wrote by its text.
+    """Whether `chat_template` types cut an answer out by searching for its text.
 
-    Up to axolotl 0.20. In 0.21 it is what follows the rendered prompt.
+    True up to axolotl 0.20. In 0.21 the answer is what follows the rendered prompt.
     """
     from axolotl.prompt_strategies.dpo import chat_template
 
@@ -51,15 +87,16 @@ def cuts_answers() -> bool:
 
 
 def leave_losses_as_they_are(trainer: Any) -> None:
-    """Losses are parts of a mean over the optimizer step: no further division.
+    """Keeps the trainer from dividing each loss by the number of micro-batches.
 
-    transformers reads the first name from 5.19 on, and only the second before.
+    Losses are already shares of a mean over the optimizer step. transformers reads
+    `loss_is_scaled_for_ga` from 5.19 on, and `model_accepts_loss_kwargs` before.
     """
     trainer.loss_is_scaled_for_ga = trainer.model_accepts_loss_kwargs = True
 
 
 def patches_adapters_late() -> bool:
-    """Whether LoRA kernels reach an adapter that the trainer makes; from 0.21."""
+    """Whether axolotl applies LoRA kernels after it made the trainer; from 0.21 on."""
     from axolotl.core.builders.rl import HFRLTrainerBuilder
 
     return "hook_post_create_trainer" in vars(HFRLTrainerBuilder)
@@ -67,11 +104,177 @@ def patches_adapters_late() -> bool:
 
 @cache
 def varlen_shares_heads() -> dict[str, Any]:
-    """The keyword with which `varlen_attn` takes fewer heads of keys than of queries.
+    """Keywords that let `varlen_attn` have fewer key heads than query heads.
 
-    torch 2.11 has no such keyword and takes them without it.
+    Empty in torch 2.11, which needs none.
     """
     from torch.nn.attention.varlen import varlen_attn
 
     names = inspect.signature(varlen_attn).parameters
     return {"enable_gqa": True} if "enable_gqa" in names else {}
+
+
+# --- transformers: attention and layers ----------------------------------------------
+
+
+def attention_name(config: Any) -> str:
+    """The name of a model's attention in the registry `AttentionInterface`.
+
+    transformers 5.16 to 5.20 keep it in `_attn_implementation` of the config.
+    """
+    return config._attn_implementation
+
+
+def eager_attention(module: Any, query, key, value, attention_mask, **keywords) -> Any:
+    """Calls the eager attention of a layer.
+
+    transformers 5.16 to 5.20 do not register it. It is the function
+    `eager_attention_forward` in the Python module that defines the layer's class.
+    """
+    attend = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    return attend(module, query, key, value, attention_mask, **keywords)
+
+
+def carries_state(kind: Any) -> bool:
+    """Whether models of this class carry a recurrent state from token to token.
+
+    `_is_stateful` in transformers 5.16 to 5.20.
+    """
+    return kind._is_stateful
+
+
+def takes_boundaries(kind: Any) -> bool:
+    """Whether models of this class accept boundaries between packed sequences.
+
+    Those that can use FlashAttention do: `_supports_flash_attn` in transformers 5.16
+    to 5.20.
+    """
+    return kind._supports_flash_attn
+
+
+# --- transformers: mixtures of experts -----------------------------------------------
+
+
+def recorded_outputs(model: Any) -> Collection[str]:
+    """Names of what a model's forward can return in addition to hidden states.
+
+    `_can_record_outputs` in transformers 5.16 to 5.20, which may be absent or None.
+    """
+    return getattr(model, "_can_record_outputs", None) or ()
+
+
+def load_balancing_loss(model: Any) -> Callable[..., Any] | None:
+    """The function that computes the router loss of a mixture of experts, or None.
+
+    In transformers 5.16 to 5.20 it is `load_balancing_loss_func` in the Python module
+    that defines the model's class. FSDP2 gives the model a subclass, so base classes
+    are searched, too.
+    """
+    modules = (sys.modules[kind.__module__] for kind in type(model).__mro__)
+    functions = (
+        getattr(module, "load_balancing_loss_func", None) for module in modules
+    )
+    return next(filter(None, functions), None)
+
+
+# --- engines -------------------------------------------------------------------------
+
+
+@cache
+def forward_redirection() -> Callable[..., Any]:
+    """A callable that runs a function inside the forward of a wrapped module.
+
+    Its arguments are the wrapped module, the module, the function, and the arguments of
+    the function. A private class in TRL 1.9 to 1.14.
+    """
+    from trl.models.utils import _ForwardRedirection
+
+    return _ForwardRedirection()
+
+
+def shard_fsdp2(accelerator: Any, model: Any) -> Any:
+    """Shards a model as FSDP2 shards the policy.
+
+    Calls the function that `accelerator.prepare` calls, under the name that axolotl
+    0.19 to 0.21 patch in accelerate. The patched function also sends the weights of
+    rank 0 to ranks that loaded none.
+    """
+    import accelerate.accelerator
+
+    return accelerate.accelerator.fsdp2_prepare_model(accelerator, model)
+
+
+def is_remote_code(model_class: type) -> bool:
+    """Whether a model class comes from code that is shipped with the weights.
+
+    transformers 5.16 to 5.20 import such code below `transformers_modules`.
+    """
+    from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
+
+    return model_class.__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
+
+
+def is_repeated_blocks(module: Any) -> bool:
+    """Whether a module is a list of layers that all have the same class.
+
+    Such layers are compiled one by one. accelerate does not export this function, which
+    its `compile_regions` uses.
+    """
+    from accelerate.utils.other import is_repeated_blocks
+
+    return is_repeated_blocks(module)
+
+
+def recipe_config() -> Any:
+    """axolotl's validated config of the recipe that runs."""
+    return base.PluginManager.get_instance().cfg
+
+
+def take_compile_options(accelerator: Any) -> dict[str, Any]:
+    """Takes the options of `torch_compile` away from accelerate.
+
+    Otherwise accelerate would compile the model as a whole when it prepares it.
+
+    Returns:
+        Keywords of `torch.compile`; empty without `torch_compile`.
+    """
+    from accelerate.utils import DynamoBackend
+
+    plugin = accelerator.state.dynamo_plugin
+    if plugin.backend == DynamoBackend.NO:
+        return {}
+    options = plugin.to_kwargs()
+    plugin.backend = DynamoBackend.NO
+    return options
+
+
+def forget_model(accelerator: Any, model: Any) -> None:
+    """Removes a model from accelerate's private list of prepared models."""
+    models = accelerator._models
+    models[:] = [prepared for prepared in models if prepared is not model]
+
+
+def default_prepared_path() -> str:
+    """axolotl's folder of prepared data if `dataset_prepared_path` is not set."""
+    from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
+
+    return DEFAULT_DATASET_PREPARED_PATH
+
+
+def size_in_words(size: int) -> str:
+    """Writes a number of bytes with a unit, such as "64.00 KiB".
+
+    datasets 4.8 to 5.0 have it in `datasets.utils.py_utils` and do not export it.
+    """
+    from datasets.utils.py_utils import size_str
+
+    return size_str(size)
+
+
+def deepspeed_optimizer_files(checkpoint: Path) -> list[Path]:
+    """Files of the optimizer state that ZeRO divided among ranks, one per rank.
+
+    DeepSpeed 0.18 and 0.19 name them like
+    `global_step7/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt`.
+    """
+    return [*checkpoint.glob("global_step*/*zero_pp_rank_*_optim_states.pt")]

@@ -8,7 +8,7 @@ divided by the mean of the step's micro-batches, in tokens. 1 is even; on severa
 and in memory the largest is what counts. Three ways to lay the same pairs out:
 
     as drawn                 one pair after the other, without padding
-    dealt                    by `PairCollator.deal`, as with `sample_packing: true`
+    dealt                    by `PairCollator.balance`, as with `sample_packing: true`
     dealt, prompts shared    the same, each prompt in its row once
 
 Nothing is trained. The tokens are those of a run: axolotl builds the trainer, and its
@@ -115,14 +115,14 @@ def tokens(
 ) -> Sequence[int]:
     """Tokens in the row of each micro-batch of a step."""
     collator = replace(collator, packs=True, shares=order.shares)
-    rows = collator.deal(step) if order.deals else map(collator, step)
+    rows = collator.balance(step) if order.deals else map(collator, step)
     return [row["input_ids"].numel() for row in rows]
 
 
 def imbalances(trainer: Any, order: Order, args: argparse.Namespace) -> list[float]:
     """Largest micro-batch divided by the mean of its step, for every step."""
     steps = steps_of_epoch(trainer.train_dataset, args.micro_batch, args.accumulation)
-    sizes = [tokens(step, trainer.collators["train"], order) for step in steps]
+    sizes = [tokens(step, trainer.batcher.collators["train"], order) for step in steps]
     return [max(own) / statistics.mean(own) for own in sizes]
 
 

@@ -25,8 +25,7 @@ from measure import peak_extra_bytes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from axolotl_edpo.ops import tile_triton as kernels
-from axolotl_edpo.ops import token_stats as logprobs
+from axolotl_edpo.ops import kept_probs, tile_triton
 from axolotl_edpo.ops.lm_head import Head
 from axolotl_edpo.ops.token_stats import TokenStats, token_stats
 
@@ -255,7 +254,7 @@ def not_zero() -> list[str]:
 def trained_error(keeps: bool) -> float:
     """Of the head's weight gradient, where it trains: few targets of a policy sure of
     them, with both signs, as they are late in a run."""
-    logprobs.KEPT_BYTES = 2**40 if keeps else 0
+    kept_probs.KEPT_BYTES = 2**40 if keeps else 0
     inputs = draw(LARGE)
     y = inputs.y % 50
     hidden = inputs.hidden.detach() * 0.3 + 16 * inputs.weight[y]
@@ -366,7 +365,7 @@ def step_of(
     """Forward and backward of the op, which keeps all numerators or none."""
 
     def run() -> None:
-        logprobs.KEPT_BYTES = 2**40 if keeps else 0
+        kept_probs.KEPT_BYTES = 2**40 if keeps else 0
         inputs.hidden.grad = weight.grad = None
         heads = Head(weight), Head(inputs.weight)
         stats = token_stats(inputs.hidden, inputs.reference, *heads, inputs.y, epsilon)
@@ -389,17 +388,19 @@ def sweep(note: Notes) -> None:
         return
     inputs = draw(LARGE)
     run = step_of(inputs, inputs.weight, EPSILON)
-    usual = kernels.CHUNK, kernels.TILE, kernels.warps
+    usual = tile_triton.CHUNK, tile_triton.TILE, tile_triton.warps
     choices = [(4096, 4096, 16), (4096, 4096, 8), (4096, 4096, 32), (4096, 8192, 16)]
     choices += [(4096, 8192, 32), (4096, 16384, 16), (2048, 8192, 16), (2048, 4096, 16)]
     try:
         for chunk, tile, logits in choices:
-            kernels.CHUNK, kernels.TILE = chunk, tile
-            kernels.warps = lambda block, n=logits: min(max(block // 32 // n, 1), 32)
+            tile_triton.CHUNK, tile_triton.TILE = chunk, tile
+            tile_triton.warps = lambda block, n=logits: min(
+                max(block // 32 // n, 1), 32
+            )
             name = f"{LARGE}, CHUNK {chunk} TILE {tile}, {logits} logits per thread"
             note(name, {"sweep, ms": milliseconds(run, 5)})
     finally:
-        kernels.CHUNK, kernels.TILE, kernels.warps = usual
+        tile_triton.CHUNK, tile_triton.TILE, tile_triton.warps = usual
 
 
 def kernels_of_a_step(note: Notes) -> None:

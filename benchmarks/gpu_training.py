@@ -34,7 +34,8 @@ from torch.profiler import ProfilerActivity, profile
 from train_step import GIB, ON_GPU, Run, logged
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from axolotl_edpo.tools.memory import memory, sizes_of
+from axolotl_edpo.tools.memory import memory
+from axolotl_edpo.tools.model_sizes import sizes_of
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32

@@ -14,7 +14,7 @@ frozen (LoRA) and trained (full fine-tuning):
     ours, ε off
     products   only the matrix products that are needed: two forward, the gradient of
                the hidden states and, where the head trains, that of the weight; one
-               more where the logits are too many to be kept (`logprobs.KEPT_BYTES`)
+               more where the logits are too many to be kept (`kept_probs.KEPT_BYTES`)
     ours, before   with `--before FOLDER`: the op of another checkout
 
 Every contender runs `--repeats` times in turn. Times are medians of ratios to
@@ -37,8 +37,9 @@ import torch
 import torch.nn.functional as F
 from measure import append_results, environment, peak_extra_bytes
 
+from axolotl_edpo.ops.kept_probs import KEPT_BYTES
 from axolotl_edpo.ops.lm_head import Head
-from axolotl_edpo.ops.token_stats import KEPT_BYTES, token_stats
+from axolotl_edpo.ops.token_stats import token_stats
 
 EPSILON = 0.01
 ON_GPU = torch.cuda.is_available()
@@ -93,15 +94,21 @@ class Case:
         ours["ours, ε off"] = ("auto", None)
         runs = {name: self._ours(*how) for name, how in ours.items()}
         if self.before is not None:
-            runs["ours, before"] = self._ours("auto", EPSILON, self.before.token_stats)
+            runs["ours, before"] = self._ours(
+                "auto", EPSILON, self.before.token_stats, self.before.Head
+            )
         others = {"released": self.released, "plain DPO": self.plain}
         return {"products": self.products, **others, **runs}
 
     def _ours(
-        self, backend, epsilon: float | None, op: Callable = token_stats
+        self,
+        backend,
+        epsilon: float | None,
+        op: Callable = token_stats,
+        head: Callable = Head,
     ) -> Callable[[], object]:
         def run() -> None:
-            heads = Head(self.weight), Head(self.frozen)
+            heads = head(self.weight), head(self.frozen)
             stats = op(
                 self.hidden, self.reference, *heads, self.y, epsilon, backend=backend
             )
@@ -192,14 +199,16 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def op_of(checkout: Path) -> ModuleType:
-    """`logprobs` of another checkout, beside that of this one."""
+    """The op's module in another checkout, beside that of this one."""
     folder = checkout / "axolotl_edpo"
     spec: Any = importlib.util.spec_from_file_location(
         "before", folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
     sys.modules["before"] = package = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(package)
-    return importlib.import_module("before.logprobs")
+    # a checkout from before the package had folders has it under its former name
+    name = "ops.token_stats" if (folder / "ops").is_dir() else "logprobs"
+    return importlib.import_module(f"before.{name}")
 
 
 def table(

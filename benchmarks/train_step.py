@@ -248,22 +248,23 @@ class Clock(TrainerCallback):
         self.ends: list[float] = []
         self.cpu: list[float] = []
         self.waited: list[float] = []
-        if hasattr(trainer, "_precompute"):
-            self._precompute = trainer._precompute
-            trainer._precompute = self.precompute
+        # `rl: dpo` has no reference of this kind
+        self._reference = getattr(trainer, "reference", None)
+        if hasattr(self._reference, "fill"):
+            self._fill = self._reference.fill
+            self._reference.fill = self.fill
 
-    def precompute(self, *args):
+    def fill(self, *args, **keywords) -> None:
         began = perf_counter()
-        store = self._precompute(*args)
+        self._fill(*args, **keywords)
         self.cache_seconds = perf_counter() - began
-        return store
 
     def on_step_end(self, args, state, control, **kwargs):
         if ON_GPU:
             torch.cuda.synchronize()
         self.ends.append(perf_counter())
         self.cpu.append(process_time())
-        self.waited.append(getattr(self._trainer, "waited", 0.0))
+        self.waited.append(getattr(self._reference, "waited", 0.0))
 
     def found(self) -> dict[str, float]:
         """As `Run` has it.
@@ -319,7 +320,7 @@ class Probe(BasePlugin):
     def post_train(self, cfg, model) -> None:
         """After the last optimizer step; no GPU, no bytes."""
         # not above: what `rl: dpo` trains with is not this package
-        from axolotl_edpo.data.checks import scored_lengths
+        from axolotl_edpo.data.columns import scored_lengths
 
         trainer = self._trainer
         history, pairs = trainer.state.log_history, trainer.train_dataset
@@ -332,14 +333,15 @@ class Probe(BasePlugin):
         print({"imports_bytes": self.imports_bytes})
         print({"logits_bytes": self.logits_bytes})
         print({"reference_bytes": reference_bytes(trainer)})
-        trace = getattr(trainer, "trace", None)
+        trace = getattr(getattr(trainer, "records", None), "trace", None)
         print({"trace_seconds": trace.seconds if trace else 0.0})
         print(self._clock.found())
 
 
 def reference_bytes(trainer) -> int:
     """Weights of the reference that are not the policy's, whole or its head."""
-    head = getattr(trainer, "_kept_head", None)
+    reference = getattr(trainer, "reference", None)
+    head = getattr(reference, "kept_head", None)
     weights = head.tensors if head else ()
     if trainer.ref_model is not None:
         weights = trainer.ref_model.parameters()
@@ -816,7 +818,7 @@ def head_share(
         args: Whether all weights train, and whether layers are checkpointed.
     """
     # not above: a run of `rl: dpo` imports this file, and nothing of this package
-    from axolotl_edpo.tools.memory import sizes_of
+    from axolotl_edpo.tools.model_sizes import sizes_of
 
     sizes, trains = sizes_of(config), not args.adapter
     head = scored * sizes.head * (4 if trains else 3)

@@ -1,4 +1,4 @@
-"""Tiny real parts: models, tokenizers, recipes. Nothing here needs a hub or a GPU."""
+"""Fixtures of all tests: a tiny model, pairs and a recipe; no hub and no GPU."""
 
 import gc
 import os
@@ -9,7 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-if not torch.cuda.is_available():  # Triton reads it when it is imported
+if not torch.cuda.is_available():  # Triton reads the variable when it is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
@@ -18,7 +18,10 @@ from helpers import tiny
 
 @pytest.fixture(autouse=True, scope="session")
 def imports_are_never_garbage():
-    """axolotl and its forks collect garbage often; with all imports that is slow."""
+    """Keeps imports out of garbage collection, which is slow with them.
+
+    axolotl collects often, and so do the processes that it forks.
+    """
     import axolotl.common.datasets
     import axolotl.core.builders
     import axolotl.train  # noqa: F401
@@ -31,7 +34,7 @@ def imports_are_never_garbage():
 
 @pytest.fixture(autouse=True)
 def what_a_test_left_is_never_garbage():
-    """axolotl collects garbage several times a run, here among hundreds of runs."""
+    """Keeps what hundreds of runs left out of the collections of the next run."""
     yield
     gc.collect()
     gc.freeze()
@@ -39,13 +42,13 @@ def what_a_test_left_is_never_garbage():
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Tiny matrices: a second thread would only wait for the first."""
+    """With tiny matrices a second thread would only wait for the first."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory):
-    """A model, 40 training and 10 evaluation pairs, and their prepared folder."""
+    """Paths of a model, of 40 training and 10 evaluation pairs, of prepared data."""
     folder = tmp_path_factory.mktemp("parts")
     return {
         "model": tiny.save_model(folder / "model"),
@@ -57,7 +60,10 @@ def parts(tmp_path_factory):
 
 @pytest.fixture
 def recipe(parts, tmp_path):
-    """Makes a recipe over the parts; keys are added, replaced or, if None, removed."""
+    """A function that makes a recipe of `parts`.
+
+    Its keywords are added to the recipe or replace keys of it; None removes a key.
+    """
 
     def make(**keys):
         keys = {"dataset_prepared_path": str(parts["prepared"]), **keys}

@@ -4,11 +4,16 @@ A failure here after an upgrade says what moved; mend the place it names.
 """
 
 import importlib
+import importlib.util
 import inspect
 import re
+from pathlib import Path
 
 import pytest
+import torch
+from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard
+from accelerate.utils import other as accelerate_utils
 from axolotl.core.builders.base import TrainerBuilderBase
 from axolotl.core.builders.causal import HFCausalTrainerBuilder
 from axolotl.core.builders.rl import HFRLTrainerBuilder
@@ -17,15 +22,26 @@ from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations import base
 from axolotl.integrations.base import BasePlugin
 from axolotl.loaders import ModelLoader
+from axolotl.monkeypatch.accelerate import fsdp2
 from axolotl.train import save_trained_model, setup_model_and_trainer, train
 from axolotl.utils.config import validate_config
+from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from axolotl.utils.schemas.datasets import DPODataset
 from axolotl.utils.schemas.validation import RLValidationMixin
-from peft import LoraModel
+from peft import LoraConfig, LoraModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
 from torch.nn.attention import varlen
-from transformers import PreTrainedModel, Trainer, masking_utils
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    dynamic_module_utils,
+    masking_utils,
+)
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
@@ -41,7 +57,19 @@ from axolotl_edpo.config.args import HANDED_ON, Moving
 from axolotl_edpo.config.dataset_entries import FIELDS, IGNORED
 from axolotl_edpo.losses.preference import LOSSES, REFUSED, SFT
 from axolotl_edpo.plugin import PLUGIN
-from axolotl_edpo.upstream import automatic_plugins, varlen_shares_heads
+from axolotl_edpo.upstream import (
+    attention_name,
+    automatic_plugins,
+    deepspeed_optimizer_files,
+    default_prepared_path,
+    is_remote_code,
+    is_repeated_blocks,
+    keep_adapter_in_float32,
+    loss_watchdog,
+    recipe_keys,
+    size_in_words,
+    varlen_shares_heads,
+)
 
 
 def source(thing) -> str:
@@ -100,8 +128,8 @@ def test_axolotl_hands_these_keys_to_supervised_training_only():
 
 def test_trl_switches_modules_of_dropout_off_and_no_numbers():
     text = source(disable_dropout_in_model)
-    assert "isinstance(module, torch.nn.Dropout)" in text, "backbone.py: dropout"
-    assert "attention_dropout" not in text, "backbone.py: dropout is superfluous"
+    assert "isinstance(module, torch.nn.Dropout)" in text, "forward.py: dropout"
+    assert "attention_dropout" not in text, "forward.py: dropout is superfluous"
 
 
 def test_auto_resume_is_decided_after_the_trainer_is_made():
@@ -146,7 +174,7 @@ def test_beta_moves_between_the_optimizer_step_and_the_log():
     text = source(Trainer._run_epoch)
     order = ("self.optimizer.step()", ".on_step_end(", "_maybe_log_save_evaluate(")
     places = [text.index(name) for name in order]
-    assert places == sorted(places), "run.py: BetaCallback"
+    assert places == sorted(places), "callbacks.py: EDPOCallback"
 
 
 def test_the_dpo_trainer_logs_plain_means_of_its_lists():
@@ -178,11 +206,34 @@ def test_an_adapter_is_kept_in_float32_where_the_loader_makes_it():
     assert ("upcast_lora_parameters(self.model)" in text) == known, (
         "plugin.py: post_trainer_create"
     )
+    if known:
+        adapter = LoraConfig(r=1, target_modules=["0"])
+        model = get_peft_model(nn.Sequential(nn.Linear(2, 2)).bfloat16(), adapter)
+        model.bfloat16()
+        keep_adapter_in_float32(model)
+        for name, weight in model.named_parameters():
+            dtype = torch.float32 if "lora_" in name else torch.bfloat16
+            assert weight.dtype == dtype, (
+                f"upstream.py: keep_adapter_in_float32, {name}"
+            )
+
+
+def test_axolotl_knows_its_keys_by_name_and_by_alias():
+    keys = recipe_keys()
+    assert {*AxolotlInputConfig.model_fields} <= keys, "upstream.py: recipe_keys"
+    aliases = {field.alias for field in AxolotlInputConfig.model_fields.values()}
+    assert aliases - {None} <= keys, "upstream.py: recipe_keys"
+
+
+def test_axolotls_watchdog_takes_threshold_and_patience_from_the_config():
+    cfg = DictDefault(loss_watchdog_threshold=2.5, loss_watchdog_patience=4)
+    watchdog = loss_watchdog(cfg)
+    assert (watchdog.threshold, watchdog.patience) == (2.5, 4), "upstream.py"
 
 
 def test_a_pretrained_adapter_gets_a_reference_copy_named_ref():
     assert 'model.add_adapter("ref", default_config)' in source(DPOTrainer.__init__), (
-        "backbone.py: REFERENCE_ADAPTER"
+        "forward.py: REFERENCE_ADAPTER"
     )
 
 
@@ -190,7 +241,59 @@ def test_the_forward_redirection_restores_before_it_calls():
     text = source(_ForwardRedirection.__call__)
     assert text.index("original_module.forward = original_forward") < text.index(
         "out = method("
-    ), "engine.py"
+    ), "upstream.py: forward_redirection"
+    names = [*inspect.signature(_ForwardRedirection.__call__).parameters]
+    first = ["self", "wrapper_module", "original_module", "method"]
+    assert names[:4] == first, "upstream.py: forward_redirection"
+
+
+def test_fsdp2_shards_by_a_function_that_axolotl_replaces_in_accelerates_module():
+    prepare = source(Accelerator)
+    assert "= fsdp2_prepare_model(self, model)" in prepare, "upstream.py: shard_fsdp2"
+    replaced = "accelerate.accelerator.fsdp2_prepare_model = fsdp2_prepare_model"
+    assert replaced in source(fsdp2), "upstream.py: shard_fsdp2"
+
+
+def test_accelerate_compiles_lists_of_layers_of_one_class():
+    assert hasattr(accelerate_utils, "is_repeated_blocks"), (
+        "upstream.py: is_repeated_blocks"
+    )
+    blocks = torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)])
+    assert is_repeated_blocks(blocks) and not is_repeated_blocks(blocks[0])
+
+
+def test_deepspeed_keeps_these_attributes_on_a_weight_that_zero3_has_sharded():
+    """Read as text: to import DeepSpeed takes seconds, and not everyone has it."""
+    found = importlib.util.find_spec("deepspeed")
+    if found is None or found.origin is None:
+        pytest.skip("there is no DeepSpeed")
+    file = Path(found.origin).parent / "runtime" / "zero" / "partition_parameters.py"
+    text = file.read_text(encoding="utf-8")
+    for line in (
+        "AVAILABLE = 1",
+        "param.ds_status = ZeroParamStatus.AVAILABLE",
+        "param.ds_id = ",
+        "param.ds_tensor = ",
+        "param.ds_secondary_tensor = ",
+        "class GatheredParameters:",
+    ):
+        assert line in text, f"distributed.py: {line}"
+
+
+def test_models_say_in_private_names_what_their_layers_are():
+    config = LlamaConfig(attn_implementation="eager")
+    name = getattr(config, "_attn_implementation", None)
+    assert name == "eager", "upstream.py: attention_name"
+    for kind, stateful, flash in (
+        (LlamaForCausalLM, False, True),
+        (MambaForCausalLM, True, False),
+    ):
+        found = getattr(kind, "_is_stateful", None)
+        assert found is stateful, "upstream.py: carries_state"
+        found = getattr(kind, "_supports_flash_attn", None)
+        assert found is flash, "upstream.py: takes_boundaries"
+    recorded = getattr(modeling_mixtral.MixtralModel, "_can_record_outputs", None)
+    assert "router_logits" in (recorded or ()), "upstream.py: recorded_outputs"
 
 
 def test_adapters_are_saved_through_the_trainers_model():
@@ -211,12 +314,12 @@ def test_trl_switches_padding_free_off_and_makes_the_collator_of_pairs():
     names = inspect.signature(DataCollatorForPreference).parameters
     assert {"pad_token_id", "max_length", "pad_to_multiple_of"} <= names.keys()
     text = source(DataCollatorForPreference.torch_call)
-    assert text.count('padding_side="right"') == 3, "batch.py: pack"
+    assert text.count('padding_side="right"') == 3, "packing.py: pairs_of"
 
 
 def test_every_loss_type_of_trl_is_known_here():
     names = set(re.findall(r'loss_type == "(\w+)"', source(DPOTrainer._compute_loss)))
-    assert names == {*LOSSES, *REFUSED, SFT}, "loss_types.py: LOSSES"
+    assert names == {*LOSSES, *REFUSED, SFT}, "preference.py: LOSSES"
 
 
 def test_trl_weighs_pairs_as_wpo_does():
@@ -226,13 +329,13 @@ def test_trl_weighs_pairs_as_wpo_does():
         "aligned_logps = (per_token_logps - log_denom) * shift_completion_mask",
         "per_sequence_loss *= chosen_weights * rejected_weights",
     ):
-        assert line in text, "loss_types.py: wpo_weights"
+        assert line in text, "preference.py: wpo_weights"
 
 
 def test_trls_loss_options_have_the_names_that_are_read():
     text = source(DPOTrainer.__init__)
     for name in ("loss_types", "loss_weights", "label_smoothing", "use_weighting"):
-        assert f"self.{name} = args." in text, f"trainer.py: LossSettings, {name}"
+        assert f"self.{name} = args." in text, f"trainer.py: PreferenceLoss, {name}"
 
 
 def test_a_router_loss_is_asked_for_and_averaged_where_it_was():
@@ -243,8 +346,8 @@ def test_a_router_loss_is_asked_for_and_averaged_where_it_was():
     assert "loss + self.router_aux_loss_coef * aux_loss" in text, "trainer.py: router"
     average = modeling_mixtral.load_balancing_loss_func
     names = ["gate_logits", "num_experts", "top_k", "attention_mask"]
-    assert list(inspect.signature(average).parameters) == names, "router.py"
-    assert "flat_mask = attention_mask.reshape(-1)" in source(average), "router.py"
+    assert list(inspect.signature(average).parameters) == names, "moe.py"
+    assert "flat_mask = attention_mask.reshape(-1)" in source(average), "moe.py"
 
 
 def test_trl_lets_the_reference_follow_and_axolotl_says_so_to_grpo_only():
@@ -263,10 +366,12 @@ def test_optimizer_and_schedule_are_loaded_under_every_engine():
 
 
 def test_axolotl_keeps_of_an_entry_of_datasets_what_dpo_datasets_have():
-    assert "DPODataset(**ds_cfg)" in source(validate_config), "entries.py: IGNORED"
+    assert "DPODataset(**ds_cfg)" in source(validate_config), (
+        "dataset_entries.py: IGNORED"
+    )
     fields = DPODataset.model_fields.keys()
-    assert not IGNORED.keys() & fields, "entries.py: IGNORED"
-    assert FIELDS.keys() <= fields, "entries.py: FIELDS"
+    assert not IGNORED.keys() & fields, "dataset_entries.py: IGNORED"
+    assert FIELDS.keys() <= fields, "dataset_entries.py: FIELDS"
 
 
 def test_trl_drops_pairs_in_prepare_dataset():
@@ -290,47 +395,53 @@ def test_the_training_loop_runs_over_what_get_batch_samples_returns():
 def test_a_mask_of_four_dimensions_is_handed_on_as_it_is():
     text = source(masking_utils._preprocess_mask_arguments)
     early = text.index("len(attention_mask.shape) == 4")
-    assert early < text.index("find_packed_sequence_indices"), "batch.py: pack"
+    assert early < text.index("find_packed_sequence_indices"), "packing.py: no_mask"
 
 
 def test_flash_attention_takes_boundaries_and_passes_keywords_on():
     names = inspect.signature(_flash_attention_forward).parameters
     for side in "qk":
-        assert f"cu_seq_lens_{side}" in names, "attention.py: _boundaries"
-        assert f"max_length_{side}" in names, "attention.py: _boundaries"
-    assert "**kwargs" in source(flash_attention_forward), "attention.py: _varlen"
+        assert f"cu_seq_lens_{side}" in names, "packed_attention: _boundaries"
+        assert f"max_length_{side}" in names, "packed_attention: _boundaries"
+    assert "**kwargs" in source(flash_attention_forward), "packed_attention: _varlen"
 
 
 def test_torchs_varlen_attention_has_these_arguments_and_asks_no_cudnn_for_them():
     names = [*inspect.signature(varlen.varlen_attn).parameters]
     first = ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
-    assert names[:7] == first, "attention.py: _varlen"
-    assert {"scale", "window_size"} <= {*names[7:]}, "attention.py: _varlen"
+    assert names[:7] == first, "packed_attention: _varlen"
+    assert {"scale", "window_size"} <= {*names[7:]}, "packed_attention: _varlen"
     assert varlen_shares_heads() == {
         name: True for name in names if name == "enable_gqa"
     }, "upstream.py: varlen_shares_heads"
     text = source(varlen)
-    assert "is_causal = window_size == (-1, 0)" in text, "attention.py: _varlen"
+    assert "is_causal = window_size == (-1, 0)" in text, "packed_attention: _varlen"
     # 2.14 asks cuDNN, but not where a window ends on the right
     asked = getattr(varlen, "_can_use_cudnn", None)
     if asked:
         line = "if window_size != [-1, -1]:\n        return False"
-        assert line in source(asked), "attention.py: _varlen"
+        assert line in source(asked), "packed_attention: _varlen"
     else:
-        assert "True" not in source(varlen._should_use_cudnn), "attention.py: _varlen"
+        assert "True" not in source(varlen._should_use_cudnn), (
+            "packed_attention: _varlen"
+        )
 
 
 def test_sdpa_is_looked_up_when_it_is_called_and_takes_no_cap_and_no_sink():
     text = source(sdpa_attention_forward)
-    assert "torch.nn.functional.scaled_dot_product_attention(" in text, "attention.py"
-    assert "softcap" not in text and "s_aux" not in text, "attention.py: BEYOND_VARLEN"
+    assert "torch.nn.functional.scaled_dot_product_attention(" in text, (
+        "packed_attention"
+    )
+    assert "softcap" not in text and "s_aux" not in text, (
+        "packed_attention: BEYOND_VARLEN"
+    )
     names = inspect.signature(sdpa_attention_forward).parameters
-    assert {"dropout", "is_causal"} <= names.keys(), "attention.py: _takes_varlen"
+    assert {"dropout", "is_causal"} <= names.keys(), "packed_attention: _takes_varlen"
 
 
 def test_gradient_checkpointing_keeps_the_keywords_of_a_layer():
     text = source(GradientCheckpointingLayer.__call__)
-    assert "partial(super().__call__, **kwargs)" in text, "attention.py: segments"
+    assert "partial(super().__call__, **kwargs)" in text, "packed_attention: segments"
 
 
 def test_a_flag_on_modules_says_what_is_checkpointed():
@@ -353,9 +464,9 @@ def test_peft_takes_adapters_into_use_by_walks_over_all_modules():
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gemma2"])
 def test_models_bring_their_own_eager_attention_and_name_the_window(kind):
     module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
-    assert callable(module.eager_attention_forward), "attention.py: _eager"
+    assert callable(module.eager_attention_forward), "upstream.py: eager_attention"
     windowed = kind == "llama" or "sliding_window=" in source(module)
-    assert windowed, "attention.py: sliding_window"
+    assert windowed, "packed_attention: sliding_window"
 
 
 def test_plugins_load_data_first_and_gradients_pass_through_the_norm():
@@ -367,3 +478,39 @@ def test_plugins_load_data_first_and_gradients_pass_through_the_norm():
     order = "_set_sync_gradients( training_step( _get_grad_norm( optimizer.step("
     places = [text.index(name) for name in order.split()]
     assert places == sorted(places), "trainer.py: where a run is stopped"
+
+
+def test_a_config_names_its_attention_and_a_model_has_its_layers_in_a_list():
+    config = LlamaConfig(
+        hidden_size=8,
+        num_attention_heads=1,
+        num_hidden_layers=2,
+        vocab_size=8,
+        attn_implementation="eager",
+    )
+    model = LlamaForCausalLM(config)
+    assert attention_name(model.config) == "eager", "upstream.py: attention_name"
+    (layers,) = filter(is_repeated_blocks, model.modules())
+    assert layers is model.model.layers, "upstream.py: is_repeated_blocks"
+
+
+def test_code_that_comes_with_a_model_is_imported_below_one_module():
+    assert not is_remote_code(LlamaForCausalLM), "upstream.py: is_remote_code"
+    text = source(dynamic_module_utils.get_cached_module_file)
+    assert "TRANSFORMERS_DYNAMIC_MODULE_NAME" in text, "upstream.py: is_remote_code"
+
+
+def test_axolotl_has_a_default_folder_of_prepared_data_and_datasets_writes_sizes():
+    assert default_prepared_path() == "last_run_prepared", "README: the cache"
+    assert size_in_words(2**16) == "64.00 KiB", "upstream.py: size_in_words"
+
+
+def test_deepspeed_names_optimizer_states_by_rank(tmp_path):
+    (package,) = importlib.util.find_spec("deepspeed").submodule_search_locations
+    engine = (Path(package) / "runtime" / "engine.py").read_text()
+    for part in ("zero_pp_rank_{dp_rank}", "_optim_states.pt", 'f"global_step{'):
+        assert part in engine, f"upstream.py: deepspeed_optimizer_files: {part}"
+    (tmp_path / "global_step7").mkdir()
+    for name in ("bf16_zero_pp_rank_0_mp_rank_00_optim", "mp_rank_00_model"):
+        (tmp_path / "global_step7" / f"{name}_states.pt").touch()
+    assert len(deepspeed_optimizer_files(tmp_path)) == 1, "checkpointing.py: ranks"

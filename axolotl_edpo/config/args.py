@@ -1,7 +1,7 @@
-"""The options of a recipe, and what becomes of them before axolotl sees them.
+"""Our options of a recipe, bounds of axolotl's options, and how keys are renamed.
 
-`EDPOArgs` is the single place where an option is defined; axolotl merges it into its
-config. What would not train as written is refused by `recipe.py`.
+`EDPOArgs` is the single place where an option is defined. axolotl merges it into its
+config. `validate.py` refuses recipes that would not train as written.
 """
 
 from collections.abc import Mapping
@@ -9,12 +9,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
 
+from ..errors import quote
 from ..losses.beta_controller import Control
 from ..losses.edpo import BetaMean
 
 PREFIX = "edpo_"
 CONTROL = "edpo_control"
-# Keys that belong to one `edpo_control`.
+# Options that have an effect with one `edpo_control` only -> that control.
 OF_CONTROL: dict[str, Control] = {
     "edpo_epsilon": "epsilon",
     "edpo_beta_mean": "epsilon",
@@ -22,16 +23,17 @@ OF_CONTROL: dict[str, Control] = {
     "edpo_margin_momentum": "batch_margin",
     "edpo_margin_keep": "batch_margin",
 }
-# Keys that axolotl refuses beside `rl` -> what they become.
+# Keys that axolotl refuses together with `rl` -> our keys that replace them.
 LOWERED = {
     "sample_packing": "edpo_sample_packing",
     "eval_sample_packing": "edpo_eval_sample_packing",
 }
-# A key of axolotl's that means more here, and ours beside it.
+# axolotl's key for a precomputed reference; our key for the folder of its cache.
 PRECOMPUTE, CACHE = "precompute_ref_log_probs", "edpo_reference_cache"
-# A head of its own, which ours takes the place of.
+# The key of Liger's loss, which our fused op replaces.
 LIGER = "dpo_use_liger_kernel"
-# Keys that axolotl gives to supervised training only, though TRL's trainer takes them.
+# Training arguments that axolotl passes on in supervised training only. TRL's DPO
+# trainer supports them, so we pass them on.
 HANDED_ON = (
     "metric_for_best_model",
     "greater_is_better",
@@ -106,7 +108,7 @@ class EDPOArgs(BaseModel):
     edpo_log_pairs: Count | None = Field(
         default=None,
         gt=0,
-        description="Every so many optimizer steps, what each pair did is noted in "
+        description="Every how many optimizer steps a row per pair is written to "
         "`edpo_pairs` in `output_dir` (Parquet)",
     )
     edpo_prefix_sharing: Switch = Field(
@@ -124,7 +126,7 @@ class EDPOArgs(BaseModel):
     edpo_sample_packing: Switch = Field(
         default=False,
         description="What `sample_packing` becomes, which axolotl refuses beside `rl`: "
-        "one row per micro-batch, pairs of a step dealt evenly by tokens (`auto`: "
+        "one row per micro-batch, pairs of a step balanced by tokens (`auto`: "
         "padded, where the model cannot)",
     )
     edpo_eval_sample_packing: bool | None = Field(
@@ -134,7 +136,7 @@ class EDPOArgs(BaseModel):
 
 
 class Bounds(BaseModel):
-    """axolotl's own options that it takes as they are, in the bounds that train."""
+    """Bounds of axolotl's options that axolotl does not check."""
 
     learning_rate: Number | None = Field(None, ge=0, description="Of the optimizer")
     num_epochs: Number | None = Field(None, gt=0, description="Times over the data")
@@ -186,10 +188,16 @@ class Moving(BaseModel):
 
 
 def lowered_packing(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The packing keys of a recipe under the names they get.
+    """The packing keys of a recipe, renamed by `LOWERED`.
 
     Args:
-        recipe: The YAML; None is as good as absent.
+        recipe: The YAML. A key whose value is None counts as absent.
+
+    Returns:
+        Our key -> value.
+
+    Raises:
+        ValueError: If the recipe has a key under both names with different values.
     """
     lowered = {
         name: recipe[key]
@@ -200,25 +208,28 @@ def lowered_packing(recipe: Mapping[str, Any]) -> dict[str, Any]:
         given = recipe.get(name)
         if name in lowered and given not in (None, lowered[name]):
             raise ValueError(
-                f"`{key}: {lowered[name]}` and `{name}: {given}` mean the same and "
-                f"disagree: remove `{name}`"
+                f"{quote(key, lowered[name])} and {quote(name, given)} mean the same "
+                f"and disagree: remove `{name}`"
             )
     return lowered
 
 
 def handed_on(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Training arguments that axolotl leaves out of preference training.
+    """Training arguments that axolotl does not pass on in preference training.
 
     Args:
-        recipe: The recipe, validated.
+        recipe: The validated recipe.
+
+    Returns:
+        Argument -> value, for arguments that the recipe sets.
     """
-    told = {key: recipe[key] for key in HANDED_ON if recipe.get(key) is not None}
+    arguments = {key: recipe[key] for key in HANDED_ON if recipe.get(key) is not None}
     best = recipe.get("load_best_model_at_end") or recipe.get("early_stopping_patience")
     if best:
-        told["load_best_model_at_end"] = True
+        arguments["load_best_model_at_end"] = True
     if (trl := recipe.get("trl")) and trl.get("sync_ref_model"):
         keys = Moving.model_fields
-        told |= {key: trl[key] for key in keys if trl.get(key) is not None}
+        arguments |= {key: trl[key] for key in keys if trl.get(key) is not None}
     if recipe.get("curriculum_sampling"):
-        told["train_sampling_strategy"] = "sequential"
-    return told
+        arguments["train_sampling_strategy"] = "sequential"
+    return arguments

@@ -1,17 +1,18 @@
-"""The entries of `datasets:` and `test_datasets:`, of which axolotl ignores much.
+"""Checks the entries of `datasets:` and `test_datasets:`.
 
-Beside `rl`, axolotl reads few of their options; the others it drops silently, and
-would train on other pairs than the recipe says.
+With `rl`, axolotl reads only a few options of an entry. It ignores the others silently,
+and would train on other pairs than the recipe says.
 """
 
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import refuse
+from ..data.columns import has_chat_template
+from ..errors import as_yaml, quote, refuse
 
-# Options of an entry of `datasets:` that axolotl ignores beside `rl`, though they would
-# change the pairs -> what to do instead. Those before `shards` are of chat templates.
+# Options of an entry that would change its pairs but that axolotl ignores with `rl` ->
+# what to do instead. Those before `shards` belong to chat templates.
 IGNORED = {
     "chat_template": "set it for the whole recipe",
     "chat_template_jinja": "set it for the whole recipe",
@@ -46,17 +47,19 @@ def check_entries(recipe: Mapping[str, Any]) -> None:
 
 
 def _check_form(recipe: Mapping[str, Any]) -> None:
-    """What axolotl meets with an error of Python's, or of a library's."""
+    """Refuses entries without a path, and empty files: axolotl would fail later."""
     for key in ("datasets", "test_datasets"):
         entries: Any = _entries(recipe, key)
         if isinstance(entries, str | Mapping):
-            raise ValueError(f"`{key}: {entries}`: a list of entries `- path:` is due")
+            line = f"{quote(key, entries)}: a list of entries `- path:` is due"
+            raise ValueError(line)
         for entry in entries:
             path = entry.get("path") if isinstance(entry, Mapping) else None
             if not path:
-                raise ValueError(f"`{key}`: `{entry}` has no `path:`; every entry does")
+                line = f"`{key}`: `{as_yaml(entry)}` has no `path:`; every entry does"
+                raise ValueError(line)
             if os.path.isfile(path) and not os.path.getsize(path):
-                raise ValueError(f"`{key}`: `path: {path}` is an empty file")
+                raise ValueError(f"`{key}`: {quote('path', path)} is an empty file")
 
 
 def _check_options(recipe: Mapping[str, Any]) -> None:
@@ -72,7 +75,7 @@ def _entries(recipe: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
 
 
 def _is_default(key: str, entry: Mapping[str, Any], recipe: Mapping[str, Any]) -> bool:
-    """Whether axolotl does the same without this option."""
+    """Whether the option has the value that axolotl uses anyway."""
     value = entry[key]
     if key in ("shards", "preprocess_shards", "weight"):
         return value == 1
@@ -86,24 +89,23 @@ def _is_default(key: str, entry: Mapping[str, Any], recipe: Mapping[str, Any]) -
 
 def _maps_to_itself(key: str, names: Mapping[str, Any]) -> bool:
     if key == "roles":
-        return all(role in others for role, others in names.items())
+        return all(role in aliases for role, aliases in names.items())
     return all(names.get(name, name) == name for name in ("role", "content"))
 
 
-def has_chat_template(entry: Mapping[str, Any]) -> bool:
-    """Whether axolotl writes this entry's messages with a chat template."""
-    return str(entry.get("type")).startswith("chat_template")
-
-
 def _check_test_datasets(recipe: Mapping[str, Any]) -> None:
-    """axolotl reads an entry's options from the entry of `datasets:` at its place."""
+    """Refuses options that differ from those of the entry of `datasets:` of same index.
+
+    axolotl reads the options of entry i of `test_datasets:` from entry i of
+    `datasets:`.
+    """
     trained = _entries(recipe, "datasets")
     for place, entry in enumerate(_entries(recipe, "test_datasets")):
-        read: Mapping[str, Any] = trained[place] if place < len(trained) else {}
+        source: Mapping[str, Any] = trained[place] if place < len(trained) else {}
         options = FIELDS if has_chat_template(entry) else {}
         if isinstance(entry.get("type"), Mapping):
             options = {"type": ""}
         for key, default in options.items():
-            if (entry.get(key) or default) != (read.get(key) or default):
+            if (entry.get(key) or default) != (source.get(key) or default):
                 remedy = "it is taken from the entry of `datasets:` at its place"
                 refuse(f"test_datasets: {key}", entry.get(key), remedy)

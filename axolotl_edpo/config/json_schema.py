@@ -1,7 +1,7 @@
 """`axolotl edpo-schema`: the JSON schema of a recipe, for completion in editors.
 
-axolotl's own schema with `rl: edpo` in it and the options of `EDPOArgs`. An editor with
-a YAML language server reads it where a recipe begins with
+It is axolotl's schema with `rl: edpo` and the options of `EDPOArgs` added. An editor
+with a YAML language server uses it where a recipe begins with
 
     # yaml-language-server: $schema=edpo.schema.json
 """
@@ -18,10 +18,11 @@ from .args import LOWERED, PREFIX, EDPOArgs
 
 
 class _ByName(GenerateJsonSchema):
-    """One of axolotl's enums holds torch dtypes, which a recipe gives by name.
+    """Writes an enum of torch dtypes as the names of its members.
 
-    That is why `axolotl config-schema` prints less than a schema. Its default is left
-    out; and the names are suggestions, as axolotl takes others for some.
+    JSON has no dtypes. That is why `axolotl config-schema` prints only a simplified
+    schema. Here the default of such a field is left out. Any string is allowed, because
+    axolotl accepts further names.
     """
 
     ignored_warning_kinds = {"skipped-choice", "non-serializable-default"}
@@ -35,23 +36,24 @@ class _ByName(GenerateJsonSchema):
 
 
 def recipe_schema() -> dict[str, Any]:
-    """JSON schema of a recipe of any `rl`, `edpo` included.
+    """The JSON schema of recipes with any `rl`, including `edpo`.
 
     Returns:
-        What axolotl allows, and in addition what `EDPOPlugin` does. Keys that begin
-        with `edpo_` and are no options are not allowed.
+        A schema with the options of axolotl and of `EDPOArgs`. It forbids keys that
+        begin with `edpo_` but are not options.
     """
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
     schema = AxolotlInputConfig.model_json_schema(schema_generator=_ByName)
-    own = EDPOArgs.model_json_schema()["properties"]
+    options = EDPOArgs.model_json_schema()["properties"]
     properties = schema["properties"]
-    properties.update(own)
+    properties.update(options)
     schema["$defs"]["RLType"]["enum"].append("edpo")
     for key, lowered in LOWERED.items():
         kinds = properties[key]["anyOf"]
-        kinds += [kind for kind in own[lowered]["anyOf"] if kind not in kinds]
-    names = "|".join(key.removeprefix(PREFIX) for key in own if key.startswith(PREFIX))
+        kinds += [kind for kind in options[lowered]["anyOf"] if kind not in kinds]
+    prefixed = [key for key in options if key.startswith(PREFIX)]
+    names = "|".join(key.removeprefix(PREFIX) for key in prefixed)
     schema["patternProperties"] = {f"^{PREFIX}(?!({names})$)": False}
     return schema
 
@@ -61,7 +63,7 @@ def recipe_schema() -> dict[str, Any]:
 def edpo_schema(file: str | None) -> None:
     """Print the JSON schema of recipes with `rl: edpo`, or write it to FILE.
 
-    `axolotl` prints its banner first: redirected, that would be no JSON.
+    `axolotl` prints its banner first, so its redirected output is no JSON.
     """
     text = json.dumps(recipe_schema(), indent=2)
     if file is None:

@@ -1,35 +1,37 @@
-"""Keys and options that nobody reads: axolotl ignores them, a user meant something."""
+"""Finds misspelt keys and options, which axolotl would ignore."""
 
 import difflib
 import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from ..errors import quote
 from .args import PREFIX, EDPOArgs
 
 
 def check_own_keys(recipe: Mapping[str, Any]) -> None:
-    """Refuses keys that begin like ours and are none.
+    """Refuses keys that begin with `edpo_` but are not options.
 
     Raises:
-        ValueError: Names the nearest of ours.
+        ValueError: Names the most similar option.
     """
     known = [key for key in EDPOArgs.model_fields if key.startswith(PREFIX)]
     for key in recipe:
         if str(key).startswith(PREFIX) and key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
             raise ValueError(
-                f"`{key}: {recipe[key]}` is not an option of `rl: edpo`: "
+                f"{quote(key, recipe[key])} is not an option of `rl: edpo`: "
                 f"did you mean `{near}`?"
             )
 
 
 def check_command_line(words: Sequence[str], keys: Collection[str]) -> None:
-    """Refuses our options on axolotl's command line, which takes axolotl's only.
+    """Refuses our options on axolotl's command line, which accepts only its own.
 
     Args:
-        words: What axolotl did not take.
-        keys: Of our options, beside those that begin with `edpo_`.
+        words: Words of the command line that axolotl did not parse.
+        keys: Names of our options. Every word that begins with `--edpo_` is refused,
+            too.
 
     Raises:
         ValueError: Names the option and where to write it instead.
@@ -41,26 +43,27 @@ def check_command_line(words: Sequence[str], keys: Collection[str]) -> None:
             value = value if equals else " ".join(words[place + 1 : place + 2])
             raise ValueError(
                 f"`{option} {value}` on the command line does not reach the recipe: "
-                f"write `{key}: {value}` into it; for several values use `--sweep`"
+                f"write {quote(key, value)} into it; for several values use `--sweep`"
             )
 
 
 def misspelt(recipe: Mapping[str, Any], known: Collection[str]) -> list[str]:
-    """Finds keys that axolotl would ignore and that are nearly a key it knows.
+    """Finds unknown keys that are similar to a known key.
 
     Args:
         recipe: The YAML, not yet validated.
-        known: All keys of axolotl and of the recipe's plugins. Keys that begin with
-            `_` or `x-` are nobody's: they hold YAML anchors.
+            Keys that begin with `_` or `x-` hold YAML anchors and are skipped.
+        known: All keys of axolotl and of the recipe's plugins.
 
     Returns:
-        A line for each key that could be another one, misspelt; without its value,
-        which may be a secret.
+        A warning for each key that may be misspelt, without its value, which may be a
+        secret.
 
     Raises:
-        ValueError: If a key is certainly another one: a single letter is missing, too
-            many or wrong, or two are swapped, and that other one is not there itself.
-            Or if it is an option of the loss in another release of axolotl.
+        ValueError: If a key is one slip away from a known key that is not in the
+            recipe. A slip is a letter that is missing, added or wrong, or two letters
+            that are swapped. Also if a key begins with `dpo_` and is similar to no
+            known key: it changes the loss in another release of axolotl.
     """
     lines = []
     for key in map(str, recipe):
@@ -86,7 +89,7 @@ def misspelt(recipe: Mapping[str, Any], known: Collection[str]) -> list[str]:
 
 
 def _one_slip(a: str, b: str) -> bool:
-    """Whether two different words differ by one letter, or by two that are swapped."""
+    """Whether two different words differ by one letter or by one swap of letters."""
     a, b = (word.lower().replace("-", "_") for word in (a, b))
     same = len(os.path.commonprefix([a, b]))
     a, b = a[same:], b[same:]

@@ -1,7 +1,7 @@
-"""Which releases of axolotl and TRL this package has been tested with.
+"""The releases of axolotl and TRL with which this package has been tested.
 
-The plugin leans on seams that are not public interfaces, so another release may train
-something else without an error. It stops instead.
+The plugin uses parts of them that are not public. With another release it might train
+something else without an error. So it refuses other releases.
 """
 
 from collections.abc import Mapping
@@ -9,31 +9,35 @@ from importlib import metadata
 
 from packaging.specifiers import SpecifierSet
 
-# The releases whose seams tests/test_upstream.py pins.
+# The releases whose private names tests/test_upstream.py pins.
 TESTED = {"axolotl": ">=0.19,<0.22", "trl": ">=1.9,<1.15"}
 
 
 def check_versions(tested: Mapping[str, str] = TESTED) -> None:
-    """Refuses releases that no test of this package has run with.
-
-    axolotl goes on after an ImportError of a plugin, so this is no ImportError.
+    """Refuses untested releases.
 
     Args:
-        tested: Distribution -> range.
+        tested: Distribution -> range of versions.
 
     Raises:
-        RuntimeError: Names what is installed and what is needed.
+        RuntimeError: Names the installed and the supported version. Not an ImportError,
+            as axolotl would ignore that and continue without the plugin.
     """
-    own = metadata.version("axolotl-edpo")
+    version = metadata.version("axolotl-edpo")
     for name, wanted in tested.items():
-        try:
-            found = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found = "not installed"
-        if found == "not installed" or not SpecifierSet(wanted).contains(
-            found, prereleases=True
+        installed = _installed(name)
+        if installed is None or not SpecifierSet(wanted).contains(
+            installed, prereleases=True
         ):
             raise RuntimeError(
-                f"axolotl-edpo {own} works with {name} {wanted}, here it is {found}: "
+                f"axolotl-edpo {version} works with {name} {wanted}, here it is "
+                f"{installed or 'not installed'}: "
                 f'run `pip install "{name}{wanted}"`'
             )
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,12 +1,6 @@
-"""Pairs that cannot be trained on, or that teach nothing: found in their columns.
+"""Checks the data: refuses pairs that cannot be trained on, warns of useless ones."""
 
-    of axolotl    prompt, chosen, rejected               text
-    of TRL        prompt_ids, chosen_ids, rejected_ids   tokens
-
-Columns are read as Arrow arrays, piece by piece: no row becomes a Python object.
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,38 +11,38 @@ from axolotl.utils.data.shared import load_dataset_with_config
 from axolotl.utils.logging import get_logger
 from datasets import Dataset, Value
 
-from ..config.dataset_entries import has_chat_template
+from ..errors import quote
+from .columns import IDS, arrow_tables, has_chat_template, long_pairs
 
 LOG = get_logger(__name__)
 
-IDS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 ANSWERS = ("chosen", "rejected")
-# Columns by which axolotl and TRL know data with pictures.
+# Column names from which axolotl and TRL infer that the data has pictures.
 PICTURES = ("image", "images")
-# What axolotl's `chat_template` types put before an answer, and cut off again: where
-# there is no answer, they find nothing to cut off.
+# axolotl's `chat_template` types put this text before an answer and later cut it off.
+# If the answer is empty, it is not cut off.
 DUMMY = "[[dummy_message]]"
-# How axolotl begins to say that a text is absent, or empty, in some row.
+# How axolotl's error begins if a text is missing, or empty, in some row.
 NO_TEXT = "Prompt, chosen and rejected keys are required"
 
 
 def load(cfg: Any) -> TrainDatasetMeta:
-    """The data sets of a recipe, as axolotl loads them.
+    """Loads the data sets of a recipe with axolotl, and checks them.
 
     Args:
         cfg: axolotl's config.
 
     Raises:
-        ValueError: One line that names the data and what it lacks, where axolotl's
-            error would not, or where it would train.
+        ValueError: If the data cannot be trained on. One line names the data set and
+            the problem, unless axolotl's error does.
     """
     try:
         meta = load_preference_datasets(cfg=cfg)
     except (KeyError, TypeError, IndexError, ValueError) as error:
         if isinstance(error, ValueError) and not str(error).startswith(NO_TEXT):
             raise
-        found = f"{type(error).__name__}: {error}"
-        raise ValueError(_unlike_its_type(cfg, found)) from error
+        cause = f"{type(error).__name__}: {error}"
+        raise ValueError(_wrong_type(cfg, cause)) from error
     for key, dataset in (
         ("datasets", meta.train_dataset),
         ("test_datasets", meta.eval_dataset),
@@ -59,24 +53,27 @@ def load(cfg: Any) -> TrainDatasetMeta:
     return meta
 
 
-def _unlike_its_type(cfg: Any, found: str) -> str:
-    """The refusal of data whose rows are not what `type` takes them for."""
+def _wrong_type(cfg: Any, cause: str) -> str:
+    """The message for data whose rows do not fit their `type`."""
     sets = []
     for entry in _entries(cfg):
         columns = load_dataset_with_config(entry, cfg.hf_use_auth_token).column_names
-        sets.append(f"{entry.path} (`type: {entry.type}`) has {', '.join(columns)}")
+        sets.append(
+            f"{entry.path} ({quote('type', entry.type)}) has {', '.join(columns)}"
+        )
     return (
-        f"`datasets`: a row is not as its `type` takes it ({found}); "
+        f"`datasets`: a row is not as its `type` takes it ({cause}); "
         f"{'; '.join(sets)}: set another `type`, or its `field_*` keys"
     )
 
 
 def _entries(cfg: Any) -> list[Any]:
+    """All entries of `datasets:` and `test_datasets:`."""
     return [*(cfg.datasets or []), *(cfg.test_datasets or [])]
 
 
 def _check_pictures(key: str, dataset: Dataset) -> None:
-    """Refuses data that TRL would make no tokens of before it sees the pictures."""
+    """Refuses data with pictures, which TRL does not tokenize before training."""
     for name in PICTURES:
         if name in dataset.column_names:
             raise ValueError(
@@ -86,7 +83,7 @@ def _check_pictures(key: str, dataset: Dataset) -> None:
 
 
 def _check_texts(key: str, dataset: Dataset, cfg: Any) -> None:
-    """Refuses what cannot become pairs, before a model is loaded."""
+    """Refuses data without pairs, without answer columns or with empty answers."""
     if not len(dataset):
         raise ValueError(
             f"`{key}` leaves no pair to train on: every one is longer than "
@@ -110,10 +107,10 @@ def _check_texts(key: str, dataset: Dataset, cfg: Any) -> None:
 
 
 def _warn_of_cut_answers(key: str, dataset: Dataset, column: str, cfg: Any) -> None:
-    """Says where axolotl, till 0.20, left the last character of an answer only.
+    """Warns of answers that axolotl, up to 0.20, cut to their last character.
 
-    Its `chat_template` types look for the answer in what the template wrote, and do not
-    find it where the template trims white space around it.
+    Its `chat_template` types search for the answer in the output of the template. They
+    do not find it if the template trimmed white space around it.
     """
     if not any(map(has_chat_template, _entries(cfg))):
         return
@@ -127,28 +124,38 @@ def _warn_of_cut_answers(key: str, dataset: Dataset, column: str, cfg: Any) -> N
 
 
 def _rows(dataset: Dataset, column: str, test: Callable[[Any], Any]) -> np.ndarray:
-    """Where a test of a column's texts holds; nowhere, if they are no texts."""
+    """The rows whose text in a column passes a test; none if the column has no texts.
+
+    Args:
+        dataset: The data set.
+        column: Name of the column.
+        test: Function from an Arrow array of texts to an array of booleans.
+
+    Returns:
+        Indices of the rows, ascending.
+    """
     if dataset.features[column] != Value("string"):
         return np.empty(0, int)
-    found = [
+    flags = [
         test(table[column]).to_numpy(zero_copy_only=False)
-        for table in _tables(dataset, [column])
+        for table in arrow_tables(dataset, [column])
     ]
-    return np.flatnonzero(np.concatenate(found))
+    return np.flatnonzero(np.concatenate(flags))
 
 
 def check_tokens(dataset_name: str, dataset: Dataset) -> None:
-    """Looks for pairs without an answer, and for pairs of one and the same answer.
+    """Refuses pairs with an empty answer; warns of pairs with two equal answers.
 
     Args:
-        dataset_name: For the message.
+        dataset_name: `train` or `eval`, for messages.
         dataset: Tokenized, with `prompt_ids`, `chosen_ids` and `rejected_ids`.
 
     Raises:
-        ValueError: If an answer has no token, or if no two answers differ.
+        ValueError: If there is no pair, if an answer has no token, or if the two
+            answers are equal in every pair of the train set.
     """
     total = len(dataset)
-    flags = [_empty_and_same(table) for table in _tables(dataset, IDS)]
+    flags = [_empty_and_same(table) for table in arrow_tables(dataset, IDS)]
     if not flags:
         raise ValueError(f"{dataset_name} set: no pair is left: raise `sequence_len`")
     empty, same = map(np.flatnonzero, np.concatenate(flags, axis=1))
@@ -171,75 +178,67 @@ def check_tokens(dataset_name: str, dataset: Dataset) -> None:
 
 
 def _start(dataset: Dataset, row: int) -> str:
-    """Which pair it is: axolotl shuffles, so a number would not say it."""
+    """Quotes the start of a prompt, to find the pair: axolotl shuffles the rows."""
     pair = dataset[int(row)]
     return f"The first begins {str(pair.get('prompt', pair.get('prompt_ids')))[:60]!r}"
 
 
 def _empty_and_same(table: Any) -> np.ndarray:
-    """Shape (2, pairs): an answer has no token; both have the same."""
-    chosen, rejected = (table[name].combine_chunks() for name in IDS[1:])
-    lengths, others = (
-        pc.list_value_length(answers).to_numpy() for answers in (chosen, rejected)
+    """Which pairs have an empty answer, and which have two equal answers.
+
+    Returns:
+        Shape (2, pairs), bool.
+    """
+    answers = [table[name].combine_chunks() for name in IDS[1:]]
+    chosen, rejected = (pc.list_value_length(column).to_numpy() for column in answers)
+    empty = np.minimum(chosen, rejected) == 0
+    same = chosen == rejected
+    equally_long, lengths = pyarrow.array(same), chosen[same]
+    chosen_ids, rejected_ids = (
+        pc.list_flatten(column.filter(equally_long)).to_numpy(zero_copy_only=False)
+        for column in answers
     )
-    same = lengths == others
-    empty = np.minimum(lengths, others) == 0
-    equally_long = pyarrow.array(same)
-    a, b = (
-        pc.list_flatten(answers.filter(equally_long)).to_numpy(zero_copy_only=False)
-        for answers in (chosen, rejected)
-    )
-    # how many tokens differ, pair by pair of those that are equally long
-    differ = np.concatenate([[0], np.cumsum(a != b)])
-    ends = np.cumsum(lengths[same])
-    same[same] = differ[ends] == differ[ends - lengths[same]]
+    # running count of tokens that differ, over all pairs of equally long answers
+    differences = np.concatenate([[0], np.cumsum(chosen_ids != rejected_ids)])
+    ends = np.cumsum(lengths)
+    same[same] = differences[ends] == differences[ends - lengths]
     return np.stack([empty, same])
 
 
-def long_pairs(dataset: Dataset, max_length: int) -> int:
-    """Pairs of which TRL's collator truncates a sequence.
+def preference_columns(dataset: Dataset) -> Dataset:
+    """Removes columns from which TRL would infer the wrong format.
+
+    TRL looks at one column to distinguish text from messages, and adds no `eos_token`
+    to messages. It picks any column whose name it knows, and each process may pick
+    another.
+    """
+    misleading = {"messages", "completion"} & set(dataset.column_names or ())
+    return dataset.remove_columns([*misleading])
+
+
+def check_prepared(
+    dataset_name: str, before: Dataset, prepared: Any, max_length: int | None
+) -> None:
+    """Checks a tokenized data set; warns of pairs dropped or cut by `sequence_len`.
 
     Args:
-        dataset: Tokenized, with `prompt_ids`, `chosen_ids` and `rejected_ids`.
-        max_length: Tokens that a sequence may have.
+        dataset_name: `train` or `eval`, for messages.
+        before: The data set before TRL tokenized it.
+        prepared: The tokenized data set. Other types than `Dataset` are not checked.
+        max_length: Most tokens of a sequence; None: no limit.
+
+    Raises:
+        ValueError: See `check_tokens`.
     """
-    count = 0
-    for table in _tables(dataset, IDS):
-        prompt, chosen, rejected = _lengths(table)
-        count += int((prompt + chosen.clip(rejected) > max_length).sum())
-    return count
-
-
-def scored_lengths(dataset: Dataset, max_length: int | None) -> np.ndarray:
-    """Tokens of both answers that are scored, of each pair; shape (pairs,).
-
-    Args:
-        dataset: Tokenized, with `prompt_ids`, `chosen_ids` and `rejected_ids`.
-        max_length: Tokens that a sequence keeps; None: all.
-    """
-    found = []
-    for table in _tables(dataset, IDS):
-        prompt, *answers = _lengths(table)
-        room = np.iinfo(int).max if max_length is None else max_length - prompt
-        unseen = prompt == 0  # no position predicts the first token of a sequence
-        found.append(sum(np.minimum(answer, room) - unseen for answer in answers))
-    return np.concatenate(found)
-
-
-def token_rows(dataset: Dataset) -> Iterator[list[np.ndarray]]:
-    """Tokens of prompt, chosen and rejected of each pair."""
-    for table in _tables(dataset, IDS):
-        columns = [table[name].combine_chunks() for name in IDS]
-        ends = [column.offsets.to_numpy() for column in columns]
-        flat = [column.values.to_numpy() for column in columns]
-        for row in range(len(table)):
-            yield [x[e[row] : e[row + 1]] for x, e in zip(flat, ends, strict=True)]
-
-
-def _lengths(table: Any) -> list[np.ndarray]:
-    """Tokens of prompts, chosen and rejected, each of shape (pairs,)."""
-    return [pc.list_value_length(table[name]).to_numpy() for name in IDS]
-
-
-def _tables(dataset: Dataset, columns: list[str]) -> Iterator[Any]:
-    return dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000)
+    if not isinstance(prepared, Dataset):
+        return
+    check_tokens(dataset_name, prepared)
+    if max_length is None:
+        return
+    dropped, truncated = len(before) - len(prepared), long_pairs(prepared, max_length)
+    if dropped or truncated:
+        LOG.warning(
+            f"{dataset_name} set, `sequence_len: {max_length}`: "
+            f"{dropped} of {len(before)} pairs dropped (the prompt alone "
+            f"fills it), {truncated} truncated (an answer ends after it)."
+        )

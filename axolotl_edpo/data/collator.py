@@ -1,155 +1,157 @@
-"""TRL's collator, and the rows made of what it returns.
+"""`PairCollator`: TRL's collator, with packed rows in addition.
 
-Truncation, padding and masks are TRL's. Packed rows are laid from lists of tokens: of
-pairs that need no truncation TRL's collator would only make tensors. Both on the CPU,
-where lengths are known without asking the GPU.
+TRL truncates, pads and computes the masks. A packed row is built from lists of tokens;
+TRL's collator runs only for pairs that must be truncated. Everything runs on the CPU,
+so the lengths are known without waiting for the GPU.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from axolotl.utils.collators.dpo import AxolotlDPODataCollatorWithPadding
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from .packing import (
-    Completions,
-    Pair,
-    TokenSequence,
-    deal,
-    pack_pairs,
-    pairs_of,
-    select_completions,
-)
-
-
-@dataclass
-class Examples:
-    """Pairs of a micro-batch, as the data loader hands them over.
-
-    A class of its own: accelerate would walk through a list.
-    """
-
-    pairs: list[dict[str, Any]]
+from .completions import Completions, select_completions
+from .layout import Batch, Examples
+from .packing import Pair, TokenSequence, balance_by_tokens, pack_pairs, pairs_of
 
 
 def keep_examples(pairs: list[dict[str, Any]]) -> dict[str, Examples]:
-    """Collates nothing yet."""
+    """Collator of the data loader: passes the pairs on; they are laid out later."""
     return {"examples": Examples(pairs)}
 
 
 def pairs_in(batch: Mapping[str, Any]) -> int:
-    """Pairs that a laid batch scores."""
+    """Number of pairs that a laid-out batch scores."""
     return len(batch["lengths"]) // 2
 
 
 @dataclass
 class PairCollator(DataCollatorForPreference):
-    """Batches of pairs, ready for the model.
+    """Lays out pairs as batches for the model.
 
     Attributes:
-        packs: One row without padding, instead of a row per sequence.
-        shares: With `packs`: what chosen and rejected have in common at their start is
-            in the row once.
+        packs: Whether a batch is one row without padding, instead of a row per
+            sequence.
+        shares: With `packs`: whether the prefix that chosen and rejected share is in
+            the row once.
     """
 
     packs: bool = False
     shares: bool = False
 
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """One micro-batch.
+    def torch_call(self, examples: list[dict[str, Any]]) -> Batch:  # type: ignore[override]
+        """Lays out one micro-batch.
 
         Args:
-            examples: `prompt_ids`, `chosen_ids` and `rejected_ids` of each pair. A rank
-                may have none left: its batch is a short row that scores nothing, as all
-                ranks of an engine have to run.
+            examples: `prompt_ids`, `chosen_ids` and `rejected_ids` of each pair.
+                Without pairs the batch is short and scores nothing: an engine needs
+                every rank to run a forward.
 
         Returns:
-            The model's inputs, the fields of `Completions`, `chosen_tokens`: how many
-            of the scored tokens are chosen, and `num_tokens`: tokens of all sequences,
-            whether padded, packed or shared; and the `examples`.
+            The entries of `Batch`; `position_ids` and `segments` only if it is packed.
         """
         if not examples:
-            return self._blank()
+            return self._empty_batch()
         if self.packs:
             return self._packed(examples, self._pairs(examples))
         return self._padded(examples)
 
-    def deal(self, step: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-        """The pairs of an optimizer step over its micro-batches, evenly by tokens.
+    def balance(self, step: list[list[dict[str, Any]]]) -> list[Batch]:
+        """Spreads the pairs of an optimizer step over its micro-batches, by tokens.
 
         Args:
             step: The pairs of each micro-batch.
 
         Returns:
-            As many batches, ready for the model.
+            A batch per micro-batch. All have about the same number of tokens.
         """
         examples = [example for micro_batch in step for example in micro_batch]
         pairs = self._pairs(examples)
-        dealt = deal([pair.tokens for pair in pairs], len(step))
+        balanced = balance_by_tokens([pair.tokens for pair in pairs], len(step))
         return [
-            self._of([examples[i] for i in own], [pairs[i] for i in own])
-            for own in dealt
+            self._lay_out([examples[i] for i in items], [pairs[i] for i in items])
+            for items in balanced
         ]
 
-    def _of(self, examples: list[dict[str, Any]], pairs: list[Pair]) -> dict[str, Any]:
+    def _lay_out(self, examples: list[dict[str, Any]], pairs: list[Pair]) -> Batch:
         if examples and self.packs:
             return self._packed(examples, pairs)
         return self.torch_call(examples)
 
-    def _blank(self) -> dict[str, Any]:
+    def _empty_batch(self) -> Batch:
+        """A batch of one pair of padding tokens, of which none is scored."""
         token = [self.pad_token_id]
-        batch = self.torch_call(
-            [{"prompt_ids": token, "chosen_ids": token, "rejected_ids": token}]
-        )
-        nothing = {name: batch[name][:0] for name in Completions._fields}
-        counts = {"chosen_tokens": 0, "num_tokens": 0}
-        return {**batch, **nothing, **counts, "examples": Examples([])}
+        padding = {"prompt_ids": token, "chosen_ids": token, "rejected_ids": token}
+        batch: Any = self.torch_call([padding])
+        for name in Completions._fields:
+            batch[name] = batch[name][:0]
+        return {**batch, "chosen_tokens": 0, "num_tokens": 0, "examples": Examples([])}
 
     def _pairs(self, examples: list[dict[str, Any]]) -> list[Pair]:
-        """Prompts and answers put together, and truncated as TRL does it."""
+        """The pairs of some examples. TRL's collator truncates the long ones."""
         long = [example for example in examples if self._is_long(example)]
-        cut = pairs_of(super().torch_call(long), self.shares) if long else []
-        truncated = iter(cut)
+        truncated = iter(
+            pairs_of(super().torch_call(long), self.shares) if long else []
+        )
         return [
             next(truncated) if self._is_long(example) else self._pair(example)
             for example in examples
         ]
 
     def _is_long(self, example: dict[str, Any]) -> bool:
-        """Whether TRL truncates it."""
+        """Whether TRL truncates a sequence of this pair."""
         if self.max_length is None:
             return False
-        answer = max(len(example["chosen_ids"]), len(example["rejected_ids"]))
-        return len(example["prompt_ids"]) + answer > self.max_length
+        completion = max(len(example["chosen_ids"]), len(example["rejected_ids"]))
+        return len(example["prompt_ids"]) + completion > self.max_length
 
     def _pair(self, example: dict[str, Any]) -> Pair:
         prompt = example["prompt_ids"]
         chosen, rejected = (
-            TokenSequence(prompt + example[answer], len(prompt))
-            for answer in ("chosen_ids", "rejected_ids")
+            TokenSequence(prompt + example[completion], len(prompt))
+            for completion in ("chosen_ids", "rejected_ids")
         )
-        return Pair.of(chosen, rejected, self.shares)
+        return Pair.from_sequences(chosen, rejected, self.shares)
 
-    def _packed(
-        self, examples: list[dict[str, Any]], pairs: list[Pair]
-    ) -> dict[str, Any]:
+    def _packed(self, examples: list[dict[str, Any]], pairs: list[Pair]) -> Batch:
+        sequences = [sequence for pair in pairs for sequence in pair[:2]]
         return {
             **pack_pairs(pairs, self.pad_token_id, self.pad_to_multiple_of),
             "chosen_tokens": sum(pair.chosen.scored for pair in pairs),
-            "num_tokens": sum(len(one.ids) for pair in pairs for one in pair[:2]),
+            "num_tokens": sum(len(sequence.ids) for sequence in sequences),
             "examples": Examples(examples),
         }
 
-    def _padded(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    def _padded(self, examples: list[dict[str, Any]]) -> Batch:
         padded = super().torch_call(examples)
         ids, mask = padded["input_ids"], padded["attention_mask"]
-        completions = select_completions(ids, padded["completion_mask"])
+        positions, targets, lengths = select_completions(ids, padded["completion_mask"])
         return {
             "input_ids": ids,
             "attention_mask": mask,
             "copies": mask,
-            **completions._asdict(),
-            "chosen_tokens": int(completions.lengths.chunk(2)[0].sum()),
+            "positions": positions,
+            "targets": targets,
+            "lengths": lengths,
+            "chosen_tokens": int(lengths.chunk(2)[0].sum()),
             "num_tokens": int(mask.sum()),
             "examples": Examples(examples),
         }
+
+
+def trl_collator(args: Any, collator: Any) -> Any:
+    """Replaces axolotl's collator, whose batches have an old format, by TRL's.
+
+    Args:
+        args: TRL's arguments. `pad_to_multiple_of` is copied into them.
+        collator: The collator that axolotl passes to the trainer.
+
+    Returns:
+        None, for which TRL makes its collator; or `collator`, if it is not axolotl's.
+    """
+    if not isinstance(collator, AxolotlDPODataCollatorWithPadding):
+        return collator
+    args.pad_to_multiple_of = collator.pad_to_multiple_of
+    return None

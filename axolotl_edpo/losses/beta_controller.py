@@ -1,18 +1,22 @@
-"""β as trainer state: one controller per `edpo_control`, all with the same few moves.
+"""The controllers of β: one for each `edpo_control`, all with the same methods.
 
-    epsilon       ε-DPO: every pair a β̃ of its own; β is their mean, step by step
-    fixed         DPO: β₀ throughout
-    batch_margin  β-DPO: β of a step by the mean margin of its pairs, against its
-                  moving average M₀ (Wu et al., https://arxiv.org/abs/2407.08639)
+    epsilon       ε-DPO: β is the mean of β̃ over the pairs of the previous step
+    fixed         DPO: β is always β₀
+    batch_margin  β-DPO: β of a step depends on how far the mean margin of its pairs is
+                  from a moving average M₀ (Wu et al., https://arxiv.org/abs/2407.08639)
 
-    settings      what the recipe says, never changes
-    state         β, and what the next one is made of
+A controller has settings, which come from the recipe and never change. It has state: β
+and the few numbers from which the next β is computed.
 
-A step is `begin` where β follows margins, `observe` per micro-batch, `pair_betas` for
-the loss, and `advance` at its end, by what all ranks `observed`. State is small and
-explicit, as of a learning-rate plateau controller, and the same on every rank to the
-last bit: counts are integers, and sums of margins are rounded once (`math.fsum`), in
-whatever order they come.
+The trainer calls these methods in every optimizer step:
+
+    begin                  once, `batch_margin` only
+    pair_betas, observe    for each micro-batch
+    advance                at the end, with the counts of all ranks
+    discard                instead of `advance`, if the optimizer skipped its step
+
+The state is bitwise the same on every rank, and does not depend on the order of the
+pairs. Counts are integers, and a sum of margins is rounded only once, at its end.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +27,7 @@ from typing import Any, Literal
 
 import torch
 
-from . import edpo as loss
+from . import edpo
 from .edpo import BetaMean
 
 Control = Literal["epsilon", "fixed", "batch_margin"]
@@ -31,16 +35,17 @@ Control = Literal["epsilon", "fixed", "batch_margin"]
 
 @dataclass(frozen=True)
 class ControllerSettings:
-    """What the recipe says.
+    """The recipe's settings of β.
 
     Attributes:
         beta: β₀ > 0.
-        epsilon: ε of `epsilon`, 0 < ε < 1.
-        beta_mean: The mean of Eq. 6, of `epsilon`.
-        control: Which controller.
-        margin_weight: α of `batch_margin`, >= 0, per nat.
-        margin_momentum: Of its moving averages, from 0 to below 1.
-        margin_keep: ρ, the share of a step's pairs that it trains on, up to 1: all.
+        epsilon: ε of the control `epsilon`, 0 < ε < 1.
+        beta_mean: Kind of mean in Eq. 6, for the control `epsilon`.
+        control: `edpo_control`.
+        margin_weight: α of `batch_margin`, per nat, >= 0.
+        margin_momentum: Momentum of the moving averages of `batch_margin`, >= 0, < 1.
+        margin_keep: ρ of `batch_margin`: the share of a step's pairs that are trained
+            on, > 0, <= 1.
     """
 
     beta: float
@@ -52,11 +57,11 @@ class ControllerSettings:
     margin_keep: float = 1.0
 
     @classmethod
-    def of(cls, cfg: Any, beta: float) -> "ControllerSettings":
-        """Those of a recipe.
+    def from_config(cls, cfg: Any, beta: float) -> "ControllerSettings":
+        """The settings of a recipe.
 
         Args:
-            cfg: axolotl's config.
+            cfg: axolotl's config, validated.
             beta: β₀.
         """
         return cls(
@@ -71,26 +76,27 @@ class ControllerSettings:
 
 
 class BetaController:
-    """Holds β; nothing else does. This one is `fixed`, the others move it.
+    """The controller of `fixed`, and the base class of the others: β stays β₀.
 
     Args:
-        settings: Of the run.
+        settings: The recipe's settings.
 
     Attributes:
-        beta: β of the step, > 0.
-        epsilon: Perturbation that the head has to compute, or None.
+        settings: The recipe's settings.
+        beta: β of the current step, > 0.
+        epsilon: The perturbation ε of `token_stats`; None: no perturbed policies.
     """
 
     epsilon: float | None = None
-    # the fields of the settings that this controller reads, beside β₀
-    _reads: tuple[str, ...] = ()
+    # Settings that a checkpoint holds, in addition to β₀ and the control.
+    _saved_settings: tuple[str, ...] = ()
 
     def __init__(self, settings: ControllerSettings):
         self.settings = settings
         self.reset()
 
     def pair_betas(self, steps: torch.Tensor) -> torch.Tensor:
-        """β̃ of each pair.
+        """β̃ of each pair. In this class β̃ is β.
 
         Args:
             steps: Shape (pairs,), int64, values in {-1, 0, +1}.
@@ -101,78 +107,86 @@ class BetaController:
         return torch.full_like(steps, self.beta, dtype=torch.float32)
 
     def observe(self, steps: torch.Tensor) -> None:
-        """Takes note of one micro-batch; stays on the device, does not sync.
+        """Records the steps of a micro-batch, without waiting for the GPU.
 
         Args:
             steps: Shape (pairs,), int64, values in {-1, 0, +1}.
         """
 
     def observed(self) -> list[torch.Tensor]:
-        """What was observed since the last step, as counts to sum over all ranks.
+        """What this rank recorded since the last `advance` or `discard`.
+
+        The caller sums each count over all ranks.
 
         Returns:
-            Numbers, int64, as many on a rank that observed no pairs.
+            Scalars, int64. A controller always returns the same number of them.
         """
         return []
 
     def advance(self, counts: Sequence[int]) -> None:
-        """At the end of an optimizer step.
+        """Sets β for the next optimizer step.
 
         Args:
-            counts: The sums of `observed` over all ranks.
+            counts: The counts of `observed`, summed over all ranks.
         """
 
     def discard(self) -> None:
-        """Forgets what was observed: the optimizer skipped its step."""
+        """Forgets the recorded counts: the optimizer skipped its step."""
 
     def reference_moved(self, share: float) -> None:
-        """The reference took over a share of the policy, from 0 to 1 (TR-DPO)."""
+        """Adapts the state to a reference that moved towards the policy (TR-DPO).
+
+        Args:
+            share: Weight of the policy in the new reference, from 0 to 1.
+        """
 
     def reset(self) -> None:
-        """Back to the start of a run."""
+        """Returns to the state at the start of a run."""
         self.beta = self.settings.beta
 
     def metrics(self) -> dict[str, float]:
-        """What is logged of a step, before it advances."""
+        """The values to log for this step, by name. Call it before `advance`."""
         return {"kl/beta": self.beta}
 
     def state_dict(self) -> dict[str, Any]:
-        """State and settings, as plain JSON values."""
-        return {"beta": self.beta, **self._settings()}
+        """β and the settings, as JSON values."""
+        return {"beta": self.beta, **self._settings_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
-        """Takes the state of a checkpoint; the settings stay the recipe's.
+        """Loads the state of a checkpoint. The settings stay those of the recipe.
 
-        Of another control's nothing is taken: β is β₀ again.
+        If the checkpoint has another control, no state is loaded, and β is β₀.
 
         Args:
             state: What `state_dict` returned.
 
         Returns:
-            One line per setting in which checkpoint and recipe differ.
+            One line for each setting that differs between checkpoint and recipe.
         """
         self.reset()
-        state = {"control": "epsilon", **state}  # the only one there was
+        # old checkpoints name no control: there was only `epsilon`
+        state = {"control": "epsilon", **state}
         if state["control"] == self.settings.control:
             self._load(state)
         return [
             f"{key} was {state.get(key)} in the checkpoint and is {value} now"
-            for key, value in self._settings().items()
+            for key, value in self._settings_dict().items()
             if state.get(key) != value
         ]
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        """Nothing: β is the recipe's."""
+        """Loads nothing: β is always β₀."""
 
-    def _settings(self) -> dict[str, Any]:
-        said = {key: getattr(self.settings, key) for key in ("control", *self._reads)}
-        return {"initial_beta": self.settings.beta, **said}
+    def _settings_dict(self) -> dict[str, Any]:
+        names = ("control", *self._saved_settings)
+        settings = {name: getattr(self.settings, name) for name in names}
+        return {"initial_beta": self.settings.beta, **settings}
 
 
 class EpsilonController(BetaController):
-    """β is the mean of the pairs' β̃ of the step before (Eq. 6)."""
+    """ε-DPO: β is the mean of β̃ over the pairs of the previous step (Eq. 6)."""
 
-    _reads = ("epsilon", "beta_mean")
+    _saved_settings = ("epsilon", "beta_mean")
     _counts: torch.Tensor | None
 
     def __init__(self, settings: ControllerSettings):
@@ -180,32 +194,32 @@ class EpsilonController(BetaController):
         self.epsilon: float = settings.epsilon
 
     def pair_betas(self, steps: torch.Tensor) -> torch.Tensor:
-        """As BetaController's: β / (1 + ε s) (Eq. 5)."""
-        return loss.pair_betas(steps, self.beta, self.epsilon)
+        """β̃ = β / (1 + ε s) (Eq. 5); shape (pairs,), float32."""
+        return edpo.pair_betas(steps, self.beta, self.epsilon)
 
     def observe(self, steps: torch.Tensor) -> None:
-        """As BetaController's: counts steps."""
+        """Counts the values -1, 0 and +1 in `steps`: shape (pairs,), int64."""
         counts = torch.stack([(steps == s).sum() for s in (-1, 0, 1)])
         self._counts = counts if self._counts is None else self._counts + counts
 
     def observed(self) -> list[torch.Tensor]:
-        """As BetaController's: pairs of each step."""
+        """The numbers of pairs with step -1, 0 and +1."""
         counts = self._counts
         return [*(torch.zeros(3, dtype=torch.int64) if counts is None else counts)]
 
     def advance(self, counts: Sequence[int]) -> None:
-        """As BetaController's: by the pairs of the step."""
-        self.beta = loss.next_beta(
+        """Sets β to the mean of β̃, from the numbers of pairs with step -1, 0 and +1."""
+        self.beta = edpo.next_beta(
             self.beta, self.epsilon, counts, self.settings.beta_mean
         )
         self.discard()
 
     def discard(self) -> None:
-        """As BetaController's."""
+        """Forgets the counts."""
         self._counts = None
 
     def reset(self) -> None:
-        """As BetaController's."""
+        """Sets β to β₀ and forgets the counts."""
         super().reset()
         self.discard()
 
@@ -213,56 +227,83 @@ class EpsilonController(BetaController):
         self.beta = float(state["beta"])
 
 
-class MarginController(BetaController):
-    """β of a step by the margins of its own pairs; between steps, as in evaluation, β₀.
-
-    A step's margins are in the averages that it is compared with, as in the authors'
-    code, and the averages begin with those of the first step.
+@dataclass(frozen=True)
+class MarginAverages:
+    """The moving averages of β-DPO over the steps so far.
 
     Attributes:
-        average: M₀, moving average of the mean margin, nats.
-        deviation: σ, moving average of the margins' standard deviation, nats.
+        mean: M₀, of the mean margin of a step, nats.
+        deviation: σ, of the standard deviation of a step's margins, nats.
     """
 
-    _reads = ("margin_weight", "margin_momentum", "margin_keep")
+    mean: float
+    deviation: float
+
+
+class MarginController(BetaController):
+    """β-DPO: β of a step is computed from the margins of the pairs of that step.
+
+    Between steps β is β₀; evaluation uses this value. The margins of a step are first
+    added to the moving averages and then compared with them, as in the authors' code.
+    The first step sets the averages.
+
+    Attributes:
+        average: M₀, moving average of a step's mean margin, nats; None before the
+            first step.
+        deviation: σ, moving average of the standard deviation of a step's margins,
+            nats; None before the first step.
+    """
+
+    _saved_settings = ("margin_weight", "margin_momentum", "margin_keep")
     average: float | None
     deviation: float | None
-    _begun: tuple[float, float] | None
+    # The averages that include the current step; None between steps.
+    _begun: MarginAverages | None
 
     @property
     def filters(self) -> bool:
-        """Whether pairs may be left out."""
+        """Whether a step trains on only a part of its pairs."""
         return self.settings.margin_keep < 1
 
     @property
     def has_begun(self) -> bool:
-        """Whether β of this step is known."""
+        """Whether `begin` has set β for the current step."""
         return self._begun is not None
 
-    def begin(self, pairs: Sequence[tuple[float, float]]) -> list[bool]:
-        """β of a step, before its losses.
+    def begin(self, margins: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Sets β of a step. Call it before the losses of the step.
+
+        Without pairs it changes nothing.
 
         Args:
-            pairs: Of all pairs of the step on all ranks, the margin (log π_θ - log
-                π_ref of chosen minus that of rejected, nats, finite), and the Gumbel
-                noise by which the filter draws.
+            margins: Shape (pairs,), float64, nats, finite: log π_θ - log π_ref of
+                chosen minus that of rejected, for all pairs of the step on all ranks.
+            noise: Shape (pairs,), float64: a Gumbel sample for each pair, for the
+                random choice of pairs. Not used unless `filters`.
 
         Returns:
-            For each pair, whether it is trained on.
+            Shape (pairs,), bool: which pairs are trained on.
         """
-        if not pairs:
-            return []
-        margins = [margin for margin, _ in pairs]
-        spread = stdev(margins) if len(margins) > 1 else 0.0
-        average = self._moved(self.average, _mean(margins))
-        deviation = self._moved(self.deviation, spread)
-        self._begun = average, deviation
-        kept = self._draw(pairs, average, deviation)
-        used = [m for m, is_kept in zip(margins, kept, strict=True) if is_kept]
-        self.beta = loss.batch_beta(
-            self.settings.beta, self.settings.margin_weight, _mean(used), average
+        if not len(margins):
+            return torch.zeros_like(margins, dtype=torch.bool)
+        averages = self._averages_with(margins.tolist())
+        kept = self._draw(margins, noise, averages)
+        mean = _mean(margins[kept].tolist())
+        settings = self.settings
+        self.beta = edpo.batch_beta(
+            settings.beta, settings.margin_weight, mean, averages.mean
         )
+        self._begun = averages
         return kept
+
+    def _averages_with(self, margins: Sequence[float]) -> MarginAverages:
+        """The moving averages, with the margins of this step added."""
+        # stdev sums exactly, like fsum: the order of the pairs does not matter
+        deviation = stdev(margins) if len(margins) > 1 else 0.0
+        return MarginAverages(
+            self._moved(self.average, _mean(margins)),
+            self._moved(self.deviation, deviation),
+        )
 
     def _moved(self, average: float | None, value: float) -> float:
         if average is None:
@@ -270,55 +311,63 @@ class MarginController(BetaController):
         momentum = self.settings.margin_momentum
         return momentum * average + (1 - momentum) * value
 
-    def _draw(self, pairs, average: float, deviation: float) -> list[bool]:
-        """Without replacement, with weights exp(-(margin - M₀)²/2σ²).
+    def _draw(
+        self, margins: torch.Tensor, noise: torch.Tensor, averages: MarginAverages
+    ) -> torch.Tensor:
+        """Draws pairs without replacement, with weights exp(-(margin - M₀)²/2σ²).
 
-        The largest sums of log-weight and Gumbel noise are such a draw; it depends on
-        neither the order of the pairs nor the rank that has them.
+        It takes the pairs with the largest sums of log-weight and Gumbel noise (the
+        Gumbel-top-k trick). So every rank draws the same pairs, in whatever order.
+
+        Returns:
+            Shape (pairs,), bool.
         """
         if not self.filters:
-            return [True] * len(pairs)
-        count = max(int(len(pairs) * self.settings.margin_keep), 1)
-        keys = [
-            noise - ((margin - average) / deviation) ** 2 / 2 if deviation else noise
-            for margin, noise in pairs
-        ]
-        best = {*sorted(range(len(keys)), key=lambda i: -keys[i])[:count]}
-        return [i in best for i in range(len(keys))]
+            return torch.ones_like(margins, dtype=torch.bool)
+        keys = noise
+        if averages.deviation:
+            scores = (margins - averages.mean) / averages.deviation
+            keys = noise - scores.square() / 2
+        count = max(int(len(keys) * self.settings.margin_keep), 1)
+        kept = torch.zeros_like(keys, dtype=torch.bool)
+        # among equal keys, a stable sort chooses alike on every rank; topk may not
+        kept[keys.argsort(descending=True, stable=True)[:count]] = True
+        return kept
 
     def advance(self, counts: Sequence[int]) -> None:
-        """As BetaController's: the averages of the step count from now on."""
+        """Keeps the averages that include this step, and sets β to β₀."""
         if self._begun is not None:
-            self.average, self.deviation = self._begun
+            self.average, self.deviation = self._begun.mean, self._begun.deviation
         self.discard()
 
     def discard(self) -> None:
-        """As BetaController's."""
+        """Forgets the averages that include this step, and sets β to β₀."""
         self._begun = None
         self.beta = self.settings.beta
 
     def reference_moved(self, share: float) -> None:
-        """As BetaController's: margins, from the new reference, are smaller.
+        """Multiplies both averages with 1 - share.
 
-        To 1 - share of what they were: exact for 1, and to first order for less.
+        Margins shrink by this factor when the reference moves towards the policy. The
+        factor is exact for a share of 1, else a first-order approximation.
         """
         if self.average is not None and self.deviation is not None:
             self.average *= 1 - share
             self.deviation *= 1 - share
 
     def reset(self) -> None:
-        """As BetaController's."""
+        """Forgets the averages, and sets β to β₀."""
         self.average = self.deviation = None
         self.discard()
 
     def metrics(self) -> dict[str, float]:
-        """As BetaController's, and M₀."""
+        """`kl/beta`, and within a step M₀ as `kl/margin_average`."""
         if self._begun is None:
             return super().metrics()
-        return {**super().metrics(), "kl/margin_average": self._begun[0]}
+        return {**super().metrics(), "kl/margin_average": self._begun.mean}
 
     def state_dict(self) -> dict[str, Any]:
-        """As BetaController's."""
+        """β, both averages and the settings, as JSON values."""
         averages = {"average": self.average, "deviation": self.deviation}
         return {**super().state_dict(), **averages}
 
@@ -333,8 +382,8 @@ CONTROLLERS: dict[Control, type[BetaController]] = {
 }
 
 
-def controller_of(settings: ControllerSettings) -> BetaController:
-    """The controller that a recipe asks for."""
+def make_controller(settings: ControllerSettings) -> BetaController:
+    """A controller for `settings.control`, with the state of a new run."""
     return CONTROLLERS[settings.control](settings)
 
 

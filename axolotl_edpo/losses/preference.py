@@ -1,10 +1,11 @@
-"""The losses that `dpo_loss_type` names, with a β of its own for every pair.
+"""The losses of `dpo_loss_type`, with one β per pair.
 
-With w and l the log-ratios log π_θ - log π_ref of chosen and rejected answer, summed
-over their |w| and |l| tokens, β the pair's own β̃ and α `dpo_label_smoothing`:
+w and l are the log-ratios log π_θ - log π_ref of the chosen and the rejected answer.
+Each is a sum over the tokens of its answer; |w| and |l| are the numbers of tokens. β is
+the β̃ of the pair, and α is `dpo_label_smoothing`:
 
     sigmoid        -(1-α) log σ(β(w - l)) - α log σ(-β(w - l))     DPO, 2305.18290
-    robust         the same with -α/(1-2α) for α                   2403.00409
+    robust         `sigmoid` with -α/(1-2α) in place of α          2403.00409
     hinge          max(0, 1 - β(w - l))                            SLiC, 2305.10425
     ipo            (w/|w| - l/|l| - 1/(2β))²                       IPO, 2310.12036
     sigmoid_norm   -log σ(β(w/|w| - l/|l|))                        Tülu 3, 2411.15124
@@ -13,12 +14,12 @@ over their |w| and |l| tokens, β the pair's own β̃ and α `dpo_label_smoothin
     bco_pair       -log σ(βw) - log σ(-βl)                         BCO, 2404.04656
     sppo_hard      (w - 1/(2β))² + (l + 1/(2β))²                   SPPO, 2405.00675
     apo_zero       1 - σ(βw) + σ(βl)                               APO, 2408.06266
-    apo_down       σ(βw) + 1 - σ(β(w - l))                         the same
-    discopop       logistic and exponential loss, blended          2406.08414
+    apo_down       σ(βw) + 1 - σ(β(w - l))                         APO, 2408.06266
+    discopop       -(1-g) log σ(x) + g e^-x, x = β(w - l), g = σ(x/τ)     2406.08414
     sft            -log π_θ of the chosen answers, per token       RPO, 2404.19733
 
-Numbers are those of arXiv. Where all β are equal, each is what TRL computes; only
-TRL's `sigmoid` leaves α out. `sft` has no β and stands beside one that has.
+The numbers are arXiv's. If all pairs have the same β, the losses are those of TRL, with
+one exception: TRL's `sigmoid` ignores α. `sft` has no β, so it cannot be the only loss.
 """
 
 import math
@@ -33,16 +34,16 @@ from ..errors import refuse
 from .edpo import preference_loss
 
 SFT = "sft"
-# The blend's temperature: TRL's default, and axolotl has no key for it.
+# τ of `discopop`: TRL's default. axolotl has no key for it.
 DISCOPOP_TAU = 0.05
 
 
 class Answers(NamedTuple):
-    """What a loss knows of its pairs; each of shape (pairs,).
+    """What a loss needs of the answers of each pair. Every field has shape (pairs,).
 
     Attributes:
         chosen: log π_θ - log π_ref of the chosen answer, nats, with gradient.
-        rejected: The same of the rejected one.
+        rejected: log π_θ - log π_ref of the rejected answer, nats, with gradient.
         chosen_tokens: Tokens of the chosen answer.
         rejected_tokens: Tokens of the rejected answer.
         betas: β̃ of each pair, no gradient.
@@ -55,83 +56,102 @@ class Answers(NamedTuple):
     betas: torch.Tensor
 
     @classmethod
-    def of(
+    def from_sequences(
         cls, log_ratios: torch.Tensor, lengths: torch.Tensor, betas: torch.Tensor
     ) -> "Answers":
-        """Of a batch of sequences, all chosen, then all rejected.
+        """Splits the values of sequences: all chosen, then all rejected.
 
         Args:
-            log_ratios: Shape (2 x pairs,), nats.
-            lengths: Shape (2 x pairs,), tokens.
-            betas: Shape (pairs,).
+            log_ratios: log π_θ - log π_ref, shape (2 x pairs,), nats.
+            lengths: Tokens of each answer, shape (2 x pairs,).
+            betas: β̃ of each pair, shape (pairs,).
         """
-        (chosen, rejected), tokens = log_ratios.chunk(2), lengths.chunk(2)
-        return cls(chosen, rejected, tokens[0], tokens[1], betas)
+        chosen, rejected = log_ratios.chunk(2)
+        chosen_tokens, rejected_tokens = lengths.chunk(2)
+        return cls(chosen, rejected, chosen_tokens, rejected_tokens, betas)
 
     @property
     def margins(self) -> torch.Tensor:
-        """chosen - rejected, nats."""
+        """Log-ratio of chosen minus that of rejected, nats; shape (pairs,)."""
         return self.chosen - self.rejected
 
     @property
+    def chosen_rewards(self) -> torch.Tensor:
+        """β̃ times the log-ratio of chosen; shape (pairs,)."""
+        return self.betas * self.chosen
+
+    @property
+    def rejected_rewards(self) -> torch.Tensor:
+        """β̃ times the log-ratio of rejected; shape (pairs,)."""
+        return self.betas * self.rejected
+
+    @property
+    def reward_margins(self) -> torch.Tensor:
+        """β̃ times the margin; shape (pairs,)."""
+        return self.betas * self.margins
+
+    @property
     def mean_margins(self) -> torch.Tensor:
-        """The same of means per token."""
+        """The margin of log-ratios per token, nats per token; shape (pairs,)."""
         chosen = self.chosen / self.chosen_tokens.clamp(min=1)
         return chosen - self.rejected / self.rejected_tokens.clamp(min=1)
 
 
-def _sigmoid(a: Answers, smoothing: float) -> torch.Tensor:
-    return preference_loss(a.margins, a.betas, smoothing)
+def _sigmoid(answers: Answers, smoothing: float) -> torch.Tensor:
+    return preference_loss(answers.margins, answers.betas, smoothing)
 
 
-def _robust(a: Answers, smoothing: float) -> torch.Tensor:
-    return preference_loss(a.margins, a.betas, -smoothing / (1 - 2 * smoothing))
+def _robust(answers: Answers, smoothing: float) -> torch.Tensor:
+    robust_smoothing = -smoothing / (1 - 2 * smoothing)
+    return preference_loss(answers.margins, answers.betas, robust_smoothing)
 
 
-def _hinge(a: Answers, smoothing: float) -> torch.Tensor:
-    return F.relu(1 - a.betas * a.margins)
+def _hinge(answers: Answers, smoothing: float) -> torch.Tensor:
+    return F.relu(1 - answers.reward_margins)
 
 
-def _ipo(a: Answers, smoothing: float) -> torch.Tensor:
-    return (a.mean_margins - 0.5 / a.betas) ** 2
+def _ipo(answers: Answers, smoothing: float) -> torch.Tensor:
+    return (answers.mean_margins - 0.5 / answers.betas) ** 2
 
 
-def _sigmoid_norm(a: Answers, smoothing: float) -> torch.Tensor:
-    return preference_loss(a.mean_margins, a.betas)
+def _sigmoid_norm(answers: Answers, smoothing: float) -> torch.Tensor:
+    return preference_loss(answers.mean_margins, answers.betas)
 
 
-def _exo_pair(a: Answers, smoothing: float) -> torch.Tensor:
-    x = a.betas * a.margins
+def _exo_pair(answers: Answers, smoothing: float) -> torch.Tensor:
+    x = answers.reward_margins
     right = F.logsigmoid(x) - math.log1p(-smoothing)
     wrong = F.logsigmoid(-x) - math.log(smoothing)
     return x.sigmoid() * right + (-x).sigmoid() * wrong
 
 
-def _nca_pair(a: Answers, smoothing: float) -> torch.Tensor:
-    chosen, rejected = a.betas * a.chosen, a.betas * a.rejected
-    pushed = F.logsigmoid(-chosen) + F.logsigmoid(-rejected)
-    return -F.logsigmoid(chosen) - 0.5 * pushed
+def _nca_pair(answers: Answers, smoothing: float) -> torch.Tensor:
+    chosen, rejected = answers.chosen_rewards, answers.rejected_rewards
+    lowered = F.logsigmoid(-chosen) + F.logsigmoid(-rejected)
+    return -F.logsigmoid(chosen) - 0.5 * lowered
 
 
-def _bco_pair(a: Answers, smoothing: float) -> torch.Tensor:
-    return -F.logsigmoid(a.betas * a.chosen) - F.logsigmoid(-a.betas * a.rejected)
+def _bco_pair(answers: Answers, smoothing: float) -> torch.Tensor:
+    chosen, rejected = answers.chosen_rewards, answers.rejected_rewards
+    return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
 
 
-def _sppo_hard(a: Answers, smoothing: float) -> torch.Tensor:
-    goal = 0.5 / a.betas
-    return (a.chosen - goal) ** 2 + (a.rejected + goal) ** 2
+def _sppo_hard(answers: Answers, smoothing: float) -> torch.Tensor:
+    target = 0.5 / answers.betas
+    return (answers.chosen - target) ** 2 + (answers.rejected + target) ** 2
 
 
-def _apo_zero(a: Answers, smoothing: float) -> torch.Tensor:
-    return (-a.betas * a.chosen).sigmoid() + (a.betas * a.rejected).sigmoid()
+def _apo_zero(answers: Answers, smoothing: float) -> torch.Tensor:
+    # 1 - σ(x) = σ(-x)
+    return (-answers.chosen_rewards).sigmoid() + answers.rejected_rewards.sigmoid()
 
 
-def _apo_down(a: Answers, smoothing: float) -> torch.Tensor:
-    return (a.betas * a.chosen).sigmoid() + (-a.betas * a.margins).sigmoid()
+def _apo_down(answers: Answers, smoothing: float) -> torch.Tensor:
+    return answers.chosen_rewards.sigmoid() + (-answers.reward_margins).sigmoid()
 
 
-def _discopop(a: Answers, smoothing: float) -> torch.Tensor:
-    x = a.betas * a.margins
+def _discopop(answers: Answers, smoothing: float) -> torch.Tensor:
+    x = answers.reward_margins
     return torch.lerp(-F.logsigmoid(x), (-x).exp(), (x / DISCOPOP_TAU).sigmoid())
 
 
@@ -149,8 +169,9 @@ LOSSES: dict[str, Callable[[Answers, float], torch.Tensor]] = {
     "apo_down": _apo_down,
     "discopop": _discopop,
 }
+# Losses that use α.
 SMOOTHED = ("sigmoid", "robust", "exo_pair")
-# Losses of TRL in which a β per pair means nothing -> why.
+# Losses of TRL that cannot have a β per pair, with the reason.
 REFUSED = dict.fromkeys(
     ("aot", "aot_unpaired"),
     "it sorts the answers of a micro-batch, so that none has a β of its own",
@@ -158,20 +179,20 @@ REFUSED = dict.fromkeys(
 
 
 @dataclass(frozen=True)
-class LossSettings:
-    """What a recipe says of the loss.
+class PreferenceLoss:
+    """The loss of a recipe: a weighted sum of the losses in `types`.
 
     Attributes:
-        types: Names of LOSSES, or `sft`.
-        weights: One per type.
-        label_smoothing: α, 0 <= α < 0.5.
-        weighted: Whether pairs weigh as much as the policy is likely to write them
+        types: Names in LOSSES, or `sft`.
+        weights: Weight of each type in the sum, > 0.
+        label_smoothing: α, the assumed share of flipped labels, 0 <= α < 0.5.
+        weighted: Whether `wpo_weights` multiply the losses of pairs
             (`dpo_use_weighting`; WPO, arXiv 2406.11827).
-        ld_alpha: How much a token counts beyond the length of its pair's shorter
-            answer, 0 <= α <= 1 (`dpo_ld_alpha`; LD-DPO, arXiv 2409.06411).
+        ld_alpha: Weight of those tokens of the longer answer that are beyond the length
+            of the shorter one, from 0 to 1 (`dpo_ld_alpha`; LD-DPO, arXiv 2409.06411).
 
     Raises:
-        ValueError: If the loss would not be what they say.
+        ValueError: If a type is unknown, or if two settings contradict each other.
     """
 
     types: tuple[str, ...] = ("sigmoid",)
@@ -195,17 +216,17 @@ class LossSettings:
 
     @property
     def sft_weight(self) -> float:
-        """Weight of `sft`, 0 without it."""
+        """Weight of `sft` in the sum; 0 if it is not in `types`."""
         return self._weights().get(SFT, 0.0)
 
     def losses(self, answers: Answers) -> torch.Tensor:
-        """Weighted sum of all types but `sft`.
+        """Weighted sum of all types except `sft`, for each pair.
 
         Args:
-            answers: Of some pairs.
+            answers: The log-ratios, lengths and β̃ of the pairs.
 
         Returns:
-            Shape (pairs,).
+            Shape (pairs,), with gradient.
         """
         losses = torch.zeros_like(answers.chosen)
         for name, weight in self._weights().items():
@@ -213,11 +234,13 @@ class LossSettings:
                 losses = losses + weight * LOSSES[name](answers, self.label_smoothing)
         return losses
 
-    def counted(self, values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Values of tokens, times how much each token counts.
+    def token_weighted(
+        self, values: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """Multiplies the value of each token with its weight, see `tail_weights`.
 
         Args:
-            values: Shape (tokens,), all chosen, then all rejected answers.
+            values: Shape (tokens,): tokens of all chosen, then of all rejected answers.
             lengths: Shape (2 x pairs,), tokens of each answer.
 
         Returns:
@@ -232,11 +255,11 @@ class LossSettings:
 
 
 def wpo_weights(relative_logps: torch.Tensor) -> torch.Tensor:
-    """How much each pair weighs, by how likely the policy is to write it (WPO, Eq. 2).
+    """Weight of each pair: larger if the policy is likely to write it (WPO, Eq. 2).
 
     Args:
-        relative_logps: Shape (2 x pairs,), all chosen, then all rejected: the mean over
-            an answer's tokens of log p(y) - log Σ_v p(v)², p the policy.
+        relative_logps: Shape (2 x pairs,), nats, all chosen, then all rejected: the
+            mean over an answer's tokens of log p(y) - log Σ_v p(v)², with p the policy.
 
     Returns:
         Shape (pairs,), above 0, no gradient.
@@ -246,22 +269,23 @@ def wpo_weights(relative_logps: torch.Tensor) -> torch.Tensor:
 
 
 def tail_weights(lengths: torch.Tensor, tokens: int, alpha: float) -> torch.Tensor:
-    """1 up to the length of a pair's shorter answer, α beyond it (LD-DPO).
+    """Weight of each token: 1 up to the length of the shorter answer, then α (LD-DPO).
 
     Args:
-        lengths: Shape (2 x pairs,), tokens of all chosen, then of all rejected answers.
-        tokens: Their sum.
-        alpha: 0 <= α <= 1.
+        lengths: Shape (2 x pairs,): tokens of each answer, all chosen, then all
+            rejected.
+        tokens: The sum of `lengths`.
+        alpha: α, 0 <= α <= 1.
 
     Returns:
         Shape (tokens,), float32.
     """
     chosen, rejected = lengths.chunk(2)
     ends = lengths.cumsum(0)
-    shared = ends - lengths + torch.minimum(chosen, rejected).repeat(2)
-    limits = torch.repeat_interleave(shared, lengths, output_size=tokens)
-    within = torch.arange(tokens, device=lengths.device) < limits
-    return torch.where(within, 1.0, alpha)
+    tails = ends - lengths + torch.minimum(chosen, rejected).repeat(2)
+    starts_of_tails = torch.repeat_interleave(tails, lengths, output_size=tokens)
+    before_tail = torch.arange(tokens, device=lengths.device) < starts_of_tails
+    return torch.where(before_tail, 1.0, alpha)
 
 
 def _check_type(name: str) -> None:

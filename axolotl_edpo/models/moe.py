@@ -1,13 +1,12 @@
 """The load-balancing loss of a mixture of experts, which TRL adds to the DPO loss.
 
-A model's own forward would compute it, but the walk from batch to loss goes past that
-forward, and in a packed row the tokens of a shared prompt stand for two sequences. So
-the router's logits are collected on their way out of the body, and the function of the
-model's own module gets them with the number of sequences that each token stands for.
+The forward of the whole model would compute it. But here only its body runs, and in a
+packed row each token of a shared prefix belongs to two sequences. So a hook collects
+the router logits that the body returns. transformers' loss function for the model then
+gets these logits, and the number of sequences that each token belongs to.
 """
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,54 +14,60 @@ import torch
 from axolotl.utils.logging import get_logger
 from transformers import PreTrainedModel
 
-LOG = get_logger(__name__)
+from ..upstream import load_balancing_loss, recorded_outputs
 
-_FUNCTION = "load_balancing_loss_func"
+LOG = get_logger(__name__)
 
 
 def has_router_loss(model: PreTrainedModel) -> bool:
-    """Whether a mixture of experts lets its router logits out; warns if not.
+    """Whether a mixture of experts returns its router logits; warns if it does not.
+
+    Args:
+        model: A causal language model that is a mixture of experts.
 
     Raises:
-        ValueError: If what to do with them is not known.
+        ValueError: If transformers has no router loss for it.
     """
     name = model.config.model_type
     known = hasattr(model, "num_experts") and hasattr(model, "num_experts_per_tok")
-    if not (known and _average(model)):
+    if not (known and load_balancing_loss(model)):
         raise ValueError(
             f"`base_model` of type {name} is a mixture of experts whose router loss is "
             "not known to `rl: edpo`: use another, or `rl: dpo`"
         )
-    recorded = getattr(model.base_model, "_can_record_outputs", None) or {}
-    if "router_logits" not in recorded:
+    returned = "router_logits" in recorded_outputs(model.base_model)
+    if not returned:
         LOG.warning(
             f"{name}: this transformers has no router loss for it; none is added."
         )
-    return "router_logits" in recorded
+    return returned
 
 
 @contextmanager
 def collected_router_logits(
     model: PreTrainedModel,
 ) -> Iterator[list[tuple[torch.Tensor, ...]]]:
-    """Within it, the body's router logits go into a list, one entry per forward.
+    """Within it, each forward of the body appends its router logits to a list.
 
     Args:
         model: A causal language model whose body takes `output_router_logits`.
+
+    Yields:
+        The list. An entry is a tuple with one tensor per layer, see `router_loss`.
     """
     collected: list[tuple[torch.Tensor, ...]] = []
 
-    def ask(module, args, keywords) -> tuple[Any, dict[str, Any]]:
+    def request(module, args, keywords) -> tuple[Any, dict[str, Any]]:
         return args, {**keywords, "output_router_logits": True}
 
-    def take(module, args, output) -> None:
+    def collect(module, args, output) -> None:
         collected.append(output.router_logits)
-        output.router_logits = None  # the model's own forward would average them
+        output.router_logits = None  # else the whole model would compute its loss
 
     body = model.base_model
     hooks = [
-        body.register_forward_pre_hook(ask, with_kwargs=True),
-        body.register_forward_hook(take),
+        body.register_forward_pre_hook(request, with_kwargs=True),
+        body.register_forward_hook(collect),
     ]
     try:
         yield collected
@@ -76,31 +81,25 @@ def router_loss(
     router_logits: tuple[torch.Tensor, ...],
     copies: torch.Tensor,
 ) -> torch.Tensor:
-    """How unevenly tokens are routed (Switch Transformer, arXiv 2101.03961, Eqs. 4-6).
+    """The load-balancing loss (Switch Transformer, arXiv 2101.03961, Eqs. 4-6).
 
     Args:
-        model: The mixture of experts, see `has_router_loss`.
+        model: A mixture of experts for which `has_router_loss` is true.
         router_logits: One per layer, of shape (rows x length, experts).
-        copies: Shape (rows, length), how many sequences a token stands for.
+        copies: Shape (rows, length), how many sequences a token belongs to.
 
     Returns:
-        Scalar with gradient; 1 for even routing to one expert.
+        Scalar with gradient. It is 1 if each token has one expert and all experts get
+        as many tokens.
     """
-    average: Any = _average(model)
+    average: Any = load_balancing_loss(model)
     return average(router_logits, model.num_experts, model.num_experts_per_tok, copies)
 
 
 def warn_of_reentrance() -> None:
-    """Says once why a router loss has no gradient, which TRL's has not either."""
+    """Warns once that reentrant checkpointing removes the router loss's gradient."""
     LOG.warning_once(
         "`use_reentrant: true` takes the gradient from the router loss of a mixture of "
         "experts: it is logged and trains nothing. Set `gradient_checkpointing_kwargs: "
         "{use_reentrant: false}` (with an adapter, TRL forces it under ZeRO-3)."
     )
-
-
-def _average(model: PreTrainedModel) -> Callable[..., Any] | None:
-    """The function of the module that defines the model; FSDP2 gives it a new class."""
-    modules = (sys.modules[kind.__module__] for kind in type(model).__mro__)
-    found = (getattr(module, _FUNCTION, None) for module in modules)
-    return next(filter(None, found), None)

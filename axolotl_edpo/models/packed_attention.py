@@ -1,34 +1,33 @@
-"""Attention over a packed row, on top of whatever attention the model uses.
+"""Attention over packed rows, for each attention implementation of transformers.
 
-A model of transformers looks its attention up by name (`AttentionInterface`) and hands
-it every keyword its forward was given. So a function registered under that name that
-finds `segments` among them does the packed row; without them it is the one it replaced,
-to the bit:
+A transformers model finds its attention function by name (`AttentionInterface`), and
+passes it every keyword of its forward. `enable_packing` replaces the function of this
+name. Without the keyword `segments`, the new function calls the replaced one. With
+`segments`, it computes the attention of a packed row:
 
     flash_attention_2, _3   one varlen call: boundaries of queries and of keys
     flex_attention          one call with a block mask
-    sdpa                    where `_takes_varlen`, on a GPU in 16 bits: one call of
-                            torch's `varlen_attn` with the same boundaries
-    sdpa elsewhere, eager   one call per segment: a dense mask over the row would cost
-                            the square of its length. On a GPU without cuDNN; on a CPU
-                            one call per `BAND` queries of it
+    sdpa on a GPU, 16 bits  one call of torch's `varlen_attn` with the same boundaries,
+                            if `_takes_varlen`
+    sdpa elsewhere, eager   on a GPU one call per segment, without cuDNN; on a CPU one
+                            call per `BAND` queries of a segment. A dense mask over the
+                            row would need the square of its length
 
-In all of them a segment's keys may outnumber its queries, which then are the last
-ones: keys and values of a prompt are used by both answers. The window of a layer is the
-keyword `sliding_window`, as FlashAttention gets it; positions within a segment run on,
-so it counts what it would count in a sequence of its own.
+A segment can have more keys than queries: both completions of a pair use the keys and
+values of their shared prefix. The queries are the last tokens of the segment. The
+keyword `sliding_window` is the window of a layer. The keys of a segment have
+consecutive positions, so a window covers the same keys as in a padded batch.
 """
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import (
     AttentionMaskInterface,
     causal_mask_function,
@@ -40,146 +39,58 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..background import on_device
-from ..data.packing import Segments, model_inputs, pack, select_completions
-from ..upstream import varlen_shares_heads
+from ..data.segments import Segments
+from ..upstream import attention_name, eager_attention, varlen_shares_heads
 
-# What a layer may be where a row holds several sequences: the others carry a state over
-# their boundaries, or see what no keyword of the attention names.
-LAYERS = {"full_attention", "sliding_attention"}
-# Largest relative difference of a hidden state that is rounding, in 16 bits.
-TOLERANCE = 0.1
-# Where the cache of a row keeps which windows its layers named.
-WINDOWS = "windows"
-# `eager` is no registered name: each model brings its own function.
+# The name of an eager attention that takes segments. `eager` cannot be replaced: it is
+# not a registered name, because each model has its own function.
 EAGER = "edpo_eager"
-# torch's function; attention in FP8 puts another in its place during a forward.
+# torch's function. FP8 attention replaces it during a forward.
 SDPA = functional.scaled_dot_product_attention
-# Keywords that models give their attention, and `varlen_attn` has no argument for.
+# Keywords of attention functions that `varlen_attn` does not support.
 BEYOND_VARLEN = ("softcap", "s_aux", "position_bias")
-# So many queries of a segment, or some more, are taken at once on a CPU: the first of a
-# long segment need not be multiplied with its last keys.
+# On a CPU, about this many queries of a segment are computed in one call. So the first
+# queries of a long segment are not multiplied with its last keys.
 BAND = 128
 
 Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
 class PackingError(ValueError):
-    """A model's rows cannot hold several sequences; the message says why."""
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Within it, a model computes without dropout and without gradient."""
-    training = model.training
-    model.eval()
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            # else bitsandbytes packs its weight for some CPUs, and for good
-            module.training = True
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
-def check_layers(kind: type[PreTrainedModel], config: PreTrainedConfig) -> None:
-    """Refuses what is known to mix the sequences of a row, before a model is loaded.
-
-    Args:
-        kind: Class of the model.
-        config: Its config.
-
-    Raises:
-        PackingError: Names the reason.
-    """
-    config = config.get_text_config()
-    others = set(getattr(config, "layer_types", None) or LAYERS) - LAYERS
-    if others or kind._is_stateful:
-        kinds = ", ".join(sorted(others)) or config.model_type
-        raise PackingError(f"it has layers that carry a state or a mask ({kinds})")
-    if getattr(config, "attention_chunk_size", None) or not kind._supports_flash_attn:
-        raise PackingError("its attention takes no boundaries between sequences")
-
-
-def check_packing(model: PreTrainedModel, share: bool) -> None:
-    """Compares two pairs in one row with the same pairs padded.
-
-    Args:
-        model: `enable_packing` was called on it; all its weights are at hand.
-        share: Whether each pair's common start is in the row once.
-
-    Raises:
-        PackingError: If the hidden states differ by more than rounding.
-    """
-    lengths = torch.tensor([[7], [9], [11], [5]])
-    mask = (torch.arange(11) < lengths).long()
-    ids = torch.arange(44).view(4, 11) % model.config.get_text_config().vocab_size
-    ids[2:, :4] = ids[:2, :4]
-    padded = {"input_ids": ids, "attention_mask": mask, "completion_mask": mask}
-    apart, together = select_completions(ids, mask), pack(padded, share)
-    with evaluating(model):
-        expected = _hidden(model, model_inputs(padded), apart.positions)
-        found = _hidden(model, model_inputs(together), together["positions"])
-    norms = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
-    if not (difference := norms.max().item()) < TOLERANCE:
-        raise PackingError(
-            f"sequences in one row change each other: hidden states differ by up to "
-            f"{difference:.0%} from those of a padded batch"
-        )
-    seen = together["segments"].cache.made.get(WINDOWS, {None})
-    if _has_windows(model.config.get_text_config()) and seen == {None}:
-        raise PackingError("its attention is not told of its window")
-
-
-def _hidden(model: PreTrainedModel, inputs: dict, positions: torch.Tensor) -> Any:
-    here = {
-        name: value.to(model.device) if isinstance(value, torch.Tensor) else value
-        for name, value in inputs.items()
-    }
-    try:
-        out = model.base_model(**here, use_cache=False)
-    except Exception as error:  # of whatever kind a model's own code raises
-        kind = type(error).__name__
-        raise PackingError(f"its forward does not take them: {kind}: {error}") from None
-    return out.last_hidden_state.flatten(0, 1)[positions].float()
-
-
-def _has_windows(config: PreTrainedConfig) -> bool:
-    """Whether the config says that a layer sees a window only."""
-    layers = getattr(config, "layer_types", None)
-    if layers is not None:
-        return "sliding_attention" in layers
-    used = getattr(config, "use_sliding_window", True)
-    return bool(used and getattr(config, "sliding_window", None))
+    """A model cannot run packed rows; the message says why."""
 
 
 def enable_packing(model: PreTrainedModel) -> None:
-    """Lets the attention of a model take `segments`; twice is as good as once.
+    """Replaces the attention of a model by one that takes the keyword `segments`.
+
+    This affects all models of the process with the same `attn_implementation`. Without
+    `segments` the results do not change. A second call has no effect.
 
     Args:
-        model: Its attention's name is wrapped for the whole process, but for calls
-            with `segments` nothing changes.
+        model: A causal language model.
 
     Raises:
-        PackingError: If the attention has no boundaries between sequences.
+        PackingError: If this attention cannot compute packed rows.
     """
-    name = model.config._attn_implementation
+    name = attention_name(model.config)
     if name == "eager":
-        each = _wrap(_eager, _per_segment(_eager, eager_mask))
-        AttentionInterface.register(EAGER, each)
+        packed = _with_segments(
+            eager_attention, _per_segment(eager_attention, eager_mask)
+        )
+        AttentionInterface.register(EAGER, packed)
         AttentionMaskInterface.register(EAGER, eager_mask)
         model.set_attn_implementation(EAGER)
-        name = model.config._attn_implementation
+        name = attention_name(model.config)
     base: Any = ALL_ATTENTION_FUNCTIONS.get(name)
     if not hasattr(base, "packs"):
-        AttentionInterface.register(name, _wrap(base, _packing(name)(base)))
+        packed = _with_segments(base, _packed_version(name)(base))
+        AttentionInterface.register(name, packed)
     if not hasattr(ALL_ATTENTION_FUNCTIONS.get(name), "packs"):
         raise PackingError(f"`attn_implementation: {name}` is already replaced")
 
 
-def _packing(name: str) -> Callable[[Attention], Attention]:
-    """What makes of an attention of this name one that takes segments."""
+def _packed_version(name: str) -> Callable[[Attention], Attention]:
+    """The function that extends the attention of this name to packed rows."""
     if "flash" in name:
         return _flash
     if name == "flex_attention":
@@ -189,15 +100,15 @@ def _packing(name: str) -> Callable[[Attention], Attention]:
     raise PackingError(f"`attn_implementation: {name}` has no boundaries in a row")
 
 
-def _wrap(base: Attention, attend: Attention) -> Attention:
-    """`attend` for calls with segments, `base` for all others."""
+def _with_segments(base: Attention, attend: Attention) -> Attention:
+    """An attention that calls `attend` if it gets `segments`, and else `base`."""
 
-    # lengths differ from batch to batch: compiled, each would be compiled anew
+    # not compiled: the lengths differ in every batch, and each would be compiled
     @torch.compiler.disable
     def attend_row(module, query, key, value, segments, **keywords):
-        # those of the row, from which boundaries would be guessed once more
+        # from these, transformers would infer boundaries that are wrong here
         keywords.pop("position_ids", None)
-        segments.once(WINDOWS, set).add(keywords.get("sliding_window"))
+        segments.cache.windows.add(keywords.get("sliding_window"))
         return attend(module, query, key, value, segments, **keywords)
 
     def attention(
@@ -211,40 +122,48 @@ def _wrap(base: Attention, attend: Attention) -> Attention:
     return attention
 
 
-def _eager(module, query, key, value, attention_mask, **keywords):
-    own = sys.modules[type(module).__module__].eager_attention_forward
-    return own(module, query, key, value, attention_mask, **keywords)
-
-
 # --- one call per segment ------------------------------------------------------------
 
 
 def _per_segment(base: Attention, make_mask: Callable[..., Any]) -> Attention:
-    """Queries, keys and values of shape (1, heads, length, size)."""
+    """SDPA or eager attention, called for each band of queries of each segment.
+
+    Queries, keys and values have shape (1, heads, length, size).
+    """
 
     def attend(module, query, key, value, segments: Segments, **keywords):
-        window, on_cpu = keywords.get("sliding_window"), query.device.type == "cpu"
-        keys, values = (states.split(segments.pieces, dim=2) for states in (key, value))
-        lengths = [_bands(queries, on_cpu) for queries in segments.queries]
-        bands = iter(query.split([n for each in lengths for n in each], dim=2))
+        window = keywords.get("sliding_window")
         outputs = []
-        for each, sees in zip(lengths, segments.keys, strict=True):
-            seen = _join(keys, sees), _join(values, sees)
-            end = seen[0].shape[2] - sum(each)
-            for queries in each:
-                end += queries
-                mask = _mask(segments, queries, end, window, make_mask, query)
-                so_far = (states[:, :, :end] for states in seen)
-                outputs.append(base(module, next(bands), *so_far, mask, **keywords)[0])
+        for queries, keys, values in _walk_bands(query, key, value, segments):
+            lengths = queries.shape[2], keys.shape[2]
+            mask = _mask(segments, *lengths, window, make_mask, query)
+            output, _ = base(module, queries, keys, values, mask, **keywords)
+            outputs.append(output)
         return torch.cat(outputs, dim=1), None
 
     return attend
 
 
-def _bands(queries: int, on_cpu: bool) -> list[int]:
-    """Lengths, about equal, of the parts in which the queries of a segment are taken.
+def _walk_bands(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yields for each band its queries, and the keys and values up to its last one."""
+    on_cpu = query.device.type == "cpu"
+    keys, values = (states.split(segments.pieces, dim=2) for states in (key, value))
+    lengths = [_bands(queries, on_cpu) for queries in segments.queries]
+    bands = iter(query.split([*chain(*lengths)], dim=2))
+    for segment_lengths, pieces in zip(lengths, segments.keys, strict=True):
+        segment_keys, segment_values = _join(keys, pieces), _join(values, pieces)
+        end = segment_keys.shape[2] - sum(segment_lengths)
+        for length in segment_lengths:
+            end += length
+            yield next(bands), segment_keys[:, :, :end], segment_values[:, :, :end]
 
-    SDPA's kernel for CPUs computes blocks of 512 keys, even those that a mask hides.
+
+def _bands(queries: int, on_cpu: bool) -> list[int]:
+    """Number of queries in each band of a segment. On a GPU there is one band.
+
+    SDPA's CPU kernel computes all keys, also those that the mask hides. Bands avoid it.
     """
     count = max(1, queries // BAND) if on_cpu else 1
     ends = [queries * i // count for i in range(count + 1)]
@@ -265,7 +184,7 @@ def _mask(
     make_mask: Callable[..., Any],
     query: torch.Tensor,
 ) -> Any:
-    """The causal mask of the last queries, None where a kernel's own will do."""
+    """The causal mask of the last queries of a segment; None: `is_causal` is enough."""
     return segments.once(
         (queries, keys, window, query.dtype, query.device, make_mask),
         lambda: make_mask(
@@ -282,7 +201,7 @@ def _mask(
 
 
 def _visible(window: int | None) -> Callable[..., Any]:
-    """By position: whether a query sees a key of its segment."""
+    """transformers' mask function: whether a query position sees a key position."""
     if window is None:
         return causal_mask_function
     return sliding_window_causal_mask_function(window)
@@ -292,7 +211,7 @@ def _visible(window: int | None) -> Callable[..., Any]:
 
 
 def _gather(states: torch.Tensor, segments: Segments) -> torch.Tensor:
-    """Keys or values, segment after segment.
+    """The keys or values of all segments, segment after segment.
 
     Args:
         states: Shape (1, heads, length, size).
@@ -300,14 +219,14 @@ def _gather(states: torch.Tensor, segments: Segments) -> torch.Tensor:
     Returns:
         Shape (1, heads, keys, size).
     """
-    which = tuple(i for keys in segments.keys for i in keys)
-    if which == tuple(range(len(segments.pieces))):
+    pieces = tuple(piece for keys in segments.keys for piece in keys)
+    if pieces == tuple(range(len(segments.pieces))):
         return states
-    return _join(states.split(segments.pieces, dim=2), which)
+    return _join(states.split(segments.pieces, dim=2), pieces)
 
 
 def _flash(base: Attention) -> Attention:
-    """FlashAttention: with fewer queries than keys, its causal mask ends with both."""
+    """FlashAttention with boundaries. The last query of a segment sees the last key."""
 
     def attend(module, query, key, value, segments: Segments, **keywords):
         boundaries = _boundaries(segments, query.device)
@@ -318,7 +237,7 @@ def _flash(base: Attention) -> Attention:
 
 
 def _sdpa(base: Attention) -> Attention:
-    """SDPA: `varlen_attn` where it can serve, else segment by segment."""
+    """SDPA: `varlen_attn` if it computes the same, else one call per segment."""
     loop = _per_segment(base, sdpa_mask)
 
     def attend(module, query, key, value, segments: Segments, **keywords):
@@ -336,9 +255,10 @@ def _takes_varlen(
     value: torch.Tensor,
     keywords: dict[str, Any],
 ) -> bool:
-    """Whether `varlen_attn` computes what SDPA would: its kernel is FlashAttention 2.
+    """Whether `varlen_attn` computes what SDPA would.
 
-    That has no backward for heads of 200 to 224 on some GPUs.
+    Its kernel is FlashAttention 2. On some GPUs that has no backward for heads of size
+    200 to 224.
     """
     size, causal = query.shape[-1], keywords.get("is_causal")
     return (
@@ -357,7 +277,7 @@ def _takes_varlen(
 
 
 def _dtype_of_kernel(query: torch.Tensor) -> torch.dtype:
-    """The type SDPA computes in: autocast casts its arguments, not `varlen_attn`'s."""
+    """The dtype of SDPA. Autocast casts SDPA's arguments, but not `varlen_attn`'s."""
     device = query.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -373,11 +293,11 @@ def _varlen(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`varlen_attn`, whose causal mask ends with both queries and keys."""
+    """torch's `varlen_attn`. The last query of a segment sees the last key."""
     dtype, ends = _dtype_of_kernel(query), _boundaries(segments, query.device)
     row = query, _gather(key, segments), _gather(value, segments)
     query, key, value = (states[0].transpose(0, 1).to(dtype) for states in row)
-    found: Any = varlen_attn(
+    output: Any = varlen_attn(
         query,
         key,
         value,
@@ -386,43 +306,43 @@ def _varlen(
         ends["max_length_q"],
         ends["max_length_k"],
         scale=scaling,
-        # how many keys before and after a query's own, which a window counts as well
+        # numbers of keys before and after the query; `sliding_window` counts it too
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         **varlen_shares_heads(),
     )
-    return found[None], None
+    return output[None], None
 
 
 @contextmanager
 def _without_cudnn(device: torch.device) -> Iterator[None]:
-    """Within it, SDPA on a GPU leaves cuDNN out, which makes a plan for every shape."""
-    switch, allowed = torch.backends.cuda, torch.backends.cuda.cudnn_sdp_enabled()
-    switch.enable_cudnn_sdp(allowed and device.type != "cuda")
+    """Within it, SDPA does not use cuDNN, which plans anew for every shape."""
+    backend, allowed = torch.backends.cuda, torch.backends.cuda.cudnn_sdp_enabled()
+    backend.enable_cudnn_sdp(allowed and device.type != "cuda")
     try:
         yield
     finally:
-        switch.enable_cudnn_sdp(allowed)
+        backend.enable_cudnn_sdp(allowed)
 
 
 def _boundaries(segments: Segments, device: torch.device) -> dict[str, Any]:
-    """The keywords of transformers' varlen path, made once per batch."""
+    """Where segments begin and end, as keywords of transformers' FlashAttention."""
 
-    def make() -> dict[str, Any]:
+    def compute() -> dict[str, Any]:
         lengths = segments.queries, segments.key_lengths
-        ends = torch.tensor([[0, *accumulate(each)] for each in lengths])
-        of_queries, of_keys = on_device(ends.int(), device)
+        ends = torch.tensor([[0, *accumulate(counts)] for counts in lengths])
+        query_ends, key_ends = on_device(ends.int(), device)
         return {
-            "cu_seq_lens_q": of_queries,
-            "cu_seq_lens_k": of_keys,
+            "cu_seq_lens_q": query_ends,
+            "cu_seq_lens_k": key_ends,
             "max_length_q": max(segments.queries),
             "max_length_k": max(segments.key_lengths),
         }
 
-    return segments.once(("boundaries", device), make)
+    return segments.once(("boundaries", device), compute)
 
 
 def _block_masked(base: Attention) -> Attention:
-    """FlexAttention: which segment a token is of, and where in it, as tensors."""
+    """FlexAttention with a block mask for the whole row."""
 
     def attend(module, query, key, value, segments: Segments, **keywords):
         window, device = keywords.get("sliding_window"), query.device
@@ -436,25 +356,43 @@ def _block_masked(base: Attention) -> Attention:
 
 
 def _block_mask(segments: Segments, window: int | None, device: torch.device) -> Any:
-    runs = zip(segments.queries, segments.key_lengths, strict=True)
-    of_query, of_key, at_query, at_key = [], [], [], []
-    for index, (queries, keys) in enumerate(runs):
-        of_query.append(torch.full((queries,), index))
-        of_key.append(torch.full((keys,), index))
-        at_query.append(torch.arange(keys - queries, keys))
-        at_key.append(torch.arange(keys))
-    q, k = (on_device(torch.cat(parts), device) for parts in (of_query, of_key))
-    at_q, at_k = (on_device(torch.cat(parts), device) for parts in (at_query, at_key))
+    """The block mask of a row: a query sees the earlier keys of its segment."""
+    query_segment, query_position = _numbered(
+        segments.queries, segments.key_lengths, device
+    )
+    key_segment, key_position = _numbered(
+        segments.key_lengths, segments.key_lengths, device
+    )
     visible = _visible(window)
 
     def sees(batch_idx, head_idx, q_idx, kv_idx):
-        same = q[q_idx] == k[kv_idx]
-        return same & visible(batch_idx, head_idx, at_q[q_idx], at_k[kv_idx])
+        same_segment = query_segment[q_idx] == key_segment[kv_idx]
+        positions = query_position[q_idx], key_position[kv_idx]
+        return same_segment & visible(batch_idx, head_idx, *positions)
 
     return flex_attention_mask(
         batch_size=1,
-        q_length=len(q),
-        kv_length=len(k),
+        q_length=len(query_segment),
+        kv_length=len(key_segment),
         mask_function=sees,
         device=device,
     )
+
+
+def _numbered(
+    counts: Sequence[int], lengths: Sequence[int], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The segment of each token, and its position in the segment.
+
+    Args:
+        counts: For each segment: how many of its last tokens to number.
+        lengths: For each segment: its number of keys.
+        device: Of the result.
+
+    Returns:
+        Segments and positions, each of shape (sum of counts,).
+    """
+    segments = torch.repeat_interleave(torch.tensor(counts))
+    both = zip(counts, lengths, strict=True)
+    positions = [torch.arange(length - count, length) for count, length in both]
+    return on_device(segments, device), on_device(torch.cat(positions), device)

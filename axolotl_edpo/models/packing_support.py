@@ -1,103 +1,47 @@
-"""How a recipe wants its pairs in rows, and whether its model can.
+"""Checks whether a model can run packed rows, and decides the layout of a run.
 
-    padded         a row per sequence
-    padding-free   a row per micro-batch (`dpo_padding_free`)
-    packed         the same, and the pairs of an optimizer step are dealt over its
-                   micro-batches so that all have about as many tokens
-                   (`sample_packing`)
-
-In the last two a prompt can be in its row once, for both answers
-(`edpo_prefix_sharing`).
+check_recipe_model   before the model is loaded: checks its config
+prepare_models       before the engine wraps it: checks its layers, enables `segments`
+resolve_layout       in the engine: compares a packed row with a padded batch
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
+import torch
 from axolotl.loaders.utils import load_model_config
 from axolotl.utils.logging import get_logger
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .packed_attention import PackingError, check_layers, check_packing, enable_packing
+from ..data.completions import select_completions
+from ..data.layout import LayoutSettings, each_tensor, model_inputs
+from ..data.packing import pack
+from ..upstream import carries_state, takes_boundaries
+from .forward import evaluating
+from .packed_attention import PackingError, enable_packing
 
 LOG = get_logger(__name__)
 
-
-@dataclass(frozen=True)
-class RowSettings:
-    """How a recipe wants its pairs in rows.
-
-    Attributes:
-        packs: One row per micro-batch in training (`dpo_padding_free`,
-            `sample_packing`).
-        deals: Pairs of a step are dealt anew over its micro-batches
-            (`sample_packing`).
-        eval_packs: One row per batch in evaluation.
-        shares: Whether what a pair has in common is in its row once; `auto`: where the
-            model can (`edpo_prefix_sharing`).
-        may_pad: Whether a model that cannot pack runs padded (`sample_packing: auto`).
-    """
-
-    packs: bool = False
-    deals: bool = False
-    eval_packs: bool = False
-    shares: bool | Literal["auto"] = "auto"
-    may_pad: bool = False
-
-    @classmethod
-    def of(cls, cfg: Any) -> "RowSettings":
-        """The settings of a recipe, after it was lowered."""
-        packing, evaluation = cfg.edpo_sample_packing, cfg.edpo_eval_sample_packing
-        packs = bool(packing or cfg.dpo_padding_free)
-        return cls(
-            packs=packs,
-            deals=bool(packing),
-            eval_packs=packs if evaluation is None else evaluation,
-            shares=cfg.edpo_prefix_sharing,
-            may_pad=packing == "auto",
-        )
-
-    @property
-    def any(self) -> bool:
-        """Whether training or evaluation packs."""
-        return self.packs or self.eval_packs
-
-    def story(self) -> str:
-        """One line for the log, once it is settled what is done."""
-        train = "packed" if self.deals else "padding-free" if self.packs else "padded"
-        evaluation = "padding-free" if self.eval_packs else "padded"
-        shared = "once" if self.shares else "twice"
-        return f"Rows: {train} ({evaluation} in evaluation), common starts {shared}."
-
-    def refusal(self, error: PackingError) -> ValueError:
-        """The error of a recipe that asks for what its model cannot do."""
-        free = "dpo_padding_free" if self.packs else "eval_sample_packing"
-        key = "sample_packing" if self.deals else free
-        return ValueError(
-            f"`{key}: true` does not work with this `base_model`: {error}. Remove it, "
-            "or set `sample_packing: auto`, which pads where packing is not possible"
-        )
-
-    def without_packing(self, error: PackingError) -> "RowSettings":
-        """Padded rows, with a warning, if the recipe allows them; else its refusal."""
-        if not self.may_pad:
-            raise self.refusal(error) from None
-        LOG.warning(f"`sample_packing: auto`: batches are padded, as {error}.")
-        return RowSettings(shares=False)
+# Layer types that can keep the sequences of a row apart. Others carry a state from one
+# sequence to the next, or have a special mask.
+LAYERS = {"full_attention", "sliding_attention"}
+# Hidden states that differ by less than this share are taken as equal, in 16 bits.
+TOLERANCE = 0.1
 
 
 def check_recipe_model(cfg: Any) -> None:
-    """Refuses a model that is known to mix packed sequences, before it is loaded.
+    """Checks the config of `base_model`, if the recipe packs and may not pad.
 
     Args:
         cfg: axolotl's config.
 
     Raises:
-        ValueError: Names key, reason and remedy.
+        ValueError: If the model cannot pack; names key, reason and remedy.
     """
-    settings = RowSettings.of(cfg)
-    if settings.may_pad or not settings.any:
+    settings = LayoutSettings.from_config(cfg)
+    if settings.may_pad or not settings.packs_any:
         return
     config = load_model_config(cfg)
     kinds: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())
@@ -105,58 +49,70 @@ def check_recipe_model(cfg: Any) -> None:
         for kind in kinds if isinstance(kinds, tuple) else (kinds,):
             check_layers(kind, config)
     except PackingError as error:
-        raise settings.refusal(error) from None
+        raise refusal(settings, error) from None
 
 
-def prepare(wanted: RowSettings, models: Sequence[PreTrainedModel]) -> RowSettings:
-    """Makes models able to take packed rows, as far as their layers are known to.
+def prepare_models(
+    wanted: LayoutSettings, models: Sequence[PreTrainedModel]
+) -> LayoutSettings:
+    """Checks the layers of models, and enables packing, if the recipe packs.
 
     Args:
-        wanted: What the recipe wants.
-        models: The policy and, where it is a model of its own, the reference.
+        wanted: The layout that the recipe asks for.
+        models: The policy and, if it is a separate model, the reference.
 
     Returns:
-        The same, or, after a warning, padded.
+        `wanted`. If a model cannot pack and the recipe may pad, it warns and returns
+        the settings of padded batches.
 
     Raises:
-        ValueError: Names key, reason and remedy.
+        ValueError: If a model cannot pack and the recipe may not pad; names key, reason
+            and remedy.
     """
-    if not wanted.any:
+    if not wanted.packs_any:
         return replace(wanted, shares=False)
     try:
         for model in models:
             check_layers(type(model), model.config)
             enable_packing(model)
     except PackingError as error:
-        return wanted.without_packing(error)
+        return _padded(wanted, error)
     return wanted
 
 
-def tried(wanted: RowSettings, model: PreTrainedModel) -> RowSettings:
-    """What a model does of what is wanted of it, found by two pairs.
+def resolve_layout(wanted: LayoutSettings, model: PreTrainedModel) -> LayoutSettings:
+    """Decides the layout: runs two pairs in one row, see `check_packing`.
 
     Args:
-        wanted: What `prepare` returned.
-        model: The policy, where its engine lets it read its weights.
+        wanted: What `prepare_models` returned.
+        model: The policy, inside its engine's forward.
 
     Returns:
-        The settings, with `shares` true or false; after a warning, padded.
+        `wanted`, with `shares` true or false. If the model cannot pack and the recipe
+        may pad, it warns and returns the settings of padded batches.
 
     Raises:
-        ValueError: Names key, reason and remedy.
+        ValueError: If the model cannot do what the recipe asks for; names key, reason
+            and remedy.
     """
-    if not wanted.any:
+    if not wanted.packs_any:
         return wanted
     try:
-        settled = replace(wanted, shares=_shares(wanted, model))
+        layout = replace(wanted, shares=_shares(wanted, model))
     except PackingError as error:
-        return wanted.without_packing(error)
-    LOG.info(settled.story())
-    return settled
+        return _padded(wanted, error)
+    LOG.info(layout.description())
+    return layout
 
 
-def _shares(wanted: RowSettings, model: PreTrainedModel) -> bool:
-    """Whether prefixes are shared."""
+def _shares(wanted: LayoutSettings, model: PreTrainedModel) -> bool:
+    """Whether a row holds a shared prefix once.
+
+    Raises:
+        PackingError: If the model cannot pack at all.
+        ValueError: If the model can pack but not share prefixes, and the recipe has
+            `edpo_prefix_sharing: true`.
+    """
     share = bool(wanted.shares)
     try:
         check_packing(model, share)
@@ -170,3 +126,106 @@ def _shares(wanted: RowSettings, model: PreTrainedModel) -> bool:
         LOG.warning(f"`edpo_prefix_sharing: auto`: prompts are not shared, as {error}.")
         return False
     return share
+
+
+def refusal(settings: LayoutSettings, error: PackingError) -> ValueError:
+    """The error for a recipe that packs, with a model that cannot.
+
+    Args:
+        settings: The layout that the recipe asks for.
+        error: Says why the model cannot pack.
+    """
+    free = "dpo_padding_free" if settings.packs else "eval_sample_packing"
+    key = "sample_packing" if settings.balances else free
+    return ValueError(
+        f"`{key}: true` does not work with this `base_model`: {error}. Remove it, "
+        "or set `sample_packing: auto`, which pads where packing is not possible"
+    )
+
+
+def _padded(settings: LayoutSettings, error: PackingError) -> LayoutSettings:
+    """The settings of padded batches, after a warning.
+
+    Raises:
+        ValueError: If the recipe does not allow padding.
+    """
+    if not settings.may_pad:
+        raise refusal(settings, error) from None
+    LOG.warning(f"`sample_packing: auto`: batches are padded, as {error}.")
+    return LayoutSettings(shares=False)
+
+
+def check_layers(kind: type[PreTrainedModel], config: PreTrainedConfig) -> None:
+    """Checks that no layer is known to mix the sequences of a row.
+
+    Args:
+        kind: Class of the model.
+        config: Config of the model.
+
+    Raises:
+        PackingError: If one is; names the reason.
+    """
+    config = config.get_text_config()
+    unknown = set(getattr(config, "layer_types", None) or LAYERS) - LAYERS
+    if unknown or carries_state(kind):
+        names = ", ".join(sorted(unknown)) or config.model_type
+        raise PackingError(f"it has layers that carry a state or a mask ({names})")
+    if getattr(config, "attention_chunk_size", None) or not takes_boundaries(kind):
+        raise PackingError("its attention takes no boundaries between sequences")
+
+
+def check_packing(model: PreTrainedModel, share: bool) -> None:
+    """Compares two pairs in one packed row with the same pairs in a padded batch.
+
+    Args:
+        model: After `enable_packing`, inside its engine's forward.
+        share: Whether the row holds the shared prefix of a pair once.
+
+    Raises:
+        PackingError: If the hidden states differ by more than rounding, if the model
+            cannot run the row, or if a sliding window never reaches its attention.
+    """
+    lengths = torch.tensor([[7], [9], [11], [5]])
+    mask = (torch.arange(11) < lengths).long()
+    ids = torch.arange(44).view(4, 11) % model.config.get_text_config().vocab_size
+    ids[2:, :4] = ids[:2, :4]
+    padded = {"input_ids": ids, "attention_mask": mask, "completion_mask": mask}
+    completions, packed = select_completions(ids, mask), pack(padded, share)
+    with evaluating(model):
+        expected = _hidden(model, model_inputs(padded), completions.positions)
+        actual = _hidden(model, model_inputs(packed), packed["positions"])
+    differences = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
+    if not (difference := differences.max().item()) < TOLERANCE:
+        raise PackingError(
+            f"sequences in one row change each other: hidden states differ by up to "
+            f"{difference:.0%} from those of a padded batch"
+        )
+    windows = packed["segments"].cache.windows
+    if _has_windows(model.config.get_text_config()) and windows <= {None}:
+        raise PackingError("its attention is not told of its window")
+
+
+def _hidden(model: PreTrainedModel, inputs: dict, positions: torch.Tensor) -> Any:
+    """Last hidden states at some positions of the flattened batch, in float32.
+
+    Raises:
+        PackingError: If the model cannot run these inputs.
+    """
+    inputs = each_tensor(inputs, lambda tensor: tensor.to(model.device))
+    try:
+        out = model.base_model(**inputs, use_cache=False)
+    except Exception as error:  # the code of a model may raise any exception
+        cause = f"{type(error).__name__}: {error}"
+        raise PackingError(
+            f"its forward does not take several sequences in one row ({cause})"
+        ) from None
+    return out.last_hidden_state.flatten(0, 1)[positions].float()
+
+
+def _has_windows(config: PreTrainedConfig) -> bool:
+    """Whether the config gives a layer a sliding window."""
+    layers = getattr(config, "layer_types", None)
+    if layers is not None:
+        return "sliding_attention" in layers
+    used = getattr(config, "use_sliding_window", True)
+    return bool(used and getattr(config, "sliding_window", None))

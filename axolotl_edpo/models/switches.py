@@ -1,12 +1,13 @@
-"""Adapters and gradient checkpointing, switched for one forward and back.
+"""Switches adapters and gradient checkpointing for one forward, then back.
 
-PEFT and TRL do it by walks over all modules: each costs a model of 8B parameters tens
-of milliseconds of the host, per micro-batch, and sets `requires_grad` of every adapter
-weight anew. What a forward reads of it are a few attributes of modules. So a walk is
-made once per model, and the attributes are set from then on.
+PEFT and TRL switch them by a loop over all modules, which also sets `requires_grad` of
+every adapter weight. For a model of 8B parameters the loop takes tens of milliseconds
+on the CPU, in every micro-batch. A forward depends on only a few attributes of modules.
+So this file runs the loop once per model, records the attributes that it changed, and
+later sets only these.
 
-A switch that TRL turns leaves more behind: turning checkpointing on again puts another
-hook on the embedding, and checkpoints every layer where only some were.
+TRL's function to enable checkpointing again has side effects: it adds another hook to
+the embedding, and it checkpoints every layer, even if only some were before.
 """
 
 import weakref
@@ -23,34 +24,38 @@ _CHECKPOINTING = "gradient_checkpointing"
 
 
 class _Attribute(NamedTuple):
-    """An attribute of a module, and the value that it takes."""
+    """An attribute of a module, and the value to set."""
 
     module: weakref.ref
     name: str
     value: Any
 
 
-class _Recorded(NamedTuple):
-    """What PEFT sets for an adapter, and the adapters that there were."""
+class _Switch(NamedTuple):
+    """The attributes that PEFT sets to use an adapter.
+
+    Attributes:
+        adapters: Names of the model's adapters when the attributes were recorded.
+        attributes: The attributes that PEFT changed, with their new values.
+    """
 
     adapters: tuple[str, ...]
     attributes: list[_Attribute]
 
 
-_recorded: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_switches: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _checkpointed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 @contextmanager
 def adapter_in_use(model: PeftModel, name: str | None) -> Iterator[None]:
-    """Within it, a PEFT model computes with another adapter, or with none.
+    """Within it, a PEFT model uses another adapter, or none.
 
-    No gradient may be asked for within it: `requires_grad` stays as it is.
+    Use it without gradient only: `requires_grad` of the adapters is not switched.
 
     Args:
-        model: Its modules are found again if its adapters have other names, or if a
-            module is gone.
-        name: The adapter; None: the model below all adapters.
+        model: A PEFT model.
+        name: Name of the adapter; None: all adapters off.
     """
     if not isinstance(model.base_model, LoraModel) or _is_merged(model, name):
         with use_adapter(model, adapter_name=name):
@@ -77,12 +82,12 @@ def without_checkpointing(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _set(attributes: Sequence[_Attribute]) -> Iterator[None]:
-    """Within it, modules have these attributes; then those that they had."""
+    """Sets attributes of modules, and restores the values before at the end."""
     before = []
-    for module, name, value in attributes:
-        own: Any = module()
-        before.append((vars(own), name, getattr(own, name)))
-        vars(own)[name] = value
+    for reference, name, value in attributes:
+        module: Any = reference()
+        before.append((vars(module), name, getattr(module, name)))
+        vars(module)[name] = value
     try:
         yield
     finally:
@@ -91,24 +96,27 @@ def _set(attributes: Sequence[_Attribute]) -> Iterator[None]:
 
 
 def _attributes_of(model: PeftModel, name: str | None) -> list[_Attribute]:
-    """What PEFT sets so that an adapter is in use."""
-    adapters, by_name = tuple(model.peft_config), _recorded.setdefault(model, {})
-    found = by_name.get(name)
+    """The attributes that PEFT sets to use an adapter.
+
+    They are recorded again if the model's adapters changed or if a module is gone.
+    """
+    adapters, by_name = tuple(model.peft_config), _switches.setdefault(model, {})
+    switch = by_name.get(name)
     if (
-        found is None
-        or found.adapters != adapters
-        or any(attribute.module() is None for attribute in found.attributes)
+        switch is None
+        or switch.adapters != adapters
+        or any(attribute.module() is None for attribute in switch.attributes)
     ):
-        found = by_name[name] = _Recorded(adapters, _record(model, name))
-    return found.attributes
+        switch = by_name[name] = _Switch(adapters, _record(model, name))
+    return switch.attributes
 
 
 def _record(model: PeftModel, name: str | None) -> list[_Attribute]:
-    """Lets PEFT take an adapter into use once, and notes what that sets."""
-    trained = [(weight, weight.requires_grad) for weight in model.parameters()]
+    """Lets PEFT switch to an adapter, records what changed, and undoes it."""
+    gradients = [(weight, weight.requires_grad) for weight in model.parameters()]
     before = [(module, dict(vars(module))) for module in model.modules()]
     with use_adapter(model, adapter_name=name):
-        found = [
+        attributes = [
             _Attribute(weakref.ref(module), key, value)
             for module, values in before
             for key, value in vars(module).items()
@@ -116,13 +124,17 @@ def _record(model: PeftModel, name: str | None) -> list[_Attribute]:
         ]
     for module, values in before:
         vars(module).update(values)
-    for weight, requires_grad in trained:
+    for weight, requires_grad in gradients:
         weight.requires_grad_(requires_grad)
-    return found
+    return attributes
 
 
 def _is_merged(model: PeftModel, name: str | None) -> bool:
-    """Whether an adapter is in the weights, from which PEFT has to take it."""
-    found = _recorded.get(model, {}).get(name)
-    modules = model.modules() if found is None else (a.module() for a in found[1])
-    return any(isinstance(own, BaseTunerLayer) and own.merged for own in modules)
+    """Whether an adapter is merged into the weights, which only PEFT can undo."""
+    switch = _switches.get(model, {}).get(name)
+    modules = (
+        model.modules()
+        if switch is None
+        else (attribute.module() for attribute in switch.attributes)
+    )
+    return any(isinstance(m, BaseTunerLayer) and m.merged for m in modules)

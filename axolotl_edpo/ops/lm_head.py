@@ -2,9 +2,9 @@
 
     logits = cap · tanh(scale · (weight @ hidden + Σ up @ down(hidden) + bias) / cap)
 
-The sum is over LoRA adapters on the head. A weight may be quantized: it is dequantized
-one tile at a time. Products keep every digit of their operands: 16-bit operands are
-multiplied in float32 and never rounded back before a difference of logits is formed.
+The sum is over LoRA adapters on the head. A quantized weight is dequantized one tile at
+a time. Products of 16-bit operands have float32 results: these are not rounded before
+the logits of policy and reference are subtracted.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,9 +18,9 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 class Rows(Protocol):
-    """What the op asks of a weight of shape (vocab, width): some of its rows.
+    """A weight of shape (vocab, width) that can return some of its rows.
 
-    A tensor is one; so is a quantized weight, which has no gradient.
+    A tensor fits this protocol, and so does a quantized weight, which has no gradient.
     """
 
     shape: Any
@@ -30,11 +30,11 @@ class Rows(Protocol):
 
 
 class Quantized4bit:
-    """A bitsandbytes 4-bit weight; rows come out in the dtype it computes in.
+    """A bitsandbytes 4-bit weight. Its rows are dequantized to the dtype of `state`.
 
     Args:
         packed: Two values per byte, any shape.
-        state: Its `QuantState`; rows must hold whole blocks.
+        state: Its `QuantState`. The width must be a multiple of its block size.
     """
 
     def __init__(self, packed: torch.Tensor, state: Any):
@@ -65,13 +65,13 @@ class Quantized4bit:
 class Quantized8bit:
     """A bitsandbytes 8-bit weight: int8 rows, each with its own scale.
 
-    LLM.int8 also rounds the hidden states to 8 bits. That is left out: it would drown
-    the difference between policy and reference.
+    LLM.int8 also rounds the hidden states to 8 bits. This class does not, because that
+    error is larger than the difference between policy and reference.
 
     Args:
         values: Shape (vocab, hidden), int8.
         scales: Shape (vocab,), largest absolute value of each row.
-        dtype: What the rows come out in.
+        dtype: Of the dequantized rows.
     """
 
     def __init__(self, values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype):
@@ -86,7 +86,8 @@ class LowRank(NamedTuple):
     """One LoRA adapter on the head.
 
     Attributes:
-        down: (tokens, hidden) -> (tokens, rank), with dropout and scaling.
+        down: Function from (tokens, hidden) to (tokens, rank). It includes dropout and
+            scaling.
         up: Shape (vocab, rank).
     """
 
@@ -96,7 +97,7 @@ class LowRank(NamedTuple):
 
 @dataclass(frozen=True)
 class Head:
-    """A linear head and what its model does to the logits after it.
+    """A linear head, and the transform that the model applies to its logits.
 
     Attributes:
         weight: Shape (vocab, hidden), a tensor or quantized.
@@ -119,21 +120,25 @@ class Head:
 
     @property
     def weights(self) -> tuple[torch.Tensor | Rows, ...]:
-        """Every factor of shape (vocab, width), for what `inputs` returns."""
+        """The weight, then `up` of each adapter; each of shape (vocab, width)."""
         return self.weight, *(adapter.up for adapter in self.lora)
 
     @property
     def tensors(self) -> Tensors:
-        """Whatever of it is a tensor, as a sharding engine knows it."""
+        """Those of `weights` and `bias` that are tensors, not quantized weights."""
         every = (*self.weights, self.bias)
         return tuple(x for x in every if isinstance(x, torch.Tensor))
 
     def inputs(self, hidden: torch.Tensor) -> Tensors:
-        """What each of `weights` is multiplied with, each (tokens, width)."""
+        """The operand for each of `weights`, each of shape (tokens, width).
+
+        Args:
+            hidden: Shape (tokens, hidden).
+        """
         return hidden, *(adapter.down(hidden) for adapter in self.lora)
 
-    def after(self, logits: torch.Tensor) -> torch.Tensor:
-        """Scale and cap, in place."""
+    def scale_and_cap(self, logits: torch.Tensor) -> torch.Tensor:
+        """Applies scale and cap to logits of any shape, in place."""
         if self.scale != 1.0:
             logits *= self.scale
         if self.cap is not None:
@@ -141,16 +146,30 @@ class Head:
         return logits
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """All logits of some tokens, (tokens, hidden) -> (tokens, vocab), float32."""
+        """Logits over the whole vocabulary.
+
+        Args:
+            hidden: Shape (tokens, hidden).
+
+        Returns:
+            Shape (tokens, vocab), float32.
+        """
         operands = self.inputs(as_autocast(hidden))
         out = torch.zeros(len(hidden), self.vocab, device=hidden.device)
         with full_precision(*operands, *self.weights):
             for x, weight in zip(operands, self.weights, strict=True):
                 add_product(x, rows_of(weight, slice(None), x).T, out)
-        return self.after(out if self.bias is None else out.add_(self.bias))
+        return self.scale_and_cap(out if self.bias is None else out.add_(self.bias))
 
     def slope(self, logits: torch.Tensor) -> torch.Tensor | float:
-        """Derivative of `after` where it returned these logits."""
+        """Derivative of `scale_and_cap`.
+
+        Args:
+            logits: The output of `scale_and_cap`, any shape.
+
+        Returns:
+            The same shape, or one number if there is no cap.
+        """
         if self.cap is None:
             return self.scale
         return self.scale * (1 - (logits / self.cap) ** 2)
@@ -158,11 +177,14 @@ class Head:
 
 @contextmanager
 def full_precision(*operands: torch.Tensor | Rows) -> Iterator[None]:
-    """Products of all the operands' digits, whatever is set around us.
+    """Within it, neither autocast nor TF32 rounds a product.
 
-    An autocast would round the product to 16 bits. TF32, which axolotl sets on every
-    GPU that has it, keeps all digits of 16-bit operands, and their speed, but rounds
-    float32 ones.
+    Autocast would round the result to 16 bits. axolotl enables TF32 on every GPU that
+    has it. TF32 rounds float32 operands, so it is disabled for them. It does not change
+    products of 16-bit operands.
+
+    Args:
+        *operands: Everything that is multiplied within it.
     """
     float32 = any(x.dtype == torch.float32 for x in operands)
     with (
@@ -174,11 +196,11 @@ def full_precision(*operands: torch.Tensor | Rows) -> Iterator[None]:
 
 @contextmanager
 def _without_tf32() -> Iterator[None]:
-    """Within it, products of float32 are not rounded.
+    """Within it, TF32 is off: float32 operands of a product are not rounded.
 
-    torch has two interfaces for that, which must not disagree while a product runs. The
-    older one sets both. Where only the newer one was used, as transformers'
-    `tf32: true` does, the older one refuses to answer.
+    torch has two interfaces for TF32, and they must agree while a product runs. Setting
+    the older one sets both. If only the newer one was set, as by transformers'
+    `tf32: true`, reading the older one raises RuntimeError.
     """
     try:
         before = torch.get_float32_matmul_precision()
@@ -208,7 +230,7 @@ def _device_type(operands: tuple[torch.Tensor | Rows, ...]) -> str:
 
 
 def as_autocast(hidden: torch.Tensor) -> torch.Tensor:
-    """Hidden states in the dtype that an autocast around us would multiply them in."""
+    """Casts hidden states to the dtype of autocast, if autocast is enabled."""
     device = hidden.device.type
     if not torch.is_autocast_enabled(device):
         return hidden
@@ -216,11 +238,19 @@ def as_autocast(hidden: torch.Tensor) -> torch.Tensor:
 
 
 def rows_of(weight: torch.Tensor | Rows, rows: Any, hidden: torch.Tensor):
-    """Rows of a weight, ready to be multiplied with these hidden states.
+    """Rows of a weight, in the dtype for a product with these hidden states.
 
-    16-bit hidden states meet a weight of 16 bits, rounded if need be, as they would in
-    the model. The product is in float32: where the device has none such of 16-bit
-    operands, they are widened.
+    For 16-bit hidden states the weight is rounded to their dtype, as in the model. A
+    CPU has no product of 16-bit operands with a float32 result; there the rows are then
+    cast to float32.
+
+    Args:
+        weight: Shape (vocab, width).
+        rows: An index of rows: a slice or a tensor.
+        hidden: The operand of the product.
+
+    Returns:
+        Shape (rows, width).
     """
     narrow = hidden.dtype != torch.float32
     tile = weight[rows].to(hidden.dtype) if narrow else weight[rows]
@@ -228,12 +258,12 @@ def rows_of(weight: torch.Tensor | Rows, rows: Any, hidden: torch.Tensor):
 
 
 def _is_narrow(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether the device multiplies these 16-bit operands in float32 by itself."""
+    """Whether the device has a product of these operands with a float32 result."""
     return a.is_cuda and a.dtype == b.dtype != torch.float32
 
 
 def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    """out = a @ b in float32."""
+    """Writes a @ b into `out`, which is float32; a and b have any float dtypes."""
     if _is_narrow(a, b):
         torch.mm(a, b, out_dtype=torch.float32, out=out)
     else:
@@ -241,7 +271,7 @@ def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def add_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    """out += a @ b in float32."""
+    """Adds a @ b to `out`, which is float32; a and b have any float dtypes."""
     if _is_narrow(a, b):
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:

@@ -1,29 +1,37 @@
-"""One tile of the vocabulary at a time: the sums behind `TokenStats`, in plain PyTorch.
+"""Running sums over the vocabulary, from which `TokenStats` follow, in plain PyTorch.
 
-`add_tile` adds the logits of one tile to running sums over the vocabulary;
-`gradient_tile` turns the policy's logits of a tile into their gradient. kernels.py has
-the same two functions in Triton: this file is their documentation and their oracle.
+`add_tile` adds the logits of one tile of the vocabulary to the sums. `gradient_tile`
+turns the policy's logits of a tile into their gradient. tile_triton.py has the same
+functions in Triton; they are documented here.
 
-With m the largest logit of the policy so far, c the difference d at that logit,
-w_v = e^(h_v - m) and x_v = d_v - c, the sums are, per token,
+h and h_ref are the logits of policy and reference, and d = h - h_ref. m is the largest
+h so far, and c is d at that word. With w_v = e^(h_v - m) and x_v = d_v - c, the sums
+are, for each token,
 
-    TOP m      CENTRE c      MASS Σw      LOGIT Σwh      RATIO Σwx      TOTAL Σh
-    BACK Σw(e^-x - 1)       PLUS Σw(e^εx - 1)             MINUS Σw(e^-εx - 1)
-    COLLISION Σw²           LOGIT_Y h[y]                  RATIO_Y d[y]
+    TOP           m               MASS        Σ w
+    CENTRE        c               TOTAL       Σ h
+    LOGIT         Σ w h           SQUARES     Σ w²
+    DIFFERENCE    Σ w x           LOGIT_Y     h[y]
+    BACK          Σ w (e^-x - 1)  DIFFERENCE_Y  d[y]
+    PLUS          Σ w (e^εx - 1)
+    MINUS         Σ w (e^-εx - 1)
 
-When m grows, all that hold a w are rescaled, and those that hold an x are moved to the
-new c: with δ = c_new - c, Σw(e^tx - 1) becomes S + (e^-tδ - 1)(S + Σw).
+When m grows, every sum that contains w is rescaled. Every sum that contains x is
+changed to the new c: with δ = c_new - c, a sum S = Σ w (e^tx - 1) becomes
+S + (e^-tδ - 1)(S + Σ w).
 
-Why x and not d: Δ±, the reference's log-probability and KL do not change when the same
-number is subtracted from every d, and a mean of e^-x - 1 is never near -1, where
-log1p has no digits left, as long as the policy's favourite token has some probability.
-Where d = 0 everywhere, c = 0 and every sum of e^tx - 1 is exactly 0.
+Why x and not d? The statistics do not change if the same number is subtracted from
+every d. The term of the most likely word is exactly 0 with x. So the mean of e^-x - 1
+is not near -1, where log1p is inexact, unless that word has almost no probability. If
+all d are 0, then c = 0, and every sum of e^tx - 1 is exactly 0.
 
-Such a mean loses its digits where it falls below -0.9, and where it was large before c
-moved; above |tx| = 60 it may overflow. From then on a logsumexp takes its place, which
-is NaN before:
+The mean Σ w (e^tx - 1) / Σ w becomes inexact if it falls below -0.9, or if it is large
+when c changes. Where |tx| > 60 it may overflow. From then on a logsumexp is used
+instead. Until then the field of the logsumexp is NaN:
 
-    REFERENCE log Σe^h_ref    UP log Σe^(h + εd)          DOWN log Σe^(h - εd)
+    REFERENCE     log Σ e^h_ref
+    UP            log Σ e^(h + εd)
+    DOWN          log Σ e^(h - εd)
 """
 
 import math
@@ -32,55 +40,70 @@ import torch
 
 from .lm_head import Head
 
-TOP, MASS, LOGIT, RATIO, BACK, PLUS, MINUS, COLLISION = range(8)
-TOTAL, CENTRE, LOGIT_Y, RATIO_Y, REFERENCE, UP, DOWN, FIELDS = range(8, 16)
-# The sums of e^tx - 1, and what takes their place, see `moved`.
-MOVED, APART = slice(BACK, MINUS + 1), slice(REFERENCE, DOWN + 1)
+TOP, MASS, LOGIT, DIFFERENCE, BACK, PLUS, MINUS, SQUARES = range(8)
+TOTAL, CENTRE, LOGIT_Y, DIFFERENCE_Y, REFERENCE, UP, DOWN, FIELDS = range(8, 16)
+# The sums of e^tx - 1, and the logsumexps that replace them, see `expm1_sums`.
+EXPM1_SUMS, LOGSUMEXPS = slice(BACK, MINUS + 1), slice(REFERENCE, DOWN + 1)
 
-# Tokens and vocabulary of a tile: 4 MiB per matrix, so that it stays in cache; and how
-# many matrices `add_tile` works in.
+# Tokens of a chunk, words of a tile, and matrices of this size that `add_tile` needs.
+# A matrix has 4 MiB, so that it stays in cache.
 CHUNK, TILE, MATRICES = 1024, 1024, 4
 
-# The series of e^x - 1 ends where the next term is this small beside the first; where
-# that takes more than four terms, e^x is computed.
+# The series of e^x - 1 ends when the next term divided by the first is below
+# NEGLIGIBLE. If that needs more than MOST_TERMS terms, e^x is computed.
 NEGLIGIBLE, MOST_TERMS = 1.1e-7, 4
-# Beyond these, a mean of e^tx - 1 may have lost its digits. (With c it moves by up to
-# 1 + itself, of which float32 keeps 1e-7.)
+# Bounds of |tx| and of the mean of e^tx - 1. Outside of them a logsumexp is used: when
+# c changes, the mean changes by up to 1 + mean, with a relative error of 1e-7.
 WIDEST, SMALLEST_MEAN, LARGEST_MEAN = 60.0, -0.9, 100.0
-# e^x as 2^(x log2 e): on CPUs several times as fast.
+# On CPUs 2^(x log2 e) is several times as fast as e^x.
 LOG2E = math.log2(math.e)
 
 
 def tile_size(tokens: int) -> int:
-    """Columns of a tile: twice as many where it meets few tokens."""
+    """Words of a tile: TILE, or twice as many for few tokens."""
     return TILE if 2 * tokens > CHUNK else 2 * TILE
 
 
 def new_sums(tokens: int, device: torch.device) -> torch.Tensor:
-    """Sums over an empty vocabulary, shape (FIELDS, tokens)."""
+    """The sums before the first tile: shape (FIELDS, tokens), float32."""
     sums = torch.zeros(FIELDS, tokens, device=device)
     sums[TOP].fill_(-torch.inf)
-    sums[APART].fill_(torch.nan)
+    sums[LOGSUMEXPS].fill_(torch.nan)
     return sums
 
 
-def new_weights(space: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What `add_tile` may take as `out`: of its space, which is float32 as well."""
+def new_numerators(space: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Space for the numerators of `add_tile`: one of its matrices.
+
+    Args:
+        space: Shape (MATRICES, chunk, tile).
+        dtype: Not used here: the numerators are float32.
+
+    Returns:
+        Shape (chunk, tile).
+    """
     return space[2]
 
 
-def moved(epsilon: float | None) -> tuple[tuple[int, int, float], ...]:
-    """The sums Σw(e^tx - 1), the logsumexp that replaces each, and t."""
+def expm1_sums(epsilon: float | None) -> tuple[tuple[int, int, float], ...]:
+    """For each sum Σ w (e^tx - 1): its field, the field of its logsumexp, and t."""
     epsilon = epsilon or 0.0
     return (BACK, REFERENCE, -1.0), (PLUS, UP, epsilon), (MINUS, DOWN, -epsilon)
 
 
-def log_mean(sums: torch.Tensor, field: int, apart: int, t: float) -> torch.Tensor:
-    """log Σ_v p_v e^(t x_v), from a row of `moved`; shape (tokens,)."""
+def log_mean(sums: torch.Tensor, field: int, lse_field: int, t: float) -> torch.Tensor:
+    """log Σ_v p_v e^(t x_v), shape (tokens,).
+
+    Args:
+        sums: Shape (FIELDS, tokens).
+        field: The field of the sum, see `expm1_sums`.
+        lse_field: The field of its logsumexp.
+        t: Its t.
+    """
     lse = sums[TOP] + sums[MASS].log()
-    difference = sums[apart] - t * sums[CENTRE] - lse
+    difference = sums[lse_field] - t * sums[CENTRE] - lse
     exact = torch.log1p(sums[field] / sums[MASS])
-    return torch.where(sums[apart].isnan(), exact, difference)
+    return torch.where(sums[lse_field].isnan(), exact, difference)
 
 
 def add_tile(
@@ -90,31 +113,32 @@ def add_tile(
     heads: tuple[Head, Head],
     *,
     epsilon: float | None,
-    collision: bool,
-    out: torch.Tensor | None,
+    sum_sq_probs: bool,
+    numerators: torch.Tensor | None,
 ) -> torch.Tensor:
     """Adds a tile to the sums.
 
     Args:
         sums: Shape (FIELDS, chunk), changed in place.
         space: Shape (MATRICES, chunk, tile), float32, overwritten. The first two are
-            weight @ hidden + bias of policy and reference.
-        targets: Shape (chunk,), relative to the tile's start; others lie outside.
-        heads: Of policy and reference, for what comes after the product.
-        epsilon: Perturbation, or None to leave PLUS and MINUS at 0.
-        collision: Whether COLLISION is wanted.
-        out: If the gradient is made from this tile, shape (chunk, tile), float32: is
-            filled with w times the slope of `Head.after`.
+            the logits of policy and reference before scale and cap.
+        targets: Shape (chunk,): y minus the first word of the tile. If y is in another
+            tile, this is below 0 or at least the size of the tile.
+        heads: The heads of policy and reference, for their scale and cap.
+        epsilon: Perturbation, 0 < ε < 1; None: PLUS and MINUS stay 0.
+        sum_sq_probs: Whether to compute SQUARES.
+        numerators: Shape (chunk, tile), float32: overwritten with w times `Head.slope`,
+            for the gradient. None: not wanted.
 
     Returns:
-        e^(m_before - m), shape (chunk,), for what was added before.
+        e^(m_before - m), shape (chunk,): the factor that rescales earlier sums of w.
     """
-    h, r = heads[0].after(space[0]), heads[1].after(space[1])
-    w, y = space[2] if out is None else out, space[3]
+    h, r = heads[0].scale_and_cap(space[0]), heads[1].scale_and_cap(space[1])
+    w, y = space[2] if numerators is None else numerators, space[3]
     before = sums.clone()
     _pick(sums[LOGIT_Y], h, targets)
     x = torch.sub(h, r, out=r)
-    _pick(sums[RATIO_Y], x, targets)
+    _pick(sums[DIFFERENCE_Y], x, targets)
     shrink, step = _follow_top(sums, h, x, epsilon)
     x.sub_(sums[CENTRE, :, None])
     widest = torch.maximum(x.amax(1), -x.amin(1))
@@ -122,20 +146,20 @@ def add_tile(
     sums[MASS] += w.sum(1)
     sums[TOTAL] += h.sum(1)
     sums[LOGIT] += torch.mul(w, h, out=y).sum(1)
-    if collision:
-        sums[COLLISION] += torch.mul(w, w, out=y).sum(1)
+    if sum_sq_probs:
+        sums[SQUARES] += torch.mul(w, w, out=y).sum(1)
     _add_differences(sums, w, x, y, epsilon, widest.max().item())
-    _add_apart(sums, before, h, x, y, epsilon, torch.maximum(widest, step.abs()))
-    if out is not None:
+    _keep_logsumexps(sums, before, h, x, y, epsilon, torch.maximum(widest, step.abs()))
+    if numerators is not None:
         _times(w, heads[0].slope(h))
     return shrink
 
 
 def _follow_top(sums, h, d, epsilon) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where m grows: rescales the sums, and moves them to the d found there.
+    """Where m grows, rescales the sums and changes them to the new c.
 
     Returns:
-        e^(m_before - m), and δ, 0 where nothing was summed before; shape (chunk,).
+        e^(m_before - m) and δ, each of shape (chunk,). δ is 0 for the first tile.
     """
     top, step = torch.maximum(sums[TOP], h.amax(1)), torch.zeros_like(sums[TOP])
     shrink = torch.exp(sums[TOP] - top)
@@ -144,22 +168,23 @@ def _follow_top(sums, h, d, epsilon) -> tuple[torch.Tensor, torch.Tensor]:
     step[grown] = centre - sums[CENTRE, grown]
     sums[CENTRE, grown] = centre
     sums[TOP] = top
-    sums[MASS:COLLISION] *= shrink
-    sums[COLLISION] *= shrink**2
+    sums[MASS:SQUARES] *= shrink
+    sums[SQUARES] *= shrink**2
     step *= sums[MASS] > 0
-    sums[RATIO] -= step * sums[MASS]
-    t = sums.new_tensor([[t] for _, _, t in moved(epsilon)])
-    sums[MOVED] += torch.expm1(-t * step) * (sums[MOVED] + sums[MASS])
+    sums[DIFFERENCE] -= step * sums[MASS]
+    t = sums.new_tensor([[t] for _, _, t in expm1_sums(epsilon)])
+    sums[EXPM1_SUMS] += torch.expm1(-t * step) * (sums[EXPM1_SUMS] + sums[MASS])
     return shrink, step
 
 
 def _add_differences(sums, w, x, y, epsilon, widest: float) -> None:
-    """RATIO, BACK, PLUS and MINUS of a tile whose largest |x| is `widest`."""
-    wanted = [(field, t, _terms(t * widest)) for field, _, t in moved(epsilon) if t]
+    """Adds a tile to DIFFERENCE, BACK, PLUS and MINUS; `widest` is its largest |x|."""
+    fields = [(field, t) for field, _, t in expm1_sums(epsilon) if t]
+    wanted = [(field, t, _terms(t * widest)) for field, t in fields]
     moments = [torch.mul(w, x, out=y).sum(1)]  # Σwx^k
     for _ in range(1, max(terms or 1 for _, _, terms in wanted)):
         moments.append(y.mul_(x).sum(1))
-    sums[RATIO] += moments[0]
+    sums[DIFFERENCE] += moments[0]
     for field, t, terms in wanted:
         if terms is None:
             sums[field] += _less_one(x, t, out=y).mul_(w).sum(1)
@@ -169,37 +194,37 @@ def _add_differences(sums, w, x, y, epsilon, widest: float) -> None:
 
 
 def _less_one(x: torch.Tensor, t: float, out: torch.Tensor) -> torch.Tensor:
-    """e^tx - 1; to the last digit only where a sign depends on it."""
-    if t == -1:
+    """e^tx - 1."""
+    if t == -1:  # BACK decides no sign, so exp2 - 1 is exact enough
         return torch.mul(x, -LOG2E, out=out).exp2_().sub_(1)
     return torch.mul(x, t, out=out).expm1_()
 
 
 def _terms(x: float) -> int | None:
-    """Terms of the series of e^x - 1 that float32 can tell apart; None: too many."""
+    """How many terms of the series of e^x - 1 float32 needs; None if too many."""
     few = range(1, MOST_TERMS + 1)
     enough = (n for n in few if abs(x) ** n < NEGLIGIBLE * math.factorial(n + 1))
     return next(enough, None)
 
 
-def _add_apart(sums, before, h, x, y, epsilon, widest) -> None:
-    """Keeps logsumexps where a mean has lost its digits; y is scratch."""
-    means = sums[MOVED] / sums[MASS]
-    digits = (means >= SMALLEST_MEAN) & (means <= LARGEST_MEAN) & sums[APART].isnan()
-    for (field, apart, t), fine in zip(moved(epsilon), digits, strict=True):
+def _keep_logsumexps(sums, before, h, x, y, epsilon, widest) -> None:
+    """Adds the tile to the logsumexps of tokens whose mean is inexact; overwrites y."""
+    means, unused = sums[EXPM1_SUMS] / sums[MASS], sums[LOGSUMEXPS].isnan()
+    digits = (means >= SMALLEST_MEAN) & (means <= LARGEST_MEAN) & unused
+    for (field, lse_field, t), fine in zip(expm1_sums(epsilon), digits, strict=True):
         fine &= abs(t) * widest <= WIDEST
         if fine.all():
             continue
         lse = torch.add(h, x, alpha=t, out=y).logsumexp(1) + t * sums[CENTRE]
         so_far = (before[field] + before[MASS]).log()
         so_far += before[TOP] + t * before[CENTRE]
-        known = torch.where(before[apart].isnan(), so_far, before[apart])
-        lse = torch.logaddexp(known, lse)
-        sums[apart] = torch.where(fine, sums[apart], lse)
+        so_far = torch.where(before[lse_field].isnan(), so_far, before[lse_field])
+        lse = torch.logaddexp(so_far, lse)
+        sums[lse_field] = torch.where(fine, sums[lse_field], lse)
 
 
 def _pick(out: torch.Tensor, values: torch.Tensor, targets: torch.Tensor) -> None:
-    """out = values[target], where the target lies in the tile."""
+    """Writes values[target] into `out`, for targets that are in the tile."""
     size = values.shape[1]
     inside = (targets >= 0) & (targets < size)
     picked = values.gather(1, targets.clamp(0, size - 1)[:, None])[:, 0]
@@ -214,22 +239,22 @@ def gradient_tile(
     head: Head,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Gradient of Σ grad_logp · log p[y] for `weight @ hidden + bias`.
+    """Gradient of the loss for the policy's logits before scale and cap.
 
-    d log p[y] / d logits = onehot(y) - p, then through cap and scale.
+    It is grad_logp · (onehot(y) - p), times `Head.slope`.
 
     Args:
-        policy: As in `add_tile`; overwritten.
-        targets: As in `add_tile`.
-        lse: logsumexp of the whole vocabulary, shape (chunk,).
-        grad_logp: Shape (chunk,).
-        head: Of the policy.
+        policy: Logits before scale and cap, shape (chunk, tile), float32, overwritten.
+        targets: Shape (chunk,): y minus the first word of the tile.
+        lse: logsumexp over the whole vocabulary, shape (chunk,).
+        grad_logp: ∂ loss / ∂ log p[y], shape (chunk,).
+        head: The policy's head.
         dtype: Of the result.
 
     Returns:
         Shape (chunk, tile).
     """
-    h = head.after(policy)
+    h = head.scale_and_cap(policy)
     slope = head.slope(h)
     p = h.sub_(lse[:, None]).mul_(LOG2E).exp2_()
     inside = (targets >= 0) & (targets < h.shape[1])
@@ -239,12 +264,12 @@ def gradient_tile(
 
 
 def _times(values: torch.Tensor, slope: torch.Tensor | float) -> torch.Tensor:
-    """values *= slope, without a pass over them where it is 1."""
+    """Multiplies `values` with the slope in place; does nothing if it is 1."""
     if not isinstance(slope, torch.Tensor) and slope == 1:
         return values
     return values.mul_(slope)
 
 
 def rescale(values: torch.Tensor, factor: torch.Tensor) -> None:
-    """values *= factor, shapes (chunk, width) and (chunk,)."""
+    """Multiplies each row of `values`, (chunk, width), with its factor, (chunk,)."""
     values *= factor[:, None]

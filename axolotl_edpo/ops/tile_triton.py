@@ -1,20 +1,21 @@
-"""The functions of tiles.py in Triton, for logits that live on a GPU.
+"""The functions of tile_torch.py in Triton, for GPUs.
 
-The products stay with cuBLAS, whose float32 output is read here once, one tile of it at
-a time. One program holds one token's row of the tile in registers and forms all of its
-sums from there; or it writes a piece of one row of a gradient.
+cuBLAS computes the matrix products. A kernel reads their float32 output once per tile.
+In `add_tile_kernel` one program keeps the tile's row of one token in registers, and
+computes all its sums. In `gradient_tile_kernel` one program writes BLOCK values of one
+row.
 
-Numbers are those of tiles.py up to float32 rounding. Products and sums are fused only
-where `fma` says so: if the compiler fused the scale of one logit with the difference of
-two, equal policies would differ by a rounding, and that decides steps. Under
-TRITON_INTERPRET=1 the kernels run on a CPU.
+The results are those of tile_torch.py, except for float32 rounding. The compiler must
+not fuse products with sums; only an explicit `fma` does. If the scale of one logit were
+fused with the subtraction of the other, equal policies would differ by a rounding
+error, and this would decide steps. With TRITON_INTERPRET=1 the kernels run on a CPU.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from . import tile_torch as tiles
+from . import tile_torch
 from .lm_head import Head
 from .tile_torch import new_sums
 
@@ -25,52 +26,52 @@ __all__ = [
     "add_tile",
     "gradient_tile",
     "new_sums",
-    "new_weights",
+    "new_numerators",
     "rescale",
     "tile_size",
 ]
 
-# As in tiles.py: 64 MiB per matrix, products large enough for tensor cores.
+# See `tile_torch`. A matrix has 64 MiB: large enough to keep tensor cores busy.
 CHUNK, TILE, MATRICES = 4096, 4096, 2
-# Of a gradient, what one program writes.
+# Values of a row that one program writes.
 BLOCK = 1024
 
-TOP = tl.constexpr(tiles.TOP)
-MASS = tl.constexpr(tiles.MASS)
-LOGIT = tl.constexpr(tiles.LOGIT)
-RATIO = tl.constexpr(tiles.RATIO)
-BACK = tl.constexpr(tiles.BACK)
-PLUS = tl.constexpr(tiles.PLUS)
-MINUS = tl.constexpr(tiles.MINUS)
-COLLISION = tl.constexpr(tiles.COLLISION)
-TOTAL = tl.constexpr(tiles.TOTAL)
-CENTRE = tl.constexpr(tiles.CENTRE)
-LOGIT_Y = tl.constexpr(tiles.LOGIT_Y)
-RATIO_Y = tl.constexpr(tiles.RATIO_Y)
-REFERENCE = tl.constexpr(tiles.REFERENCE)
-UP = tl.constexpr(tiles.UP)
-DOWN = tl.constexpr(tiles.DOWN)
-WIDEST = tl.constexpr(tiles.WIDEST)
-SMALLEST_MEAN = tl.constexpr(tiles.SMALLEST_MEAN)
-LARGEST_MEAN = tl.constexpr(tiles.LARGEST_MEAN)
-# Below it, four terms of the series of e^x - 1 are enough.
+TOP = tl.constexpr(tile_torch.TOP)
+MASS = tl.constexpr(tile_torch.MASS)
+LOGIT = tl.constexpr(tile_torch.LOGIT)
+DIFFERENCE = tl.constexpr(tile_torch.DIFFERENCE)
+BACK = tl.constexpr(tile_torch.BACK)
+PLUS = tl.constexpr(tile_torch.PLUS)
+MINUS = tl.constexpr(tile_torch.MINUS)
+SQUARES = tl.constexpr(tile_torch.SQUARES)
+TOTAL = tl.constexpr(tile_torch.TOTAL)
+CENTRE = tl.constexpr(tile_torch.CENTRE)
+LOGIT_Y = tl.constexpr(tile_torch.LOGIT_Y)
+DIFFERENCE_Y = tl.constexpr(tile_torch.DIFFERENCE_Y)
+REFERENCE = tl.constexpr(tile_torch.REFERENCE)
+UP = tl.constexpr(tile_torch.UP)
+DOWN = tl.constexpr(tile_torch.DOWN)
+WIDEST = tl.constexpr(tile_torch.WIDEST)
+SMALLEST_MEAN = tl.constexpr(tile_torch.SMALLEST_MEAN)
+LARGEST_MEAN = tl.constexpr(tile_torch.LARGEST_MEAN)
+# For |x| below it, four terms of the series of e^x - 1 are enough.
 SERIES = tl.constexpr(0.06)
 
 
 def tile_size(tokens: int) -> int:
-    """As `tiles.tile_size`: few tokens meet wide tiles, so products stay large."""
+    """Words of a tile: twice as many for few tokens, so that products stay large."""
     return TILE if 2 * tokens > CHUNK else 2 * TILE
 
 
-def new_weights(space: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """As `tiles.new_weights`, in the dtype that the next product takes."""
+def new_numerators(space: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Space for the numerators of `add_tile`: shape (chunk, tile), of this dtype."""
     return torch.empty_like(space[0], dtype=dtype)
 
 
 @triton.jit
 def _expm1(x):
     """e^x - 1 to float32 precision, also for small x."""
-    # Taylor to x^7; at |x| < 0.4 the next term is 4e-8 of the first
+    # Taylor series to x^7: for |x| < 0.4 the next term is at most 4e-8 of the first
     p = tl.fma(x, 1 / 5040, 1 / 720)
     p = tl.fma(p, x, 1 / 120)
     p = tl.fma(p, x, 1 / 24)
@@ -81,8 +82,8 @@ def _expm1(x):
 
 
 @triton.jit
-def _after(h, scale, cap, SCALED: tl.constexpr, CAPPED: tl.constexpr):
-    """`Head.after`: scale, then cap · tanh(h / cap)."""
+def _scale_and_cap(h, scale, cap, SCALED: tl.constexpr, CAPPED: tl.constexpr):
+    """`Head.scale_and_cap`: scale, then cap · tanh(h / cap)."""
     if SCALED:
         h = h * scale
     if CAPPED:
@@ -129,12 +130,31 @@ def _sum_of_powers(w, x, t, widest):
 
 
 @triton.jit
-def _add_moved(
-    sums, stride, field, apart, w, h, x, inside, t, widest, top, centre, mass
-):
-    """Adds a row to Σw(e^tx - 1), and moves it to a new top, centre and mass.
+def _follow_top(sums, stride, h, d, inside):
+    """Computes the new m and c of a token, see `tile_torch`.
 
-    As in `tiles._add_apart`, a logsumexp takes its place where it has lost its digits.
+    Returns m; c; e^(m_before - m); the rescaled Σ w of the tiles before; and δ.
+    """
+    top_before = tl.load(sums + TOP * stride)
+    centre_before = tl.load(sums + CENTRE * stride)
+    highest = tl.max(tl.where(inside, h, float("-inf")), 0)
+    centre = tl.max(tl.where(inside & (h == highest), d, float("-inf")), 0)
+    centre = tl.where(highest > top_before, centre, centre_before)
+    top = tl.maximum(top_before, highest)
+    shrink = tl.exp(top_before - top)
+    moving = tl.load(sums + MASS * stride) * shrink
+    step = tl.where(moving > 0, centre - centre_before, 0.0)
+    return top, centre, shrink, moving, step
+
+
+@triton.jit
+def _add_expm1_sum(
+    sums, stride, field, lse_field, w, h, x, inside, t, widest, top, centre, mass
+):
+    """Changes the sum Σw(e^tx - 1) of a token to the new m and c, and adds the row.
+
+    If the mean is inexact, it adds the row to the logsumexp, see
+    `tile_torch._keep_logsumexps`. `top`, `centre`, `mass`: m, c and Σ w with this row.
     """
     top_before = tl.load(sums + TOP * stride)
     centre_before = tl.load(sums + CENTRE * stride)
@@ -150,23 +170,47 @@ def _add_moved(
     mean = total / mass
     digits = (mean >= SMALLEST_MEAN) & (mean <= LARGEST_MEAN)
     digits = digits & (tl.abs(t) * tl.maximum(widest, tl.abs(step)) <= WIDEST)
-    known = tl.load(sums + apart * stride)
+    known = tl.load(sums + lse_field * stride)
     if (known == known) | (digits == 0):
         so_far = top_before + tl.log(before + mass_before) + t * centre_before
         known = tl.where(known == known, known, so_far)
         values = tl.where(inside, tl.fma(x, t, h), float("-inf"))
         highest = tl.max(values, 0)
         lse = highest + tl.log(tl.sum(tl.exp(values - highest), 0)) + t * centre
-        tl.store(sums + apart * stride, _log_add(known, lse))
+        tl.store(sums + lse_field * stride, _log_add(known, lse))
 
 
 @triton.jit
-def _add_tile_kernel(
+def _add_expm1_sums(
+    sums, stride, w, h, x, inside, epsilon, top, centre, mass, PERTURBED: tl.constexpr
+):
+    """Adds a row to BACK and, if `PERTURBED`, to PLUS and MINUS."""
+    widest = tl.max(tl.abs(x), 0)
+    back = sums, stride, BACK, REFERENCE, w, h, x, inside, -1.0
+    _add_expm1_sum(*back, widest, top, centre, mass)
+    if PERTURBED:
+        plus = sums, stride, PLUS, UP, w, h, x, inside, epsilon
+        _add_expm1_sum(*plus, widest, top, centre, mass)
+        minus = sums, stride, MINUS, DOWN, w, h, x, inside, -epsilon
+        _add_expm1_sum(*minus, widest, top, centre, mass)
+
+
+@triton.jit
+def _store_target(sums, stride, targets, v, h, d, tile):
+    """Sets LOGIT_Y and DIFFERENCE_Y, if the target is in the tile."""
+    y = tl.load(targets)
+    if (y >= 0) & (y < tile):
+        tl.store(sums + LOGIT_Y * stride, tl.sum(tl.where(v == y, h, 0.0), 0))
+        tl.store(sums + DIFFERENCE_Y * stride, tl.sum(tl.where(v == y, d, 0.0), 0))
+
+
+@triton.jit
+def add_tile_kernel(
     policy,
     reference,
     targets,
     sums,
-    weights,
+    numerators,
     shrinks,
     tile,
     stride,
@@ -180,10 +224,11 @@ def _add_tile_kernel(
     REFERENCE_SCALED: tl.constexpr,
     REFERENCE_CAPPED: tl.constexpr,
     PERTURBED: tl.constexpr,
-    COLLIDING: tl.constexpr,
-    WEIGHTED: tl.constexpr,
+    SQUARED: tl.constexpr,
+    KEEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Adds the row of one token, see `tile_torch.add_tile`; h, d, w, x as there."""
     token = tl.program_id(0)
     row = token.to(tl.int64) * tile
     sums += token
@@ -191,52 +236,34 @@ def _add_tile_kernel(
     inside = v < tile
     h = tl.load(policy + row + v, mask=inside, other=0.0)
     r = tl.load(reference + row + v, mask=inside, other=0.0)
-    h = _after(h, scale, cap, SCALED, CAPPED)
-    r = _after(r, reference_scale, reference_cap, REFERENCE_SCALED, REFERENCE_CAPPED)
+    h = _scale_and_cap(h, scale, cap, SCALED, CAPPED)
+    r = _scale_and_cap(
+        r, reference_scale, reference_cap, REFERENCE_SCALED, REFERENCE_CAPPED
+    )
     d = h - r
     tl.store(sums + TOTAL * stride, tl.load(sums + TOTAL * stride) + tl.sum(h, 0))
-
-    # the largest logit so far, and d there
-    top_before = tl.load(sums + TOP * stride)
-    centre_before = tl.load(sums + CENTRE * stride)
-    highest = tl.max(tl.where(inside, h, float("-inf")), 0)
-    centre = tl.max(tl.where(inside & (h == highest), d, float("-inf")), 0)
-    centre = tl.where(highest > top_before, centre, centre_before)
-    top = tl.maximum(top_before, highest)
-    shrink = tl.exp(top_before - top)
+    top, centre, shrink, moving, step = _follow_top(sums, stride, h, d, inside)
     tl.store(shrinks + token, shrink)
-
     w = tl.where(inside, tl.exp(h - top), 0.0)
     x = tl.where(inside, d - centre, 0.0)
-    widest = tl.max(tl.abs(x), 0)
-    if WEIGHTED:
-        p = _times_slope(w, h, scale, cap, SCALED, CAPPED)
-        _store(weights + row + v, p, inside)
+    if KEEPS:
+        kept = _times_slope(w, h, scale, cap, SCALED, CAPPED)
+        _store(numerators + row + v, kept, inside)
     logit = tl.load(sums + LOGIT * stride) * shrink + tl.sum(w * h, 0)
     tl.store(sums + LOGIT * stride, logit)
-    if COLLIDING:
-        collision = tl.load(sums + COLLISION * stride) * shrink * shrink
-        tl.store(sums + COLLISION * stride, collision + tl.sum(w * w, 0))
-    moving = tl.load(sums + MASS * stride) * shrink
+    if SQUARED:
+        squares = tl.load(sums + SQUARES * stride) * shrink * shrink
+        tl.store(sums + SQUARES * stride, squares + tl.sum(w * w, 0))
     mass = moving + tl.sum(w, 0)
-    step = tl.where(moving > 0, centre - centre_before, 0.0)
-    ratio = tl.load(sums + RATIO * stride) * shrink - step * moving
-    tl.store(sums + RATIO * stride, ratio + tl.sum(w * x, 0))
-    back = sums, stride, BACK, REFERENCE, w, h, x, inside, -1.0
-    _add_moved(*back, widest, top, centre, mass)
-    if PERTURBED:
-        plus = sums, stride, PLUS, UP, w, h, x, inside, epsilon
-        _add_moved(*plus, widest, top, centre, mass)
-        minus = sums, stride, MINUS, DOWN, w, h, x, inside, -epsilon
-        _add_moved(*minus, widest, top, centre, mass)
+    difference = tl.load(sums + DIFFERENCE * stride) * shrink - step * moving
+    tl.store(sums + DIFFERENCE * stride, difference + tl.sum(w * x, 0))
+    _add_expm1_sums(
+        sums, stride, w, h, x, inside, epsilon, top, centre, mass, PERTURBED
+    )
     tl.store(sums + TOP * stride, top)
     tl.store(sums + CENTRE * stride, centre)
     tl.store(sums + MASS * stride, mass)
-
-    y = tl.load(targets + token)
-    if (y >= 0) & (y < tile):
-        tl.store(sums + LOGIT_Y * stride, tl.sum(tl.where(v == y, h, 0.0), 0))
-        tl.store(sums + RATIO_Y * stride, tl.sum(tl.where(v == y, d, 0.0), 0))
+    _store_target(sums, stride, targets + token, v, h, d, tile)
 
 
 def add_tile(
@@ -246,20 +273,23 @@ def add_tile(
     heads: tuple[Head, Head],
     *,
     epsilon: float | None,
-    collision: bool,
-    out: torch.Tensor | None,
+    sum_sq_probs: bool,
+    numerators: torch.Tensor | None,
 ) -> torch.Tensor:
-    """As `tiles.add_tile`; the logits are left as they are, `out` has any dtype."""
+    """Adds a tile to the sums, see `tile_torch.add_tile`.
+
+    Here `space` is not changed, and the numerators may have any dtype.
+    """
     policy, reference = space
     tokens, tile = policy.shape
     shrinks = torch.empty_like(sums[0])
     block = triton.next_power_of_2(max(tile, TILE))
-    _add_tile_kernel[(tokens,)](
+    add_tile_kernel[(tokens,)](
         policy,
         reference,
         targets,
         sums,
-        policy if out is None else out,
+        policy if numerators is None else numerators,
         shrinks,
         tile,
         sums.stride(0),
@@ -269,8 +299,8 @@ def add_tile(
         *_flags(heads[0]),
         *_flags(heads[1]),
         PERTURBED=epsilon is not None,
-        COLLIDING=collision,
-        WEIGHTED=out is not None,
+        SQUARED=sum_sq_probs,
+        KEEPS=numerators is not None,
         BLOCK=block,
         num_warps=warps(block),
         enable_fp_fusion=False,
@@ -279,22 +309,22 @@ def add_tile(
 
 
 def warps(block: int) -> int:
-    """So many that a thread holds 16 logits."""
+    """Warps of a program: a thread holds 16 logits of the block, if 32 warps do."""
     return min(max(block // 512, 1), 32)
 
 
 def _numbers(head: Head) -> tuple[float, float]:
-    """Scale and cap."""
+    """Scale and cap of a head, as arguments of a kernel."""
     return float(head.scale), float(head.cap or 1.0)
 
 
 def _flags(head: Head) -> tuple[bool, bool]:
-    """SCALED and CAPPED."""
+    """Whether a head has a scale and a cap: SCALED and CAPPED of a kernel."""
     return head.scale != 1, head.cap is not None
 
 
 @triton.jit
-def _gradient_tile_kernel(
+def gradient_tile_kernel(
     policy,
     targets,
     lse,
@@ -311,7 +341,7 @@ def _gradient_tile_kernel(
     row = token.to(tl.int64) * tile
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     h = tl.load(policy + row + v, mask=v < tile, other=0.0)
-    h = _after(h, scale, cap, SCALED, CAPPED)
+    h = _scale_and_cap(h, scale, cap, SCALED, CAPPED)
     p = tl.exp(h - tl.load(lse + token))
     g = tl.where(v == tl.load(targets + token), 1.0, 0.0) - p
     g = g * tl.load(grad_logp + token)
@@ -326,10 +356,13 @@ def gradient_tile(
     head: Head,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """As `tiles.gradient_tile`; the logits are left as they are."""
+    """Gradient for the logits of a tile, see `tile_torch.gradient_tile`.
+
+    Here `policy` is not changed.
+    """
     tokens, tile = policy.shape
     out = torch.empty_like(policy, dtype=dtype)
-    _gradient_tile_kernel[(tokens, triton.cdiv(tile, BLOCK))](
+    gradient_tile_kernel[(tokens, triton.cdiv(tile, BLOCK))](
         policy,
         targets,
         lse,
@@ -345,10 +378,10 @@ def gradient_tile(
 
 
 @triton.jit
-def _rescale_kernel(values, factors, width, BLOCK: tl.constexpr):
+def rescale_kernel(values, factors, width, BLOCK: tl.constexpr):
     token = tl.program_id(0)
     factor = tl.load(factors + token)
-    if factor != 1:  # the maximum of most rows stays after the first tiles
+    if factor != 1:  # after the first tiles, m of most rows stays the same
         for start in range(0, width, BLOCK):
             i = start + tl.arange(0, BLOCK)
             p = values + token.to(tl.int64) * width + i
@@ -356,8 +389,8 @@ def _rescale_kernel(values, factors, width, BLOCK: tl.constexpr):
 
 
 def rescale(values: torch.Tensor, factor: torch.Tensor) -> None:
-    """As `tiles.rescale`, for contiguous rows."""
+    """Multiplies rows in place, see `tile_torch.rescale`; rows must be contiguous."""
     tokens, width = values.shape
-    _rescale_kernel[(tokens,)](
+    rescale_kernel[(tokens,)](
         values, factor, width, BLOCK=BLOCK, enable_fp_fusion=False
     )

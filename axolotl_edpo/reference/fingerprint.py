@@ -1,12 +1,12 @@
-"""Which reference it is whose hidden states a store keeps.
+"""The fingerprint of a reference: it names the cache of its hidden states.
 
-    weights      every tensor of it, quantized ones with their scales
-    adapter      how much an adapter that is part of it counts
-    config       what the model computes from them; its code, if it brings that along
-    precision    dtype of the hidden states, attention, recipe keys
+    weights      all tensors of the model, with the scales of quantized ones
+    adapter      scaling factors of the reference's adapter
+    config       the model's config, and its code if that is shipped with the weights
+    precision    dtype of the hidden states, attention, some recipe keys
 
-What they depend on beside that are the tokens of the pair. Not in it is what changes
-rounding only: rows, engine, kernels, device.
+Hidden states depend on these and on the tokens of the pair. The layout of pairs in
+rows, the engine, kernels and the device are left out: they change rounding only.
 """
 
 import inspect
@@ -22,15 +22,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config.args import PRECOMPUTE
-from ..distributed import gathered, of_first
+from ..distributed import broadcast_from_rank0, gathered
 from ..models.forward import REFERENCE_ADAPTER
 from ..models.packed_attention import EAGER
-from .hidden_cache import raw
+from ..upstream import attention_name, is_remote_code
+from .hidden_cache import tensor_bytes
 
 # Recipe keys that change what a model computes from the same weights.
 COMPUTE_KEYS = ("qat", "fp8", "tf32")
-# Config keys that say nothing of what a model computes.
-_NOT_COMPUTED = (
+# Config keys that do not change what a model computes.
+_IRRELEVANT_KEYS = (
     "_name_or_path",
     "architectures",
     "transformers_version",
@@ -39,86 +40,92 @@ _NOT_COMPUTED = (
     "eos_token_id",
     "pad_token_id",
 )
-_REMOTE = "transformers_modules"
+# PEFT's name of the adapter that trains.
+_TRAINED_ADAPTER = "default"
 
 
-def identity_of(
-    reference: nn.Module, lm: PreTrainedModel, hidden: torch.Tensor, **more: Any
+def fingerprint_of(
+    reference: nn.Module, lm: PreTrainedModel, hidden: torch.Tensor, **parts: Any
 ) -> str:
-    """Names a reference by all that its hidden states depend on, but the pair.
+    """The fingerprint of a reference: a digest of everything but the pairs.
 
     Args:
-        reference: Without its engine; an adapter that trains is left out.
-        lm: The causal language model whose config and code it has.
-        hidden: Some of its hidden states.
-        **more: What else they depend on.
+        reference: The model without its engine. An adapter that trains is left out.
+        lm: The causal language model that has the reference's config and code.
+        hidden: Some hidden states of the reference, shape (tokens, hidden), for their
+            width and dtype.
+        **parts: Further values that hidden states depend on.
 
     Returns:
-        The same on every rank.
+        32 hexadecimal digits, the same on every rank.
 
     Raises:
-        ValueError: On every rank, if there are weights that have no bytes.
+        ValueError: On every rank, if the bytes of a weight cannot be read.
     """
-    config = lm.config.to_dict()
-    for key in _NOT_COMPUTED:
-        config.pop(key, None)
-    attention = lm.config._attn_implementation
-    told = {
-        "weights": _weights(reference),
-        "adapter": _scales(reference),
-        "config": config,
-        "code": _remote_code(lm),
+    attention = attention_name(lm.config)
+    parts |= {
+        "weights": _weights_digest(reference),
+        "adapter": _adapter_scales(reference),
+        "config": _relevant_config(lm),
+        "code": remote_code(lm),
         "attention": "eager" if attention == EAGER else attention,
         "hidden": [hidden.shape[1], str(hidden.dtype)],
         "transformers": transformers.__version__,
-        **more,
     }
-    text = json.dumps(told, sort_keys=True, default=str)
-    return of_first(xxhash.xxh3_128_hexdigest(text.encode()))
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return broadcast_from_rank0(xxhash.xxh3_128_hexdigest(text.encode()))
 
 
-def _weights(reference: nn.Module, leave_out: str = "default") -> str:
-    """Weights, buffers and scales in their order; gathered one after the other.
+def _relevant_config(lm: PreTrainedModel) -> dict[str, Any]:
+    config = lm.config.to_dict()
+    return {key: value for key, value in config.items() if key not in _IRRELEVANT_KEYS}
+
+
+def _weights_digest(reference: nn.Module) -> str:
+    """A digest of weights, buffers and scales, which are gathered one by one.
 
     Args:
-        reference: Without its engine, sharded or not.
-        leave_out: The adapter that trains.
+        reference: The model without its engine, sharded or not.
 
     Returns:
-        A digest, on the first rank.
+        The digest on rank 0; meaningless on other ranks.
 
     Raises:
-        ValueError: On every rank, if there are weights that have no bytes.
+        ValueError: On every rank, if the bytes of a weight cannot be read.
     """
-    digest, first, strange = xxhash.xxh3_128(), PartialState().is_main_process, ""
+    digest, without_bytes = xxhash.xxh3_128(), ""
+    is_rank0 = PartialState().is_main_process
     for name, tensor in reference.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, torch.Tensor) or leave_out in name.split("."):
+        if not isinstance(tensor, torch.Tensor) or _TRAINED_ADAPTER in name.split("."):
             continue
-        with gathered([tensor]) as (whole,):  # by all ranks, whatever the first finds
-            if not first:
+        with gathered([tensor]) as (whole,):  # every rank has to take part
+            if not is_rank0:
                 continue
             digest.update(repr((tuple(whole.shape), whole.dtype)).encode())
             try:
-                digest.update(raw(whole))
+                digest.update(tensor_bytes(whole))
             except (RuntimeError, TypeError) as error:
-                strange = f"{name} ({error})"
-    if strange := of_first(strange):
+                without_bytes = f"{name} ({error})"
+    if without_bytes := broadcast_from_rank0(without_bytes):
         raise ValueError(
-            f"`{PRECOMPUTE}: true`: {strange} cannot be told from other "
+            f"`{PRECOMPUTE}: true`: {without_bytes} cannot be told from other "
             "weights: remove it"
         )
     return digest.hexdigest()
 
 
-def _scales(reference: nn.Module) -> list[Any]:
-    """What the reference's own adapter is multiplied with, layer by layer."""
+def _adapter_scales(reference: nn.Module) -> list[Any]:
+    """Scaling factors of the reference's adapter, one per layer that has it."""
     layers = (m for m in reference.modules() if isinstance(m, LoraLayer))
-    own, name = (layer.scaling for layer in layers), REFERENCE_ADAPTER
-    return [scaling[name] for scaling in own if name in scaling]
+    scales = (layer.scaling.get(REFERENCE_ADAPTER) for layer in layers)
+    return [scale for scale in scales if scale is not None]
 
 
-def _remote_code(lm: PreTrainedModel) -> list[str]:
-    """Of a model that is no part of transformers."""
-    own = [cls for cls in type(lm).__mro__ if cls.__module__.startswith(_REMOTE)]
-    modules = dict.fromkeys(inspect.getmodule(cls) for cls in own)
+def remote_code(lm: PreTrainedModel) -> list[str]:
+    """Source code that is shipped with the weights, one text per Python module.
+
+    Empty for a model whose code is in transformers.
+    """
+    classes = [cls for cls in type(lm).__mro__ if is_remote_code(cls)]
+    modules = dict.fromkeys(inspect.getmodule(cls) for cls in classes)
     return [inspect.getsource(module) for module in modules if module]

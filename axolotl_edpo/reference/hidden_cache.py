@@ -1,15 +1,16 @@
-"""Hidden states of a reference on disk: by pair, in files that check themselves.
+"""Hidden states of a reference on disk, by pair, in files with checksums.
 
-    FOLDER/IDENTITY/NAME.safetensors      a piece: some pairs
-        pairs       (pairs, 16)           digest of the tokens of each
-        lengths     (pairs, 2)            scored tokens of chosen and rejected
-        checksums   (pairs, 8)            of the bytes of its hidden states
-        hidden      (tokens, hidden)      pair after pair, chosen, then rejected
+    FOLDER/FINGERPRINT/NAME.safetensors      a shard, which holds some pairs
+        pairs       (pairs, 16)              digest of the tokens of each pair
+        lengths     (pairs, 2)               scored tokens of chosen and rejected
+        checksums   (pairs, 8)               checksum of the hidden states of each pair
+        hidden      (tokens, hidden)         pair after pair, chosen, then rejected
 
-IDENTITY says which reference it is. A pair is found by its tokens: data may be
-shuffled, split or extended, and runs that share a folder add to it without asking each
-other. A piece appears under its name when it is whole, and is read after every byte of
-it was checked. One that is damaged is as good as none: its pairs are missing.
+FINGERPRINT names the reference. Pairs are looked up by the digest of their tokens. So
+data may be shuffled, split or extended. Several runs may write to one folder at once.
+
+A shard is written under a temporary name and renamed when it is complete. Every byte
+is checked before use. A damaged shard counts as absent: its pairs are computed anew.
 """
 
 import time
@@ -26,51 +27,38 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 SUFFIX, PARTIAL = ".safetensors", ".partial"
-# A piece is written in seconds: what was begun this long ago was left by a killed run.
+# A partial file of this age was left by a killed run: writing a shard takes seconds.
 ABANDONED_SECONDS = 3600
 
 
 class Damaged(ValueError):
-    """A piece is not what was written; the message says how that shows."""
+    """A shard differs from what was written; the message says in what."""
 
 
-def digest_of(parts: Iterable[Sequence[int] | np.ndarray]) -> bytes:
-    """What a pair is found by: 16 bytes.
-
-    Args:
-        parts: Tokens of prompt, chosen and rejected.
-    """
-    digest = xxhash.xxh3_128()
-    for part in parts:
-        ids = np.ascontiguousarray(part, dtype=np.int64)
-        digest.update(len(ids).to_bytes(8, "little"))
-        digest.update(ids.data)
-    return digest.digest()
-
-
-def raw(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor."""
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order; a CPU tensor may share its memory."""
     flat = tensor.detach().cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy().data
 
 
-def _rows(digests: Iterable[bytes], width: int) -> torch.Tensor:
+def _byte_rows(digests: Iterable[bytes], width: int) -> torch.Tensor:
+    """Digests of `width` bytes as a tensor of shape (digests, width), uint8."""
     joined = np.frombuffer(b"".join(digests), dtype=np.uint8)
     return torch.from_numpy(joined.copy()).view(-1, width)
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Some pairs of a file, memory-mapped.
+class Shard:
+    """An opened file of the cache, memory-mapped.
 
     Attributes:
-        path: The file.
-        size: Its bytes.
-        pairs: Their digests.
-        lengths: Shape (pairs, 2).
-        starts: Shape (pairs,), where in `hidden` a pair begins.
-        checksums: One per pair.
-        hidden: Shape (tokens, hidden), of the file.
+        path: Path of the file.
+        size: Size of the file when it was opened, in bytes.
+        pairs: Digest of each pair.
+        lengths: Shape (pairs, 2), int64, scored tokens of chosen and rejected.
+        starts: Shape (pairs,), int64, the first row of each pair in `hidden`.
+        checksums: Checksum of each pair, 8 bytes.
+        hidden: Shape (tokens, hidden): pair after pair, chosen, then rejected.
     """
 
     path: Path
@@ -82,184 +70,234 @@ class Piece:
     hidden: torch.Tensor
 
     @classmethod
-    def of(cls, path: Path, identity: str) -> "Piece":
-        """Opens a file, without reading its hidden states.
+    def open(cls, path: Path, fingerprint: str) -> "Shard":
+        """Opens a file, and checks everything but the hidden states.
+
+        Args:
+            path: Path of the file.
+            fingerprint: Fingerprint of the reference.
 
         Raises:
-            Damaged: If anything else in it is not as it was written.
-            OSError: If it is not there, or may not be read.
+            Damaged: If the file differs from what was written.
+            OSError: If the file is missing or cannot be read.
         """
-        size = path.stat().st_size
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-                written = (file.metadata() or {}).get("digest")
-            if written != _digest(tensors, identity):
-                raise Damaged("its checksum is another")
-        except (SafetensorError, KeyError) as error:
-            raise Damaged(f"it is no piece ({error})") from None
+        size, tensors = path.stat().st_size, _checked_tensors(path, fingerprint)
         lengths = tensors["lengths"]
-        ends = lengths.sum(dim=1).cumsum(dim=0)
+        tokens = lengths.sum(dim=1)
         return cls(
             path,
             size,
             [bytes(row) for row in tensors["pairs"].numpy()],
             lengths,
-            ends - lengths.sum(dim=1),
+            tokens.cumsum(dim=0) - tokens,
             [bytes(row) for row in tensors["checksums"].numpy()],
             tensors["hidden"],
         )
 
-    def read(self, pair: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states of chosen and rejected, each of shape (tokens, hidden).
 
+        Args:
+            index: Index of the pair in this shard.
+
         Raises:
-            Damaged: If they are not as they were written.
+            Damaged: If they differ from what was written.
         """
-        with suppress(FileNotFoundError):  # its mapping is still there
-            # what is not there any more cannot be touched: the process would end
-            if self.path.stat().st_size != self.size:
-                raise Damaged("its length is another")
-        start, (chosen, rejected) = int(self.starts[pair]), self.lengths[pair].tolist()
+        self._require_same_size()
+        start = int(self.starts[index])
+        chosen, rejected = self.lengths[index].tolist()
         both = self.hidden[start : start + chosen + rejected]
         answers = both[:chosen], both[chosen:]
-        if _checksum(answers) != self.checksums[pair]:
+        if _checksum(answers) != self.checksums[index]:
             raise Damaged("the checksum of a pair is another")
         return answers
 
+    def _require_same_size(self) -> None:
+        """Refuses a file that was truncated: reading past its end kills the process.
+
+        A file that was deleted is fine: its memory mapping can still be read.
+        """
+        with suppress(FileNotFoundError):
+            if self.path.stat().st_size != self.size:
+                raise Damaged("its length is another")
+
     def verify(self) -> None:
-        """Reads everything.
+        """Checks the hidden states of all pairs.
 
         Raises:
-            Damaged: If anything is not as it was written.
+            Damaged: If any differ from what was written.
         """
-        for pair in range(len(self.pairs)):
-            self.read(pair)
+        for index in range(len(self.pairs)):
+            self.read(index)
+
+
+def _checked_tensors(path: Path, fingerprint: str) -> dict[str, torch.Tensor]:
+    """The tensors of a shard by name, memory-mapped; all but `hidden` are checked."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            digest = (file.metadata() or {}).get("digest")
+        if digest != _index_digest(tensors, fingerprint):
+            raise Damaged("its checksum is another")
+    except (SafetensorError, KeyError) as error:
+        raise Damaged(f"it is no piece ({error})") from None
+    return tensors
 
 
 def _checksum(answers: Iterable[torch.Tensor]) -> bytes:
-    """Of the hidden states of a pair: 8 bytes."""
+    """Checksum of the hidden states of a pair, 8 bytes."""
     checksum = xxhash.xxh3_64()
     for answer in answers:
-        checksum.update(raw(answer))
+        checksum.update(tensor_bytes(answer))
     return checksum.digest()
 
 
-def _digest(tensors: dict[str, torch.Tensor], identity: str) -> str:
-    """Of all but the hidden states themselves, which have checksums."""
+def _index_digest(tensors: dict[str, torch.Tensor], fingerprint: str) -> str:
+    """Digest of all tensors but `hidden`, whose checksums are one of them."""
     hidden = tensors["hidden"]
-    digest = xxhash.xxh3_128(repr((identity, hidden.shape, hidden.dtype)).encode())
+    digest = xxhash.xxh3_128(repr((fingerprint, hidden.shape, hidden.dtype)).encode())
     for name in ("pairs", "lengths", "checksums"):
         digest.update(repr((tensors[name].shape, tensors[name].dtype)).encode())
-        digest.update(raw(tensors[name]))
+        digest.update(tensor_bytes(tensors[name]))
     return digest.hexdigest()
 
 
-class Store:
-    """The pieces of one reference.
+class HiddenStateCache:
+    """The cached hidden states of one reference.
 
     Args:
-        folder: That runs share.
-        identity: Of the reference; a name for a folder in it.
+        folder: Folder of the caches of all references.
+        fingerprint: Fingerprint of the reference, which names its folder.
+
+    Attributes:
+        folder: Folder of this reference.
+        shards: Opened shards.
     """
 
-    def __init__(self, folder: Path, identity: str):
-        self.folder, self._identity = folder / identity, identity
-        self._found: dict[bytes, tuple[Piece, int]] = {}
+    def __init__(self, folder: Path, fingerprint: str):
+        self.folder, self._fingerprint = folder / fingerprint, fingerprint
+        self.shards: list[Shard] = []
+        self._places: dict[bytes, tuple[Shard, int]] = {}
 
     def __contains__(self, digest: bytes) -> bool:
-        return digest in self._found
+        """Whether an opened shard holds this pair."""
+        return digest in self._places
 
     def names(self) -> list[str]:
-        """What is there, in the same order for everyone; makes the folder.
+        """Sorted file names of the shards on disk.
 
-        Removes what killed runs began.
+        Creates the folder if needed, and removes partial files of killed runs.
 
         Raises:
-            OSError: If the folder cannot be made.
+            OSError: If the folder cannot be created.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for partial in self.folder.glob(f"*{PARTIAL}"):
-            with suppress(OSError):  # finished meanwhile, or of another user
+            with suppress(OSError):  # finished meanwhile, or another user's
                 if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:
                     partial.unlink()
         return sorted(path.name for path in self.folder.glob(f"*{SUFFIX}"))
 
     def holds(self, name: str, wanted: Collection[bytes]) -> bool:
-        """Whether a piece has any of these pairs; if so, every byte of it was read.
+        """Whether a shard holds any of these pairs. If so, checks every byte of it.
+
+        Args:
+            name: File name of the shard.
+            wanted: Digests of pairs.
 
         Raises:
-            Damaged: If it is not what was written.
-            OSError: If it is not there, or may not be read.
+            Damaged: If the shard differs from what was written.
+            OSError: If the file is missing or cannot be read.
         """
-        piece = Piece.of(self.folder / name, self._identity)
-        held = any(pair in wanted for pair in piece.pairs)
-        if held:
-            piece.verify()
-        return held
+        shard = Shard.open(self.folder / name, self._fingerprint)
+        holds_any = any(pair in wanted for pair in shard.pairs)
+        if holds_any:
+            shard.verify()
+        return holds_any
 
     def discard(self, name: str) -> None:
-        """Removes a piece."""
+        """Deletes the file of a shard."""
         (self.folder / name).unlink(missing_ok=True)
 
     def open(self, names: Iterable[str]) -> None:
-        """From now on their pairs can be read.
+        """Opens shards, so that their pairs can be read.
+
+        Args:
+            names: File names of the shards.
 
         Raises:
-            Damaged: If one is not what was written.
-            OSError: If one is not there, or may not be read.
+            Damaged: If a shard differs from what was written.
+            OSError: If a file is missing or cannot be read.
         """
         for name in names:
-            piece = Piece.of(self.folder / name, self._identity)
-            self._found |= {pair: (piece, i) for i, pair in enumerate(piece.pairs)}
+            shard = self._open_shard(self.folder / name)
+            self.shards.append(shard)
+            self._places |= {pair: (shard, i) for i, pair in enumerate(shard.pairs)}
+
+    def _open_shard(self, path: Path) -> Shard:
+        try:
+            return Shard.open(path, self._fingerprint)
+        except Damaged as error:
+            raise Damaged(
+                f"{path} was damaged since it was checked ({error}): start again, and "
+                "its pairs are computed anew"
+            ) from None
 
     def lengths(self, digest: bytes) -> tuple[int, int]:
-        """Scored tokens of a pair's chosen and rejected."""
-        piece, pair = self._found[digest]
-        chosen, rejected = piece.lengths[pair].tolist()
+        """Scored tokens of the chosen and the rejected answer of a pair.
+
+        Args:
+            digest: Digest of the pair, which must be in an open shard.
+        """
+        shard, index = self._places[digest]
+        chosen, rejected = shard.lengths[index].tolist()
         return chosen, rejected
 
     def read(self, digest: bytes) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states of a pair's chosen and rejected.
+        """Hidden states of the chosen and the rejected answer of a pair.
+
+        Args:
+            digest: Digest of the pair, which must be in an open shard.
 
         Returns:
             Each of shape (tokens, hidden), memory-mapped.
 
         Raises:
-            ValueError: If they changed since the store was opened.
+            ValueError: If they differ from what was written.
         """
-        piece, pair = self._found[digest]
+        shard, index = self._places[digest]
         try:
-            return piece.read(pair)
+            return shard.read(index)
         except Damaged as error:
             raise ValueError(
-                f"{piece.path} was damaged while it was in use ({error}): start again "
+                f"{shard.path} was damaged while it was in use ({error}): start again "
                 "from the last checkpoint, and this part of it is computed anew"
             ) from None
 
     def write(
         self, pairs: Sequence[bytes], hidden: Sequence[tuple[torch.Tensor, ...]]
     ) -> None:
-        """Adds a piece, which must hold at least one pair.
+        """Writes a shard.
 
         Args:
-            pairs: Their digests.
-            hidden: Of chosen and rejected of each pair, shape (tokens, hidden).
+            pairs: Digests of its pairs, at least one.
+            hidden: For each pair, hidden states of chosen and of rejected, each of
+                shape (tokens, hidden).
 
         Raises:
-            OSError: If it could not be written; nothing is left then.
+            OSError: If it cannot be written. No partial file is left.
         """
         tensors = {
-            "pairs": _rows(pairs, 16),
+            "pairs": _byte_rows(pairs, 16),
             "lengths": torch.tensor([[*map(len, both)] for both in hidden]),
-            "checksums": _rows(map(_checksum, hidden), 8),
+            "checksums": _byte_rows(map(_checksum, hidden), 8),
             "hidden": torch.cat([answer for both in hidden for answer in both]),
         }
-        path = self.folder / piece_name(pairs)
+        path = self.folder / shard_name(pairs)
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
-        metadata = {"digest": _digest(tensors, self._identity)}
+        metadata = {"digest": _index_digest(tensors, self._fingerprint)}
         try:
-            # not `save_file`: what that writes, only its owner may read
+            # `save_file` would write files that only their owner can read
             partial.write_bytes(save(tensors, metadata))
             _publish(partial, path)
         finally:
@@ -267,7 +305,10 @@ class Store:
 
 
 def _publish(partial: Path, path: Path) -> None:
-    """Gives a whole file its name, unless another run was first: its may be in use."""
+    """Renames a complete file.
+
+    If another run has already written this shard, that file stays: it may be in use.
+    """
     try:
         path.hardlink_to(partial)
     except FileExistsError:
@@ -276,6 +317,10 @@ def _publish(partial: Path, path: Path) -> None:
         partial.replace(path)
 
 
-def piece_name(pairs: Sequence[bytes]) -> str:
-    """The file of these pairs, the same for everyone."""
+def shard_name(pairs: Sequence[bytes]) -> str:
+    """The file name of a shard with these pairs, the same in every run.
+
+    Args:
+        pairs: Digests, in their order in the shard.
+    """
     return xxhash.xxh3_128_hexdigest(b"".join(pairs)) + SUFFIX

@@ -1,16 +1,18 @@
-"""The pass that fills a store with a reference's hidden states, on all ranks.
+"""Fills a cache with the hidden states of a reference, on all ranks.
 
-    pairs_of     the pairs of the data sets, each once
-    Pass.fill    verifies what is there, computes what is missing, piece by piece
+    distinct_pairs         the pairs of the data sets, each once
+    PrecomputePass.fill    checks the shards on disk, computes the missing pairs
 
-Every rank writes pieces of its own. Under an engine that shards, no rank can run
-alone, so all take the same decisions: the first rank's list of files, and everybody's
-findings about them, are everybody's.
+Each shard is written by one rank. If an engine shards the model, all ranks have to run
+it together. So they must agree on the missing pairs: all use the file list of rank 0,
+and exchange the results of their checks.
 """
 
+import pickle
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,109 +20,116 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.utils.logging import get_logger
 from datasets import Dataset
-from datasets.utils.py_utils import size_str
 from tqdm import tqdm
 
 from ..config.args import CACHE, PRECOMPUTE
-from ..data.checks import IDS, scored_lengths, token_rows
-from ..distributed import of_first
+from ..data.columns import scored_lengths, token_rows
+from ..data.pair_id import digest_of
+from ..distributed import broadcast_from_rank0
+from ..upstream import default_prepared_path, size_in_words
 from .fingerprint import COMPUTE_KEYS
-from .hidden_cache import PARTIAL, Damaged, Store, digest_of, piece_name
+from .hidden_cache import PARTIAL, Damaged, HiddenStateCache, shard_name
 
 LOG = get_logger(__name__)
 
-# Scored tokens of a piece: what a killed pass may lose on a rank; 128 MiB of an 8B
-# model in bf16, and three times that in memory while it is written.
-PIECE_TOKENS = 2**14
-# What a file holds beside its pairs' hidden states, at most: a header, and per pair
-PIECE_BYTES, PAIR_BYTES = 1024, 40
-# Hidden states of chosen and rejected of some pairs, each of shape (tokens, hidden).
+# Scored tokens of a shard, which are lost if a rank is killed. For an 8B model in bf16,
+# a shard has 128 MiB, and takes three times that in memory while it is written.
+SHARD_TOKENS = 2**14
+# Upper bounds of the bytes of a file besides hidden states: its header, and per pair.
+HEADER_BYTES, PAIR_BYTES = 1024, 40
+# Computes, for each pair, hidden states of chosen and of rejected, each of shape
+# (tokens, hidden).
 HiddenOf = Callable[[list[dict[str, Any]]], list[tuple[torch.Tensor, torch.Tensor]]]
 
 
-class Pair(NamedTuple):
-    """A pair of the data, and where it is.
+class DataPair(NamedTuple):
+    """A pair of a data set.
 
     Attributes:
-        digest: Of its tokens.
-        length: Tokens of prompt and answers.
-        tokens: Scored ones, of both answers.
-        dataset: That holds it.
-        row: In that.
+        digest: Digest of its tokens.
+        length: Tokens of prompt and both answers.
+        scored_tokens: Scored tokens of both answers.
+        dataset: The data set that holds it.
+        row: Its row in the data set.
     """
 
     digest: bytes
     length: int
-    tokens: int
+    scored_tokens: int
     dataset: Dataset
     row: int
 
     def example(self) -> dict[str, Any]:
-        """As a data loader would hand it over."""
+        """The pair as a data loader would yield it."""
         return self.dataset[self.row]
 
 
-class CacheSettings(NamedTuple):
-    """What a recipe says of its cache.
+@dataclass(frozen=True)
+class CacheSettings:
+    """Settings of a cache.
 
     Attributes:
-        folder: That runs may share.
-        more: What the reference depends on that its weights and config do not show.
+        folder: Folder of the caches, which runs may share.
+        fingerprint_parts: Recipe keys that hidden states depend on, besides weights and
+            config of the reference: key -> value.
     """
 
     folder: Path
-    more: dict[str, Any]
+    fingerprint_parts: dict[str, Any]
 
     @classmethod
-    def of(cls, cfg: Any) -> "CacheSettings | None":
-        """The settings of a recipe; None, if it wants no cache.
+    def from_config(cls, cfg: Any) -> "CacheSettings | None":
+        """The settings of a recipe; None without `precompute_ref_log_probs`.
 
-        By itself the cache is beside the prepared data: who shares these shares it.
+        By default the cache is in the folder of the prepared data, so that runs with
+        the same folder share it.
         """
         if not cfg.precompute_ref_log_probs:
             return None
-        prepared = Path(cfg.dataset_prepared_path or DEFAULT_DATASET_PREPARED_PATH)
+        prepared = Path(cfg.dataset_prepared_path or default_prepared_path())
         folder = Path(cfg.edpo_reference_cache or prepared / "edpo_reference")
-        return cls(
-            folder.expanduser(), {key: str(cfg.get(key)) for key in COMPUTE_KEYS}
-        )
+        parts = {key: str(cfg.get(key)) for key in COMPUTE_KEYS}
+        return cls(folder.expanduser(), parts)
 
 
-def pair_digest(pair: dict[str, Any]) -> bytes:
-    """What a pair of a data loader is found by."""
-    return digest_of(pair[name] for name in IDS)
+def distinct_pairs(
+    datasets: Iterable[Dataset], max_length: int | None
+) -> list[DataPair]:
+    """The pairs of data sets without duplicates, longest first.
 
+    The longest come first so that a run that lacks memory fails at once.
 
-def pairs_of(datasets: Iterable[Dataset], max_length: int | None) -> list[Pair]:
-    """All different pairs, the longest first: what does not fit shows at once."""
-    found = {}
+    Args:
+        datasets: Tokenized data sets.
+        max_length: Sequences are truncated to so many tokens; None: never.
+    """
+    pairs = {}
     for dataset in datasets:
         scored = scored_lengths(dataset, max_length)
         for row, parts in enumerate(token_rows(dataset)):
-            length = sum(map(len, parts))
-            pair = Pair(digest_of(parts), length, int(scored[row]), dataset, row)
-            found[pair.digest] = pair
-    return sorted(found.values(), key=lambda pair: (-pair.length, pair.digest))
+            digest, length = digest_of(parts), sum(map(len, parts))
+            pairs[digest] = DataPair(digest, length, int(scored[row]), dataset, row)
+    return sorted(pairs.values(), key=lambda pair: (-pair.length, pair.digest))
 
 
 @dataclass(frozen=True)
-class Pass:
-    """One walk over pairs that a store lacks.
+class PrecomputePass:
+    """Computes hidden states that a cache lacks.
 
     Attributes:
-        store: To fill.
-        accelerator: Whose ranks share the work.
-        hidden_of: Runs on every rank at once; no pairs is an empty row.
-        batch: Pairs of a forward.
+        cache: The cache to fill.
+        accelerator: The run's accelerator, whose ranks divide the work.
+        hidden_of: Runs the reference over pairs. All ranks call it together; some may
+            have no pairs.
+        batch_size: Pairs per forward.
     """
 
-    store: Store
+    cache: HiddenStateCache
     accelerator: Accelerator
     hidden_of: HiddenOf
-    batch: int
+    batch_size: int
 
     @property
     def rank(self) -> int:
@@ -130,45 +139,58 @@ class Pass:
     def ranks(self) -> int:
         return self.accelerator.num_processes
 
-    def fill(self, pairs: Sequence[Pair], like: torch.Tensor) -> None:
-        """Returns when every pair can be read, on every rank.
+    def fill(self, pairs: Sequence[DataPair], like: torch.Tensor) -> None:
+        """Fills the cache: afterwards every pair can be read on every rank.
 
         Args:
-            pairs: The same on every rank.
-            like: Some hidden states: their width and dtype.
+            pairs: The pairs to cache, the same on every rank.
+            like: Some hidden states of the reference, shape (tokens, hidden), for
+                their width and dtype.
 
         Raises:
-            ValueError: If the folder cannot be written, is too small, or is not the
-                same for all ranks.
+            ValueError: If the folder cannot be written, its disk has too little space,
+                or the ranks do not share it.
         """
-        self._open_what_is_whole({pair.digest for pair in pairs})
-        missing = [pair for pair in pairs if pair.digest not in self.store]
-        there = f"{len(pairs) - len(missing)} of {len(pairs)} pairs"
-        LOG.info(f"Reference cache: {there} are in {self.store.folder}.")
+        self._open_whole_shards({pair.digest for pair in pairs})
+        missing = [pair for pair in pairs if pair.digest not in self.cache]
+        present = f"{len(pairs) - len(missing)} of {len(pairs)} pairs"
+        LOG.info(f"Reference cache: {present} are in {self.cache.folder}.")
         if not missing:
             return
-        pieces = [*_cut(missing)]
-        self._require_one_folder()
-        self._require_space(pieces, like)
-        self._compute(pieces)
-        names = [piece_name([pair.digest for pair in piece]) for piece in pieces]
-        self._together(self.store.open, names)
+        shards = [*_split_into_shards(missing)]
+        self._require_shared_folder()
+        self._require_space(shards, like)
+        self._compute(shards)
+        names = [shard_name([pair.digest for pair in shard]) for shard in shards]
+        with fail_together(self.cache.folder):
+            self.cache.open(names)
 
-    def _open_what_is_whole(self, wanted: Collection[bytes]) -> None:
-        """Reads every byte of the files with pairs that are wanted, each rank some."""
-        names = of_first(self._together(self.store.names))
-        own = self._together(self._look, names[self.rank :: self.ranks], wanted)
-        found = gather_object(own)
-        damaged = [(name, damage) for name, damage in found if damage]
-        self._together(self._discard, damaged if self.rank == 0 else [], wanted)
-        whole = [name for name, damage in found if not damage]
-        self._together(self.store.open, whole)
+    # --- what is there --------------------------------------------------------------
 
-    def _look(
+    def _open_whole_shards(self, wanted: Collection[bytes]) -> None:
+        """Opens the whole shards that hold wanted pairs; ranks divide the checking."""
+        folder = self.cache.folder
+        with fail_together(folder):
+            names = self.cache.names()
+        names = broadcast_from_rank0(names)
+        with fail_together(folder):
+            findings = self._check(names[self.rank :: self.ranks], wanted)
+        findings = gather_object(findings)
+        with fail_together(folder):
+            if self.rank == 0:
+                self._discard_damaged(findings, wanted)
+        with fail_together(folder):
+            self.cache.open(name for name, damage in findings if not damage)
+
+    def _check(
         self, names: list[str], wanted: Collection[bytes]
     ) -> list[tuple[str, str]]:
-        """Files with pairs that are wanted, and what is wrong with each, if it is."""
-        found = []
+        """Checks those of the named shards that hold wanted pairs.
+
+        Returns:
+            Name and damage of each checked shard; the damage is empty if it is whole.
+        """
+        findings = []
         for name in tqdm(
             names,
             desc="Checking the reference cache",
@@ -177,126 +199,167 @@ class Pass:
             disable=self.rank > 0,
         ):
             try:
-                if self.store.holds(name, wanted):
-                    found.append((name, ""))
+                if self.cache.holds(name, wanted):
+                    findings.append((name, ""))
             except Damaged as error:
-                found.append((name, str(error)))
-            except FileNotFoundError:  # it was damaged, and another run discarded it
+                findings.append((name, str(error)))
+            except FileNotFoundError:  # damaged, and another run deleted it
                 continue
-        return found
+        return findings
 
-    def _discard(
-        self, damaged: Iterable[tuple[str, str]], wanted: Collection[bytes]
+    def _discard_damaged(
+        self, findings: Iterable[tuple[str, str]], wanted: Collection[bytes]
     ) -> None:
-        """Looks again: since the first look, another run may have written them anew."""
-        for name, damage in damaged:
-            if any(error for _, error in self._look([name], wanted)):
+        """Deletes damaged shards.
+
+        Each is checked again first: another run may have replaced it by a whole one.
+        """
+        for name, damage in findings:
+            if damage and any(again for _, again in self._check([name], wanted)):
                 LOG.warning(
-                    f"{self.store.folder / name} is damaged: {damage}. Its pairs are "
+                    f"{self.cache.folder / name} is damaged: {damage}. Its pairs are "
                     "computed anew."
                 )
-                self.store.discard(name)
+                self.cache.discard(name)
 
-    def _require_one_folder(self) -> None:
-        """That all ranks see what one of them writes."""
-        sign = self.store.folder / of_first(f"{uuid.uuid4().hex}{PARTIAL}")
-        self._together(sign.touch if self.rank == 0 else bool)
+    # --- what is needed -------------------------------------------------------------
+
+    def _require_shared_folder(self) -> None:
+        """Refuses a folder in which ranks do not see each other's files."""
+        folder = self.cache.folder
+        marker = folder / broadcast_from_rank0(f"{uuid.uuid4().hex}{PARTIAL}")
+        with fail_together(folder):
+            if self.rank == 0:
+                marker.touch()
         try:
-            self._together(self._find, sign)
+            with fail_together(folder):
+                self._require_visible(marker)
         finally:
             if self.rank == 0:
-                sign.unlink(missing_ok=True)
+                marker.unlink(missing_ok=True)
 
-    def _find(self, sign: Path) -> None:
-        if not sign.exists():
+    def _require_visible(self, marker: Path) -> None:
+        if not marker.exists():
             raise OSError(
                 f"rank {self.rank} does not see there what rank 0 wrote: it must be on "
                 "a file system that all machines share"
             )
 
-    def _require_space(self, pieces: list[list[Pair]], like: torch.Tensor) -> None:
-        """Says what is needed, and what there is."""
-        count = sum(map(len, pieces))
-        tokens = sum(pair.tokens for piece in pieces for pair in piece)
+    def _require_space(self, shards: list[list[DataPair]], like: torch.Tensor) -> None:
+        """Logs the bytes that are needed; refuses a disk with less free space."""
+        pairs = [pair for shard in shards for pair in shard]
+        tokens = sum(pair.scored_tokens for pair in pairs)
         width, dtype = like.shape[1], str(like.dtype).removeprefix("torch.")
-        need = tokens * width * like.dtype.itemsize
-        need += PIECE_BYTES * len(pieces) + PAIR_BYTES * count
-        free = of_first(self._together(_free, self.store.folder))
+        needed = tokens * width * like.dtype.itemsize
+        needed += HEADER_BYTES * len(shards) + PAIR_BYTES * len(pairs)
+        free = self._free_bytes()
         size = (
-            f"{count:,} pairs, {tokens:,} tokens × {width} × {dtype} = "
-            f"{size_str(need)} in {self.store.folder}, where {size_str(free)} are free"
+            f"{len(pairs):,} pairs, {tokens:,} tokens × {width} × {dtype} = "
+            f"{size_in_words(needed)} in {self.cache.folder}, where "
+            f"{size_in_words(free)} are free"
         )
-        if need > free:
+        if needed > free:
             raise ValueError(
                 f"`{PRECOMPUTE}: true` does not fit: {size}. Free "
-                f"{size_str(need - free)}, name another disk with `{CACHE}`, or remove "
-                f"`{PRECOMPUTE}`"
+                f"{size_in_words(needed - free)}, name another disk with `{CACHE}`, or "
+                f"remove `{PRECOMPUTE}`"
             )
         LOG.info(f"Reference cache: computing {size}.")
 
-    def _compute(self, pieces: list[list[Pair]]) -> None:
-        """As many pieces at once as there are ranks, all in the same number of steps.
+    def _free_bytes(self) -> int:
+        """Free bytes on the disk of the cache, as rank 0 sees it."""
+        with fail_together(self.cache.folder):
+            free = shutil.disk_usage(self.cache.folder).free
+        return broadcast_from_rank0(free)
+
+    # --- what is missing ------------------------------------------------------------
+
+    def _compute(self, shards: list[list[DataPair]]) -> None:
+        """Computes and writes shards, one per rank at a time.
 
         Raises:
-            ValueError: On every rank, if one of them cannot write.
+            ValueError: On every rank, if a rank cannot write.
         """
         with tqdm(
-            total=sum(pair.tokens for piece in pieces for pair in piece),
+            total=_scored_tokens(shards),
             desc="Hidden states of the reference",
             unit=" tokens",
             unit_scale=True,
             disable=self.rank > 0,
         ) as bar:
-            for first in range(0, len(pieces), self.ranks):
-                group = pieces[first : first + self.ranks]
-                own = group[self.rank] if self.rank < len(group) else []
-                hidden = []
-                for start in range(0, max(map(len, group)), self.batch):
-                    now = slice(start, start + self.batch)
-                    hidden += self.hidden_of([pair.example() for pair in own[now]])
-                    bar.update(sum(p.tokens for piece in group for p in piece[now]))
-                self._together(self._write, own, hidden)
+            for first in range(0, len(shards), self.ranks):
+                self._compute_group(shards[first : first + self.ranks], bar)
 
-    def _write(self, piece: list[Pair], hidden: list[tuple[torch.Tensor, ...]]) -> None:
-        if piece:
-            self.store.write([pair.digest for pair in piece], hidden)
+    def _compute_group(self, group: list[list[DataPair]], bar: tqdm) -> None:
+        """Computes one shard per rank; all ranks run the same number of forwards.
 
-    def _together(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """What a rank's work on files returns; where one fails, all stop.
-
-        Raises:
-            ValueError: Names the folder and the first rank's error.
+        A rank without a shard, or with fewer pairs, runs the reference without pairs.
         """
-        made, cause = None, None
-        try:
-            made = work(*arguments)
-        except Exception as error:  # whatever it is, the others must not wait
-            cause = error
-        errors = [found for found in gather_object([cause and str(cause)]) if found]
-        if errors:
-            raise ValueError(
-                f"`{PRECOMPUTE}: true`: {self.store.folder} cannot be used "
-                f"({errors[0]}): name another folder with `{CACHE}`, or remove "
-                f"`{PRECOMPUTE}`. What is already there is whole, and the next run "
-                "goes on from it"
-            ) from cause
-        return made
+        shard = group[self.rank] if self.rank < len(group) else []
+        hidden = []
+        for start in range(0, max(map(len, group)), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            hidden += self.hidden_of([pair.example() for pair in shard[batch]])
+            bar.update(_scored_tokens(pairs[batch] for pairs in group))
+        with fail_together(self.cache.folder):
+            if shard:
+                self.cache.write([pair.digest for pair in shard], hidden)
 
 
-def _free(folder: Path) -> int:
-    """Bytes on its disk."""
-    return shutil.disk_usage(folder).free
+@contextmanager
+def fail_together(folder: Path) -> Iterator[None]:
+    """A context for file operations: if it fails on one rank, it raises on all ranks.
+
+    All ranks must enter it. Otherwise ranks without an error would wait for ever at the
+    next collective.
+
+    Args:
+        folder: The cache's folder, for the message.
+
+    Raises:
+        ValueError: In place of an OSError. Names the folder, the cause and the remedy.
+        Exception: Any other error of this rank. A rank without an error raises that of
+            the first rank that has one.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:  # of any kind: the other ranks must not wait
+        error = raised
+    failures = [e for e in gather_object([_as_sent(error)]) if e is not None]
+    if not failures:
+        return
+    failure = failures[0] if error is None else error
+    if not isinstance(failure, OSError):
+        raise failure
+    raise ValueError(
+        f"`{PRECOMPUTE}: true`: {folder} cannot be used ({failure}): name another "
+        f"folder with `{CACHE}`, or remove `{PRECOMPUTE}`. What is already there is "
+        "whole, and the next run goes on from it"
+    ) from error
 
 
-def _cut(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
-    """Pieces of at most PIECE_TOKENS, but for a pair that alone has more."""
-    piece: list[Pair] = []
+def _as_sent(error: Exception | None) -> Exception | None:
+    """An error that can be pickled: a copy, or a RuntimeError with its message."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:  # pickling an error may fail in any way
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _scored_tokens(shards: Iterable[Iterable[DataPair]]) -> int:
+    return sum(pair.scored_tokens for shard in shards for pair in shard)
+
+
+def _split_into_shards(pairs: Iterable[DataPair]) -> Iterator[list[DataPair]]:
+    """Splits pairs into shards of at most SHARD_TOKENS; a longer pair is one shard."""
+    shard: list[DataPair] = []
     tokens = 0
     for pair in pairs:
-        if piece and tokens + pair.tokens > PIECE_TOKENS:
-            yield piece
-            piece, tokens = [], 0
-        piece.append(pair)
-        tokens += pair.tokens
-    if piece:
-        yield piece
+        if shard and tokens + pair.scored_tokens > SHARD_TOKENS:
+            yield shard
+            shard, tokens = [], 0
+        shard.append(pair)
+        tokens += pair.scored_tokens
+    if shard:
+        yield shard

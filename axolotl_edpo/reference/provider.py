@@ -1,430 +1,387 @@
-"""`PairReference`: the trainer's reference, live or from a cache.
+"""`Reference`: gives the reference's hidden states for each batch.
 
-    a model of its own     full fine-tuning
-    the policy's weights   without its adapter, or with the adapter as it started
-    a cache                its hidden states, precomputed (`precompute_ref_log_probs`);
-                           a model of its own is then let go, but for its head
+    ModelReference     a separate model: full fine-tuning
+    AdapterReference   the policy's model with another adapter, or with none
+    CachedReference    one of these two, whose hidden states are computed before the
+                       first step and then read from disk (`precompute_ref_log_probs`)
 
-Policy and reference are the same function until the first update with a learning rate
-above 0, so every difference of logits is exactly 0 until then. Hidden states that were
-computed in other rows differ by rounding, whose sign would decide. So until then the
-policy's own hidden states stand for the reference's.
+Policy and reference are equal until the first update with a learning rate above 0.
+Until then every difference of their logits must be exactly 0. Cached hidden states were
+computed in other batches and so differ by rounding. The sign of that rounding would
+decide the steps s of the first pairs. So the cache is used only after that update.
+Before it, the policy's hidden states serve as the reference's.
 """
 
-import copy
-import gc
-import re
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from enum import Enum
 from functools import partial
-from time import perf_counter
 from typing import Any
 
 import torch
-from axolotl.utils.logging import get_logger
 from datasets import Dataset
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from .. import distributed as engine
-from ..background import copied, pinned
-from ..config.args import PRECOMPUTE
-from ..data.packing import Completions, completions_of, model_inputs
-from ..errors import refuse
-from ..models import forward as backbone
-from ..models.switches import without_checkpointing
-from ..ops.lm_head import Head, as_autocast
-from ..training.batching import PairFeed
-from . import precompute
-from .fingerprint import identity_of
-from .hidden_cache import Store
-from .precompute import CacheSettings
+from .. import upstream
+from ..data.collator import Examples
+from ..data.layout import Batch
+from ..data.pair_id import pair_digest
+from ..distributed import is_sharded, release, reshard, sum_over_ranks
+from ..models.completion_forward import CompletionForward, without_gradient
+from ..models.forward import causal_lm, reference_adapter
+from ..models.lm_head_reader import head_of, shared_reference_head, whole_head
+from ..ops.lm_head import Head
+from .cacheable import require_cacheable, require_equal, require_in_cache
+from .cached_read import CachedRead, Stopwatch
+from .fingerprint import fingerprint_of
+from .hidden_cache import HiddenStateCache
+from .precompute import CacheSettings, PrecomputePass, distinct_pairs
+from .states import ComputedStates, PolicyStates, ReferenceStates
 
-LOG = get_logger(__name__)
-
-# Largest relative distance of cached hidden states from live ones that is rounding.
-TOLERANCE = 0.1
-# Positions whose frequencies follow the longest sequence of a batch.
-_STRETCHES = re.compile("dynamic|longrope")
+# Lays out pairs as a batch on the run's device.
+LayOut = Callable[[list[dict[str, Any]]], Batch]
 
 
-class Reading:
-    """Hidden states of a batch's completions, read in the background.
+class Reference:
+    """Base class of references.
 
     Args:
-        store: Holds them.
-        pairs: Digests of the batch's pairs.
-        device: That the run is on: where it is a GPU, memory is pinned for it.
-        then: The reading of the batch that comes next, started when this one is done:
-            no more than two are in memory.
+        forward: Runs models up to the head.
     """
 
-    _reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reference-cache")
-    _future: Future | None = None
+    def __init__(self, forward: CompletionForward):
+        self.forward = forward
+
+    def states(self, policy: nn.Module, batch: Batch) -> ReferenceStates:
+        """The reference's states of a batch; called before the policy's forward.
+
+        Args:
+            policy: The policy, wrapped by its engine.
+            batch: A batch on the run's device.
+        """
+        raise NotImplementedError
+
+    @contextmanager
+    def separate_head(self) -> Iterator[Head | None]:
+        """A context with the reference's head, gathered from all ranks.
+
+        Yields:
+            The head, or None if it is part of the policy's model.
+        """
+        yield None
+
+    def begin_step(self, batches: Sequence[Batch], optimizer: Any) -> None:
+        """Prepares for the micro-batches of an optimizer step.
+
+        Args:
+            batches: This rank's micro-batches, in the order in which they run.
+            optimizer: The optimizer that takes the step.
+        """
+
+    def prefetch(self, batches: Sequence[Batch]) -> None:
+        """Prepares for batches that run next, in this order."""
+
+    def after_step(self) -> None:
+        """Called after an optimizer step that was not skipped."""
+
+
+class LiveReference(Reference):
+    """A reference that runs a model for every batch."""
+
+    def run(self, policy: nn.Module, batch: Batch) -> torch.Tensor:
+        """Runs the reference without gradient; see `CompletionForward.states`."""
+        raise NotImplementedError
+
+    def weights(self, policy: nn.Module) -> nn.Module:
+        """The module that holds the reference's weights, without its engine.
+
+        Args:
+            policy: The policy without its engine.
+        """
+        raise NotImplementedError
+
+    def states(self, policy: nn.Module, batch: Batch) -> ComputedStates:
+        """Runs the reference."""
+        return ComputedStates(self.run(policy, batch))
+
+
+class ModelReference(LiveReference):
+    """A reference that is a separate model.
+
+    Args:
+        forward: Runs models up to the head.
+        model: The model, wrapped by its engine.
+    """
+
+    def __init__(self, forward: CompletionForward, model: nn.Module):
+        super().__init__(forward)
+        self.wrapped = model
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model without its engine."""
+        return self.forward.accelerator.unwrap_model(self.wrapped)
+
+    def run(self, policy: nn.Module, batch: Batch) -> torch.Tensor:
+        """Runs the reference's model."""
+        with torch.no_grad():
+            return self.forward.run(self.wrapped, batch)
+
+    def weights(self, policy: nn.Module) -> nn.Module:
+        """The reference's model."""
+        return self.model
+
+    @contextmanager
+    def separate_head(self) -> Iterator[Head]:
+        """The head of the reference's model."""
+        with whole_head(head_of(self.model)) as head:
+            yield head
+
+    def release(self, keeps_head: bool) -> Head | None:
+        """Frees the weights of the model.
+
+        Args:
+            keeps_head: Whether to keep the weights of the head.
+
+        Returns:
+            The head, or None if it is not kept.
+        """
+        model: Any = self.model
+        head = None
+        if keeps_head:
+            reshard(self.wrapped)
+            head = _copy_from_file(head_of(model))
+        release(model, head.tensors if head else ())
+        upstream.forget_model(self.forward.accelerator, self.wrapped)
+        del self.wrapped
+        return head
+
+
+class AdapterReference(LiveReference):
+    """A reference that is the policy's model with the adapter `ref`, or with none."""
+
+    def run(self, policy: nn.Module, batch: Batch) -> torch.Tensor:
+        """Runs the policy's model with the reference's adapter, or with none."""
+        unwrapped = self.forward.accelerator.unwrap_model(policy)
+        with without_gradient(unwrapped), reference_adapter(unwrapped):
+            return self.forward.run(policy, batch)
+
+    def weights(self, policy: nn.Module) -> nn.Module:
+        """The policy's model."""
+        return policy
+
+
+class Phase(Enum):
+    """How policy and reference of a run with a cache are related."""
+
+    EQUAL = "the same function: nothing has been learned yet"
+    APART = "the policy may have moved"
+
+
+class CachedReference(Reference):
+    """A reference whose hidden states are read from disk.
+
+    Args:
+        live: The reference that computes missing hidden states. `fill` releases it.
+        settings: Settings of the cache.
+        max_length: Sequences are truncated to so many tokens; None: never.
+        truncation_mode: Which end of a sequence truncation keeps.
+        batch_size: Pairs per forward while the cache is filled.
+
+    Attributes:
+        cache: The cache; None before `fill`.
+        phase: How policy and reference are related.
+        kept_head: The head of the released reference model, if the policy's head
+            trains and so differs from it; else None.
+    """
 
     def __init__(
         self,
-        store: Store,
-        pairs: list[bytes],
-        device: torch.device,
-        then: "Reading | None",
+        live: LiveReference,
+        settings: CacheSettings,
+        max_length: int | None,
+        truncation_mode: str,
+        batch_size: int,
     ):
-        self._store, self._pairs, self._then = store, pairs, then
-        self._device = device
+        super().__init__(live.forward)
+        self.cache: HiddenStateCache | None = None
+        self.phase = Phase.APART
+        self._live: LiveReference | None = live
+        self._settings, self._batch_size = settings, batch_size
+        self._max_length, self._truncation_mode = max_length, truncation_mode
+        self.kept_head: Head | None = None
+        self._learns = False
+        self._reads: dict[Examples, CachedRead] = {}
+        self._stopwatch = Stopwatch()
 
-    def start(self) -> None:
-        """Begins to read, if nobody has."""
-        if self._future is None:
-            self._future = self._reader.submit(self._read)
+    @property
+    def waited(self) -> float:
+        """Seconds that batches waited for the disk."""
+        return self._stopwatch.seconds
 
-    def result(self, like: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Waits for it, once.
-
-        Args:
-            like: Whose device is due and, if there are no pairs, width and dtype.
-
-        Returns:
-            Shape (tokens, hidden), all chosen, then all rejected, and the seconds that
-            were waited: not for the copy to a GPU, which goes on.
-
-        Raises:
-            ValueError: If a file was damaged since it was opened.
-        """
-        before = perf_counter()
-        self.start()
-        read = self._future.result()  # type: ignore[union-attr]
-        self._future = None
-        if self._then is not None:
-            self._then.start()
-        hidden = like.detach()[:0] if read is None else read
-        return copied(hidden, like.device), perf_counter() - before
-
-    def _read(self) -> torch.Tensor | None:
-        both = [self._store.read(pair) for pair in self._pairs]
-        answers = [answer for side in zip(*both, strict=True) for answer in side]
-        return pinned(torch.cat(answers), self._device) if answers else None
-
-
-class PairReference(PairFeed):
-    """The reference side of the trainer.
-
-    Attributes:
-        ref_model: A reference that is a model of its own, as its engine wraps it.
-        store: The cache, once it is filled.
-        waited: Seconds that batches took to find and get what they need of the cache.
-    """
-
-    ref_model: Any
-    store: Store | None = None
-    waited: float = 0.0
-    _reads_head = True
-    _cache: CacheSettings | None = None
-    _kept_head: Head | None = None
-    _same, _moves = False, False
-
-    # --- what it is ----------------------------------------------------------------
-
-    def _own_reference(self) -> PreTrainedModel:
-        """The reference that is a model of its own, without its engine."""
-        return self.accelerator.unwrap_model(self.ref_model)
-
-    @staticmethod
-    def _base_reference(
-        model: PreTrainedModel, ref_model: PreTrainedModel | None
-    ) -> PreTrainedModel:
-        """The reference of a recipe without adapter: the policy as it starts."""
-        if ref_model is None:
-            LOG.warning(
-                "`axolotl evaluate` hands over no reference: `base_model` is compared "
-                "with itself, so rewards and steps are 0. To compare an adapter with "
-                "the model below it, add `--lora-model-dir`."
-            )
-            return copy.deepcopy(model)
-        if backbone.copy_embeddings(model, ref_model):
-            LOG.warning(
-                "Policy and reference were loaded with different embeddings, as "
-                "tokens were added to both: the reference takes the policy's."
-            )
-        return ref_model
-
-    @staticmethod
-    def _require_copyable(model: PeftModel, evaluating: bool) -> None:
-        """TRL 1.9 does not copy an adapter of `target_parameters`, 1.14 fails in it.
-
-        Raises:
-            ValueError: If such an adapter is trained further.
-        """
-        if not evaluating and getattr(
-            model.peft_config["default"], "target_parameters", None
-        ):
-            raise ValueError(
-                "`lora_model_dir` holds an adapter with `lora_target_parameters`, of "
-                "which PEFT cannot hold a second as reference: merge it with `axolotl "
-                "merge-lora` and train from there"
-            )
-
-    def _settle_reference_adapter(self, evaluating: bool) -> None:
-        """The reference of an adapter that is trained further is its own start.
-
-        `axolotl evaluate` trains nothing: there the adapter is compared with the
-        model below it. The copy is not saved: a checkpoint that holds two adapters
-        resumes neither (transformers then loads the sub-directories only).
-        """
-        if evaluating:
-            if backbone.REFERENCE_ADAPTER in self.model.peft_config:
-                self.model.delete_adapter(backbone.REFERENCE_ADAPTER)
-            return
-        backbone.copy_to_reference_adapter(self.model)
-        self.model.save_pretrained = partial(
-            self.model.save_pretrained, selected_adapters=["default"]
-        )
-
-    # --- what it says --------------------------------------------------------------
-
-    def _positions(self, model, inputs, completions: Completions) -> torch.Tensor:
-        """Hidden states or logits at the positions that predict a completion token."""
-        lm, inputs = backbone.causal_lm(model), model_inputs(inputs)
-        if not self._reads_head:
-            return backbone.completion_logits(lm, inputs, completions)
-        # as the op reads it: a cache keeps no digits that are rounded away then
-        return as_autocast(backbone.completion_hidden(lm, inputs, completions))
-
-    def _reference(
-        self, model, inputs, completions: Completions
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Hidden states or logits of the reference, given the policy's.
-
-        A cache is asked when these are there: by then it has read them.
-        """
-        if self.store is None:
-            live = self._live_reference(model, inputs, completions)
-            return lambda own: live
-        if self._same:
-            return torch.Tensor.detach
-
-        def cached(own: torch.Tensor) -> torch.Tensor:
-            hidden, waited = inputs["reading"].result(own)
-            self.waited += waited
-            return hidden
-
-        return cached
-
-    def _live_reference(self, model, inputs, completions: Completions) -> torch.Tensor:
-        with self._without_gradient():
-            if self.ref_model is not None:
-                return self._run(self.ref_model, inputs, completions)
-            with backbone.reference_adapter(self.accelerator.unwrap_model(model)):
-                return self._run(model, inputs, completions)
-
-    def _run(self, model, inputs, completions: Completions) -> torch.Tensor:
-        return self._inside_forward(
-            model, lambda unwrapped: self._positions(unwrapped, inputs, completions)
-        )
+    def states(self, policy: nn.Module, batch: Batch) -> ReferenceStates:
+        """The policy's states while both are equal; then those in the cache."""
+        if self.phase is Phase.EQUAL:
+            return PolicyStates()
+        return self._reads[batch["examples"]]
 
     @contextmanager
-    def _without_gradient(self) -> Iterator[None]:
-        with torch.no_grad(), without_checkpointing(self.model):
-            yield
-
-    @contextmanager
-    def _separate_reference_head(self) -> Iterator[tuple[list[nn.Module], Head] | None]:
-        """The head of a reference of its own, without modules to run inside."""
-        head = self._kept_head
-        if self.ref_model is not None:
-            head = backbone.head_of(self._own_reference())
-        if head is None:
+    def separate_head(self) -> Iterator[Head | None]:
+        """The kept head, or None if the policy's head does not train."""
+        if self.kept_head is None:
             yield None
             return
-        with backbone.whole_head(head) as whole:
-            yield [], whole
+        with whole_head(self.kept_head) as head:
+            yield head
 
-    # --- cache ---------------------------------------------------------------------
+    def begin_step(self, batches: Sequence[Batch], optimizer: Any) -> None:
+        """Starts to read the step's pairs; notes if the learning rate is above 0."""
+        self._learns = any(group["lr"] != 0 for group in optimizer.param_groups)
+        self.prefetch(batches)
 
-    def _ahead(self, model, batches: list[dict[str, Any]]) -> None:
-        """Begins to read what these batches need; before the first, fills the cache.
+    def prefetch(self, batches: Sequence[Batch]) -> None:
+        """Starts to read the first batch. Each read starts the next one.
 
         Raises:
-            ValueError: If a pair is not in the cache.
+            ValueError: If a pair is not in the cache, or has other lengths there.
         """
-        if self._cache is None:
+        if self.phase is Phase.EQUAL:
             return
-        if self.store is None:
-            self.store = self._precompute(model, self._cache)
-        if self.model.training:
-            rates = [group["lr"] for group in self.optimizer.param_groups]
-            self._moves = any(rate != 0 for rate in rates)
-        if not self._same:
-            before = perf_counter()
-            self._begin_to_read(self.store, batches)
-            self.waited += perf_counter() - before
+        with self._stopwatch.running():
+            self._reads = self._reads_of(batches)
+            for read in [*self._reads.values()][:1]:
+                read.start()
 
-    def _begin_to_read(self, store: Store, batches: list[dict[str, Any]]) -> None:
-        """Each batch gets its reading; the first is begun.
+    def after_step(self) -> None:
+        """Changes the phase to `APART` if the step's learning rate was above 0."""
+        if self._learns:
+            self.phase = Phase.APART
 
-        Raises:
-            ValueError: If a pair is not in the cache, or not as it is in the batch.
-        """
-        reading = None
-        for batch in reversed(batches):
-            pairs = [*map(precompute.pair_digest, batch["examples"].pairs)]
-            if not all(pair in store for pair in pairs):
-                raise ValueError(
-                    f"`{PRECOMPUTE}: true`: a pair is in no data set of the "
-                    f"recipe, and so not in the cache: remove `{PRECOMPUTE}`"
-                )
-            lengths = [*zip(*batch["lengths"].view(2, -1).tolist(), strict=True)]
-            if lengths != [*map(store.lengths, pairs)]:
-                raise ValueError(
-                    f"{store.folder}: its answers are not as long as those of the "
-                    "batch: remove the folder, and it is computed anew"
-                )
-            batch["reading"] = reading = Reading(
-                store, pairs, self.args.device, then=reading
-            )
-        if reading is not None:
-            reading.start()
+    def fill(
+        self,
+        policy: nn.Module,
+        datasets: list[Dataset],
+        lay_out: LayOut,
+        *,
+        is_new: bool,
+    ) -> None:
+        """Computes missing pairs of the cache, then releases the live reference.
 
-    def stepped(self) -> None:
-        """After an optimizer step that was not skipped.
-
-        Without a learning rate, as where a warmup begins, it changed nothing.
-        """
-        self._same = self._same and not self._moves
-
-    def _precompute(self, model: nn.Module, cache: CacheSettings) -> Store:
-        """Fills the cache; a reference of its own is then let go.
+        All ranks call it. Only the first call does anything.
 
         Args:
-            model: The policy, as its engine wraps it.
-            cache: What the recipe says of it.
+            policy: The policy, wrapped by its engine.
+            datasets: The recipe's data sets, tokenized.
+            lay_out: Lays out pairs.
+            is_new: Whether the policy is untrained as far as the run knows. If so, the
+                states of a batch decide whether policy and reference are equal.
 
         Raises:
-            ValueError: If the cache cannot be made, or is not this reference's.
+            ValueError: If the reference cannot be cached, the cache cannot be written,
+                or it does not fit the reference.
         """
-        policy, max_length = self.accelerator.unwrap_model(model), self.args.max_length
-        lm = backbone.causal_lm(policy)
-        require_cacheable(lm.config, self._reads_head, max_length)
-        pairs = precompute.pairs_of(self._datasets(), max_length)
-        hidden_of, longest = partial(self._hidden_of, model), pairs[0]
-        live = torch.cat(hidden_of([longest.example()])[0])
-        self._same = self._begins_as_reference(model, longest.example(), live)
-        identity = identity_of(
-            policy if self.ref_model is None else self._own_reference(),
-            lm,
-            live,
-            truncation=[max_length, self.args.truncation_mode],
-            **cache.more,
-        )
-        store = Store(cache.folder, identity)
-        batch = self.args.per_device_train_batch_size
-        precompute.Pass(store, self.accelerator, hidden_of, batch).fill(pairs, live)
-        _require_equal(store, longest.digest, live)
-        self._let_go(policy)
-        return store
-
-    def _begins_as_reference(
-        self, model, pair: dict[str, Any], live: torch.Tensor
-    ) -> bool:
-        """Whether policy and reference are the same function; alike on every rank.
-
-        A run begins so, and an evaluation of no adapter. For who handed over other
-        models, the hidden states of a pair are compared, to the last bit.
-        """
-        policy, batch = self.accelerator.unwrap_model(model), self._laid([pair])
-        with self._without_gradient():
-            own = self._run(model, batch, completions_of(batch)).cpu()
-        new = self.state.global_step == 0
-        begins = new if self.is_in_train else not isinstance(policy, PeftModel)
-        differs = torch.tensor(int(not (begins and torch.equal(own, live))))
-        return not int(self._sum_over_ranks(differs))
-
-    def _datasets(self) -> list[Dataset]:
-        """The recipe's."""
-        evaluation: Any = self.eval_dataset
-        several = evaluation.values() if isinstance(evaluation, dict) else [evaluation]
-        return [data for data in (self.train_dataset, *several) if data is not None]
-
-    def _hidden_of(
-        self, model, pairs: list[dict[str, Any]]
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The live reference's, of chosen and rejected of each pair."""
-        batch = self._laid(pairs)
-        hidden = self._live_reference(model, batch, completions_of(batch)).cpu()
-        answers = hidden.split(batch["lengths"].tolist())
-        return [*zip(answers[: len(pairs)], answers[len(pairs) :], strict=True)]
-
-    def _laid(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
-        return self._prepare_inputs(self.collators["train"](pairs))
-
-    def _let_go(self, policy: nn.Module) -> None:
-        """Frees a reference of its own; its head stays where the policy's trains."""
-        if self.ref_model is None:
+        if self.cache is not None or self._live is None:
             return
-        _, head = backbone.shared_reference_head(policy)
-        reference: Any = self._own_reference()
-        kept: tuple[torch.Tensor, ...] = ()
-        if any(tensor.requires_grad for tensor in head.tensors):
-            engine.reshard(self.ref_model)
-            self._kept_head = _alone(backbone.head_of(reference))
-            kept = self._kept_head.tensors
-        engine.let_go(reference, kept)
-        models = self.accelerator._models
-        models[:] = [model for model in models if model is not self.ref_model]
-        self.ref_model = reference = None  # else nothing is collected
-        gc.collect()
-
-
-def require_cacheable(config: Any, reads_head: bool, max_length: int | None) -> None:
-    """Refuses models whose hidden states are not enough, or depend on other pairs.
-
-    Raises:
-        ValueError: Names the reason.
-    """
-    if not reads_head:
-        refuse(
-            PRECOMPUTE,
-            True,
-            "remove it: the head of this `base_model` cannot be read, and logits over "
-            "the whole vocabulary would have to be kept",
+        unwrapped = self.forward.accelerator.unwrap_model(policy)
+        lm, live = causal_lm(unwrapped), self._live
+        require_cacheable(lm.config, self.forward.reads_head, self._max_length)
+        pairs = distinct_pairs(datasets, self._max_length)
+        longest = lay_out([pairs[0].example()])
+        states = live.run(policy, longest).cpu()
+        if is_new and self._is_equal(policy, longest, states):
+            self.phase = Phase.EQUAL
+        cache = self._open(live.weights(unwrapped), lm, states)
+        hidden_of = partial(_hidden_of, live, policy, lay_out)
+        precompute = PrecomputePass(
+            cache, self.forward.accelerator, hidden_of, self._batch_size
         )
-    config = config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    by_layer = [kind for kind in rope.values() if isinstance(kind, dict)]
-    for kind in (rope, *by_layer):
-        if not _STRETCHES.search(kind.get("rope_type") or ""):
-            continue
-        trained = kind.get("original_max_position_embeddings")
-        trained = trained or config.max_position_embeddings
-        if max_length is None or max_length > trained:
-            refuse(
-                PRECOMPUTE,
-                True,
-                f"remove it, or set `sequence_len` up to {trained}: beyond that the "
-                "positions of this `base_model` depend on the longest sequence of a "
-                "batch",
+        precompute.fill(pairs, states)
+        require_equal(cache, pairs[0].digest, states)
+        self.cache = cache
+        self._release_live(unwrapped)
+
+    def _open(
+        self, weights: nn.Module, lm: PreTrainedModel, states: torch.Tensor
+    ) -> HiddenStateCache:
+        """The cache of the reference with these weights.
+
+        Args:
+            weights: The module that holds the reference's weights.
+            lm: The policy's causal language model.
+            states: Hidden states of the reference, shape (tokens, hidden).
+        """
+        fingerprint = fingerprint_of(
+            weights,
+            lm,
+            states,
+            truncation=[self._max_length, self._truncation_mode],
+            **self._settings.fingerprint_parts,
+        )
+        return HiddenStateCache(self._settings.folder, fingerprint)
+
+    def _is_equal(self, policy: nn.Module, batch: Batch, states: torch.Tensor) -> bool:
+        """Whether the policy's states of a batch are the reference's, on all ranks.
+
+        Every bit must be equal.
+
+        Args:
+            policy: The policy, wrapped by its engine.
+            batch: A batch on the run's device.
+            states: The reference's states of the batch, shape (tokens, hidden).
+        """
+        accelerator = self.forward.accelerator
+        with without_gradient(accelerator.unwrap_model(policy)):
+            differs = not torch.equal(self.forward.run(policy, batch).cpu(), states)
+        return not int(sum_over_ranks(accelerator, torch.tensor(int(differs))))
+
+    def _release_live(self, policy: nn.Module) -> None:
+        """Frees a separate reference model, except the head if the policy's trains."""
+        live, self._live = self._live, None
+        if isinstance(live, ModelReference):
+            _, head = shared_reference_head(policy)
+            trains = any(tensor.requires_grad for tensor in head.tensors)
+            self.kept_head = live.release(keeps_head=trains)
+
+    def _reads_of(self, batches: Sequence[Batch]) -> dict[Examples, CachedRead]:
+        """A read for each batch; each starts the next one when it is done."""
+        assert self.cache is not None, "`fill` comes first"
+        device = self.forward.accelerator.device
+        reads: dict[Examples, CachedRead] = {}
+        following = None
+        for batch in reversed(batches):
+            pairs = [pair_digest(pair) for pair in batch["examples"].pairs]
+            require_in_cache(self.cache, pairs, batch["lengths"])
+            following = CachedRead(
+                self.cache, pairs, device, following, self._stopwatch
             )
+            reads[batch["examples"]] = following
+        return dict(reversed(reads.items()))
 
 
-def _alone(head: Head) -> Head:
-    """A head that keeps nothing else: on a CPU it is part of a mapped file."""
+def _hidden_of(
+    live: LiveReference,
+    policy: nn.Module,
+    lay_out: LayOut,
+    pairs: list[dict[str, Any]],
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Hidden states of chosen and rejected of each pair, on the CPU."""
+    batch = lay_out(pairs)
+    hidden = live.run(policy, batch).cpu()
+    answers = hidden.split(batch["lengths"].tolist())
+    return [*zip(answers[: len(pairs)], answers[len(pairs) :], strict=True)]
 
-    def own(tensor: Any) -> Any:
-        if not isinstance(tensor, torch.Tensor) or engine.is_sharded(tensor):
+
+def _copy_from_file(head: Head) -> Head:
+    """Copies a head on the CPU, whose weights may be mapped from the model's file.
+
+    The copy lets the file be unmapped. Sharded heads are returned as they are.
+    """
+
+    def copy(tensor: Any) -> Any:
+        if not isinstance(tensor, torch.Tensor) or is_sharded(tensor):
             return tensor
         return tensor.detach().clone() if tensor.device.type == "cpu" else tensor
 
-    return replace(head, weight=own(head.weight), bias=own(head.bias))
-
-
-def _require_equal(store: Store, pair: bytes, live: torch.Tensor) -> None:
-    """The last guard against a cache of something else."""
-    cached = torch.cat(store.read(pair)).float()
-    distance = float((cached - live.float()).norm() / live.float().norm().clamp(min=1))
-    if not distance < TOLERANCE:
-        raise ValueError(
-            f"{store.folder}: its hidden states are {distance:.0%} away from those of "
-            "this reference: remove the folder, and it is computed anew"
-        )
+    return replace(head, weight=copy(head.weight), bias=copy(head.bias))

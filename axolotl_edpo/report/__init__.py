@@ -1,17 +1,18 @@
-"""`axolotl edpo-report`: what runs did, as one page and as numbers.
+"""`axolotl edpo-report`: shows runs as an HTML page, or as numbers in JSON.
 
+It reads:
     output_dir/checkpoint-*/trainer_state.json    what was logged
-    output_dir/edpo_pairs/*.parquet               what single pairs did, if traced
+    output_dir/edpo_pairs/*.parquet               values of single pairs, if traced
 
 Files, in reading order:
-    logged.py      what a run logs, and how to read it
-    runs.py        runs, read from their directories
-    trace.py       pairs, read from a run's trace
-    figures.py     charts, as SVG and PNG
-    content.py     charts with their captions, and the same as numbers
+    logged.py      the metrics that a run logs
+    runs.py        reads runs from their directories
+    trace.py       reads pairs from the trace of a run
+    figures.py     draws charts, as SVG and PNG
+    content.py     charts with captions, and the JSON
     tables.py      tables and sentences
-    page.py        the page: template, files
-    command.py     the command
+    page.py        fills the template and writes the files
+    command.py     the command line
 
-No weights and no pickles are loaded, and training imports nothing of this.
+It loads no weights and no pickles. Training does not import this package.
 """

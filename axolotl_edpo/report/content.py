@@ -1,4 +1,4 @@
-"""Charts of runs and pairs with their captions, and the same as numbers."""
+"""The content of a report: charts with captions, or numbers for JSON."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -30,9 +30,9 @@ class Chart:
     """A figure in a page.
 
     Attributes:
-        name: Of its PNG, without the suffix.
-        figure: The drawing.
-        caption: How to read it.
+        name: Name of its PNG file, without `.png`.
+        figure: The figure.
+        caption: How to read the figure.
     """
 
     name: str
@@ -42,14 +42,23 @@ class Chart:
 
 @dataclass(frozen=True)
 class Pairs:
-    """A run's traced pairs: observations, and a row per pair, see `trace.by_pair`."""
+    """The traced pairs of a run.
+
+    Attributes:
+        observations: One row per observation, see `trace.read_trace`.
+        table: One row per pair, see `trace.by_pair`.
+    """
 
     observations: "DataFrame"
     table: "DataFrame"
 
 
 def read_pairs(run: Run) -> Pairs | None:
-    """The trace of a run, if it has one."""
+    """Reads the traced pairs of a run; None without a trace.
+
+    Raises:
+        ValueError: Names a file that is damaged.
+    """
     observations = trace.read_trace(run.output_dir, run.steps)
     if observations is None:
         return None
@@ -60,7 +69,7 @@ def read_pairs(run: Run) -> Pairs | None:
 
 
 def charts_of_run(run: Run) -> Iterator[Chart]:
-    """Curves of what one run logged."""
+    """Yields the charts of a single run: a curve per logged metric."""
     if run.has(logged.BETA):
         yield _curve(run, logged.BETA)
     if run.has(logged.UP):
@@ -77,11 +86,12 @@ def charts_of_run(run: Run) -> Iterator[Chart]:
 
 
 def _curve(run: Run, metric: Metric) -> Chart:
-    both = run.series(metric.name), run.series(EVAL + metric.name)
-    return Chart(_file(metric), figures.draw_metric(metric, *both), metric.note)
+    train, held_out = run.series(metric.name), run.series(EVAL + metric.name)
+    figure = figures.draw_metric(metric, train, held_out)
+    return Chart(_file_name(metric), figure, metric.note)
 
 
-def _file(metric: Metric) -> str:
+def _file_name(metric: Metric) -> str:
     return metric.name.replace("/", "_")
 
 
@@ -89,12 +99,17 @@ def _file(metric: Metric) -> str:
 
 
 def charts_of_runs(several: Sequence[Run], names: Sequence[str]) -> Iterator[Chart]:
-    """The frontier first, then the curves of several runs over each other."""
+    """Yields charts that compare runs: metrics over KL, then a chart per metric.
+
+    Args:
+        several: The runs.
+        names: A name for each run.
+    """
     yield from _frontier(several, names)
     for metric in COMPARED:
         if any(run.has(metric) for run in several):
             figure = figures.draw_runs(metric, several, names)
-            yield Chart(_file(metric), figure, metric.note)
+            yield Chart(_file_name(metric), figure, metric.note)
 
 
 def _frontier(several: Sequence[Run], names: Sequence[str]) -> Iterator[Chart]:
@@ -109,18 +124,18 @@ def _frontier(several: Sequence[Run], names: Sequence[str]) -> Iterator[Chart]:
         paths = [runs.path_over_kl(run, metric) for run in several]
         if any(paths):
             figure = figures.draw_frontier(metric, paths, names)
-            yield Chart(f"frontier_{_file(metric)}", figure, note)
+            yield Chart(f"frontier_{_file_name(metric)}", figure, note)
 
 
 # --- pairs -------------------------------------------------------------------------
 
 
 def charts_of_pairs(pairs: Pairs, suffix: str) -> Iterator[Chart]:
-    """What a trace says of all pairs together.
+    """Yields charts of the traced pairs of a run.
 
     Args:
-        pairs: Of a run.
-        suffix: Of the charts' names.
+        pairs: The traced pairs.
+        suffix: Appended to the names of the charts, which differ between runs.
     """
     curves = trace.margin_by_step(pairs.observations)
     note = "Each pair as it was before the step that trained on it. "
@@ -144,9 +159,16 @@ def charts_of_pairs(pairs: Pairs, suffix: str) -> Iterator[Chart]:
 
 
 def as_json(run: Run, name: str, pairs: Pairs | None) -> dict[str, Any]:
-    """All numbers of a run, as they were logged; null where one is not finite."""
+    """All numbers of a run, for JSON. None replaces NaN and infinities.
+
+    Args:
+        run: The run.
+        name: Its name in the report.
+        pairs: Its traced pairs, or None.
+    """
     paths = {
-        m.name: runs.path_over_kl(run, m) for m in (logged.ACCURACY, logged.MARGIN)
+        metric.name: runs.path_over_kl(run, metric)
+        for metric in (logged.ACCURACY, logged.MARGIN)
     }
     content = {
         "name": name,
@@ -161,7 +183,9 @@ def as_json(run: Run, name: str, pairs: Pairs | None) -> dict[str, Any]:
         "control": run.control,
         "controller": run.controller,
         "logged": {key: vars(series) for key, series in run.logged().items()},
-        "frontier": {key: [p._asdict() for p in path] for key, path in paths.items()},
+        "frontier": {
+            key: [point._asdict() for point in path] for key, path in paths.items()
+        },
         "pairs": pairs and _pairs_as_json(pairs),
     }
     return _finite(content)
@@ -181,7 +205,7 @@ def _pairs_as_json(pairs: Pairs) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """The same with None for what JSON cannot hold."""
+    """Replaces NaN and infinities by None, because JSON has no such numbers."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

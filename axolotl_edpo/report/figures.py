@@ -1,7 +1,7 @@
-"""Charts of runs and of their pairs, each a matplotlib figure of one panel.
+"""Charts of runs and pairs. Each is a matplotlib figure with one panel.
 
-Colours are Okabe and Ito's, told apart by the colour-blind; lines and markers differ as
-well, so that charts can be read without colour. All text stays text in the SVG.
+The colours are those of Okabe and Ito, which colour-blind people can distinguish. Lines
+and markers differ too, so charts can be read without colour. Text stays text in SVG.
 """
 
 import re
@@ -28,7 +28,7 @@ ORANGE, SKY, BLACK, GREY = "#E69F00", "#56B4E9", "#000000", "#666666"
 COLOURS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK)
 LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-# Of s = +1, 0, -1: colour, line, name.
+# Colour, line and name of pairs with s = +1, 0, -1.
 MOVES = {
     1: (RED, "-", "up, s = +1"),
     0: (GREY, ":", "not moved"),
@@ -64,7 +64,7 @@ STYLE: dict[Any, Any] = {
 
 
 class Look(NamedTuple):
-    """How a run is drawn in charts of several."""
+    """Colour, line and marker of a run in charts that compare runs."""
 
     colour: str
     line: str
@@ -72,20 +72,25 @@ class Look(NamedTuple):
 
 
 def looks(count: int) -> list[Look]:
-    """As many looks, different in line and marker as well while there are few."""
-    ways = zip(cycle(COLOURS), cycle(LINES), cycle(MARKERS), strict=False)
-    return [Look(*way) for way in islice(ways, count)]
+    """Looks for `count` runs. The first four differ in colour, line and marker."""
+    styles = zip(cycle(COLOURS), cycle(LINES), cycle(MARKERS), strict=False)
+    return [Look(*style) for style in islice(styles, count)]
 
 
 def window(count: int) -> int:
-    """Logged values that one point of a smooth line is the mean of; odd."""
+    """The width of the moving average that smooths a curve, an odd number.
+
+    Args:
+        count: Number of values of the curve.
+    """
     return 2 * (count // 16) + 1
 
 
 def smooth(values: Sequence[float], width: int) -> list[float]:
-    """Means of `width` values around each, of fewer towards both ends.
+    """A moving average over `width` values, centred, with fewer values near both ends.
 
-    A line starts where its values do: at 0, for what compares policy and reference.
+    The first value is not averaged: curves that compare policy and reference start at
+    0.
     """
     means = []
     for i in range(len(values)):
@@ -97,7 +102,7 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
 
 @contextmanager
 def _panel(title: str, x_label: str = STEP) -> Iterator[tuple[Figure, Axes]]:
-    """A figure and its one panel; what is drawn in it gets a legend below."""
+    """Yields a figure and its panel; at the end adds a legend below the panel."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=SIZE)
         axes = figure.subplots()
@@ -110,7 +115,7 @@ def _panel(title: str, x_label: str = STEP) -> Iterator[tuple[Figure, Axes]]:
 
 
 def _add_legend(figure: Figure, axes: Axes) -> None:
-    """In as many columns as the longest name leaves room for."""
+    """A legend with as many columns as the longest name leaves room for."""
     _, names = axes.get_legend_handles_labels()
     longest = max(map(len, names))
     columns = 3 if longest < 14 else 2 if longest < 28 else 1
@@ -120,12 +125,12 @@ def _add_legend(figure: Figure, axes: Axes) -> None:
 
 
 def _draw_line(axes: Axes, x, y, line: str, colour: str, name: str) -> None:
-    """A line; points, where there are too few for one."""
+    """A line, with markers if it has fewer than three points."""
     marker = "." if len(x) < 3 else None
     axes.plot(x, y, line, color=colour, marker=marker, label=name)
 
 
-def _width(metric: Metric, series: Series) -> int:
+def _smooth_width(metric: Metric, series: Series) -> int:
     return 1 if metric in logged.EXACT else window(len(series.steps))
 
 
@@ -149,7 +154,7 @@ def draw_metric(
 
 
 def _smooth_over_raw(axes: Axes, train: Series, metric: Metric) -> None:
-    width, name = _width(metric, train), "training"
+    width, name = _smooth_width(metric, train), "training"
     if width > 1:
         axes.plot(train.steps, train.values, color=BLUE, alpha=0.25, linewidth=0.9)
         name += f", mean of {width} logs"
@@ -157,7 +162,7 @@ def _smooth_over_raw(axes: Axes, train: Series, metric: Metric) -> None:
 
 
 def draw_shares(run: Run) -> Figure:
-    """Shares of pairs that the steps of one run moved up, down and not."""
+    """The shares of pairs with s = +1, 0 and -1 in one run, over its steps."""
     with _panel("Share of pairs, by how β̃ moved") as (figure, axes):
         for prefix, as_dots in (("", False), (EVAL, True)):
             for step, share in _shares(run, prefix).items():
@@ -189,7 +194,7 @@ def draw_runs(metric: Metric, several: Sequence[Run], names: Sequence[str]) -> F
         for run, name, look in zip(several, names, looks(len(names)), strict=True):
             train, held_out = run.series(metric.name), run.series(EVAL + metric.name)
             if train:
-                values = smooth(train.values, _width(metric, train))
+                values = smooth(train.values, _smooth_width(metric, train))
                 _draw_line(axes, train.steps, values, look.line, look.colour, name)
             if held_out:
                 label = None if train else name
@@ -198,7 +203,7 @@ def draw_runs(metric: Metric, several: Sequence[Run], names: Sequence[str]) -> F
 
 
 def _mark(axes: Axes, x, y, look: Look, **more) -> None:
-    """Markers, small, open enough to see a line below."""
+    """Small markers with a white edge, so that a line below stays visible."""
     style = {"linestyle": "", "markersize": 5, "markeredgecolor": "white", **more}
     axes.plot(x, y, marker=look.marker, color=look.colour, **style)
 
@@ -206,12 +211,12 @@ def _mark(axes: Axes, x, y, look: Look, **more) -> None:
 def draw_frontier(
     metric: Metric, paths: Sequence[Sequence[Evaluation]], names: Sequence[str]
 ) -> Figure:
-    """What runs gained for their distance from the reference: a path per run.
+    """A metric over the distance from the reference: a path per run.
 
     Args:
-        metric: What was gained.
-        paths: Of each run, in order; an empty one is not drawn.
-        names: Of the runs.
+        metric: The metric.
+        paths: A path per run over its evaluations; an empty one is not drawn.
+        names: A name for each run.
     """
     x_label = "KL(π‖π_ref) per token, nats"
     with _panel(f"{metric.label} over KL", x_label) as (figure, axes):
@@ -227,7 +232,11 @@ def draw_frontier(
 
 
 def draw_margins(curves: "dict[int | None, DataFrame]") -> Figure:
-    """Mean margins over time, of the pairs that steps moved up, down or not."""
+    """Mean margins over steps, a curve per value of s.
+
+    Args:
+        curves: Table of each s, or of all pairs for None; see `trace.margin_by_step`.
+    """
     classes = "" if None in curves else ", by how β̃ moved"
     with _panel(f"Mean margin of traced pairs{classes}") as (figure, axes):
         for step, means in curves.items():
@@ -238,11 +247,15 @@ def draw_margins(curves: "dict[int | None, DataFrame]") -> Figure:
 
 
 def draw_pairs(pairs: "DataFrame") -> Figure:
-    """How many pairs have which mean log-ratio, by how they moved most."""
+    """A histogram of the pairs' mean log-ratios, coloured by the sign of their mean s.
+
+    Args:
+        pairs: One row per pair, see `trace.by_pair`.
+    """
     groups, x_label = _by_move(pairs), "nats, chosen minus rejected"
     with _panel("Pairs by mean log-ratio", x_label) as (figure, axes):
         axes.hist(
-            [own["log_ratio"] for own, *_ in groups],
+            [group["log_ratio"] for group, *_ in groups],
             bins=min(40, 8 + len(pairs) // 20),
             stacked=True,
             color=[colour for _, colour, _ in groups],
@@ -255,25 +268,25 @@ def draw_pairs(pairs: "DataFrame") -> Figure:
 
 
 def _by_move(pairs: "DataFrame") -> list[tuple["DataFrame", str, str]]:
-    """Pairs that moved, up or down in the mean; with colour and name."""
-    moved = pairs["mean_step"]
-    if moved.isna().all():
+    """Pairs grouped by the sign of their mean s; each group with colour and name."""
+    steps = pairs["mean_step"]
+    if steps.isna().all():
         return [(pairs, BLUE, "all")]
     groups = [
-        (pairs[moved > 0], RED, "mostly up"),
-        (pairs[moved == 0], GREY, "neither"),
-        (pairs[moved < 0], BLUE, "mostly down"),
+        (pairs[steps > 0], RED, "mostly up"),
+        (pairs[steps == 0], GREY, "neither"),
+        (pairs[steps < 0], BLUE, "mostly down"),
     ]
     return [group for group in groups if len(group[0])]
 
 
 def as_svg(figure: Figure, name: str) -> str:
-    """A figure as an `<svg>` element to stand in a page.
+    """A figure as an `<svg>` element of a page.
 
     Args:
-        figure: The drawing.
-        name: Of this one in the page: no other has the same ids, and the same drawing
-            always has the same.
+        figure: The figure.
+        name: Unique in the page. The ids in the element are derived from it, so they
+            are unique in the page, and the same in every run of the command.
     """
     file = StringIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
@@ -285,7 +298,7 @@ def as_svg(figure: Figure, name: str) -> str:
 
 
 def as_png(figure: Figure) -> bytes:
-    """A figure as a picture."""
+    """A figure as the bytes of a PNG file."""
     file = BytesIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(file, format="png")

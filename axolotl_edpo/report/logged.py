@@ -1,18 +1,18 @@
-"""What a run logs, how people call it, and how to read its curve."""
+"""The metrics that a run logs: name, label, and how to read the curve."""
 
 from dataclasses import dataclass
 
-# In front of what was logged in evaluation.
+# The prefix of metrics that were logged in evaluation.
 EVAL = "eval_"
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A logged quantity.
+    """A logged metric.
 
     Attributes:
-        name: As it is logged.
-        label: As people call it.
+        name: Its name in the log.
+        label: Its name in the report.
         note: How to read its curve.
     """
 
@@ -77,5 +77,5 @@ METRICS = (
     REJECTED,
     RATE,
 )
-# Not means over pairs: nothing to smooth.
+# Metrics that are exact, not means over pairs. Their curves are not smoothed.
 EXACT = (BETA, RATE)

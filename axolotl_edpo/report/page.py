@@ -1,4 +1,4 @@
-"""The page: a template filled with charts and tables, and files that appear whole."""
+"""Fills the template of the page with charts and tables, and writes the files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,13 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Report:
-    """Runs with their names and, where there is one, their trace."""
+    """The content of a page.
+
+    Attributes:
+        runs: The runs.
+        names: A name for each run.
+        pairs: The traced pairs of each run; None for a run without a trace.
+    """
 
     runs: list[Run]
     names: list[str]
@@ -26,7 +32,13 @@ class Report:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; with tables, where it is of pairs."""
+    """A part of the page.
+
+    Attributes:
+        title: Its heading.
+        charts: Its charts.
+        pairs: Pairs to show in tables, or None.
+    """
 
     title: str
     charts: list[Chart]
@@ -34,39 +46,41 @@ class Section:
 
 
 def read(paths: Sequence[Path]) -> Report:
-    """Reads all that a report is about.
+    """Reads runs and their traces.
 
     Args:
-        paths: Output directories or checkpoints, each counted once.
+        paths: Output directories or checkpoints. Duplicates are read once.
 
     Raises:
-        ValueError: Names the path that is no run, and what to do.
+        ValueError: If a path is not a run, or a trace is damaged; names the path and
+            the remedy.
     """
-    once: dict[Path, Path] = {}
+    distinct: dict[Path, Path] = {}
     for path in paths:
-        once.setdefault(path.resolve(), path)
-    found = [runs.read_run(path) for path in once.values()]
-    return Report(found, runs.names(found), [content.read_pairs(run) for run in found])
+        distinct.setdefault(path.resolve(), path)
+    several = [runs.read_run(path) for path in distinct.values()]
+    pairs = [content.read_pairs(run) for run in several]
+    return Report(several, runs.names(several), pairs)
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """All numbers of a report."""
-    each = zip(report.runs, report.names, report.pairs, strict=True)
-    return {"runs": [content.as_json(*one) for one in each]}
+    """All numbers of a report, for JSON."""
+    several = zip(report.runs, report.names, report.pairs, strict=True)
+    return {"runs": [content.as_json(*run) for run in several]}
 
 
 def write(report: Report, folder: Path) -> tuple[Path, int]:
-    """Writes the page and its pictures; the page last, each file whole.
+    """Writes the pictures, then the page.
 
     Args:
-        report: What to show.
-        folder: Made if need be; files of the same names are replaced.
+        report: The content.
+        folder: Is created if it does not exist. Files with the same names are replaced.
 
     Returns:
-        The page's path and the number of pictures.
+        The path of the page, and the number of pictures.
 
     Raises:
-        ValueError: The folder cannot be written to.
+        ValueError: If the folder cannot be written to.
     """
     sections = _sections(report)
     pictures = [chart for section in sections for chart in section.charts]
@@ -82,13 +96,14 @@ def write(report: Report, folder: Path) -> tuple[Path, int]:
 
 
 def _replace(file: Path, data: bytes) -> None:
+    """Writes to a temporary file and renames it, so no reader sees a partial file."""
     partial = file.with_name(f"{file.name}.partial")
     partial.write_bytes(data)
     partial.replace(file)
 
 
 def _sections(report: Report) -> list[Section]:
-    """Curves, then the pairs of each run that traced them."""
+    """A section of curves, then one of pairs for each run with a trace."""
     several = len(report.runs) > 1
     if several:
         curves = content.charts_of_runs(report.runs, report.names)
@@ -104,15 +119,15 @@ def _sections(report: Report) -> list[Section]:
 
 
 def _render(report: Report, sections: list[Section]) -> str:
-    made = Environment(
+    environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters["svg"] = _svg
-    return made.get_template("page.html").render(
+    environment.filters["svg"] = _svg
+    return environment.get_template("page.html").render(
         report=report,
         sections=sections,
         looks=figures.looks(len(report.runs)),
@@ -123,5 +138,5 @@ def _render(report: Report, sections: list[Section]) -> str:
 
 
 def _svg(chart: Chart) -> Markup:
-    """The drawing of a chart; matplotlib has escaped its texts."""
+    """The chart as SVG. It is safe as markup: matplotlib has escaped its texts."""
     return Markup(figures.as_svg(chart.figure, chart.name))

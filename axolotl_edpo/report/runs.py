@@ -1,7 +1,7 @@
-"""Runs, as their directories tell of them: what was trained, how far, what was logged.
+"""Reads runs from their directories: model, progress and logged metrics.
 
-The newest complete checkpoint of a run speaks for it, so a run that is still going on,
-or was killed, can be read like one that is over.
+A run is read from its newest complete checkpoint. So a run can also be read while it is
+training, or after it was killed.
 """
 
 import json
@@ -25,7 +25,7 @@ from .logged import EVAL, KL, METRICS, Metric
 
 @dataclass(frozen=True)
 class Series:
-    """A metric over optimizer steps: as many values as steps, at least one."""
+    """A metric over optimizer steps: one value per step, at least one step."""
 
     steps: list[int]
     values: list[float]
@@ -36,9 +36,9 @@ class Run:
     """A run up to one of its checkpoints.
 
     Attributes:
-        path: As the user gave it.
-        folder: Where the state was read: a checkpoint, or the run itself.
-        state: transformers' trainer state.
+        path: The path that the user gave.
+        folder: The folder whose state was read: a checkpoint, or `output_dir`.
+        state: The content of `trainer_state.json`, by transformers.
         skipped: Names of checkpoints whose save was interrupted.
     """
 
@@ -55,39 +55,43 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps done."""
+        """Number of optimizer steps so far."""
         return self.state["global_step"]
 
     @property
     def callbacks(self) -> dict[str, Any]:
-        """State of the callbacks that keep one."""
+        """The saved state of callbacks, by name."""
         return self.state.get("stateful_callbacks") or {}
 
     @property
     def controller(self) -> dict[str, Any]:
-        """β and what it came from; empty unless the run was of `rl: edpo`."""
+        """β and the settings of its control; empty unless the run was `rl: edpo`."""
         return self.callbacks.get(CONTROLLER, {})
 
     @property
     def control(self) -> str | None:
-        """`edpo_control`; None unless the run was of `rl: edpo`."""
+        """`edpo_control`; None unless the run was `rl: edpo`."""
         return self.controller.get("control", "epsilon") if self.controller else None
 
     def series(self, name: str) -> Series | None:
-        """A metric as it was logged, or None."""
+        """The logged values of a metric; None if it was not logged.
+
+        Args:
+            name: Its name in the log, with `eval_` in front for evaluation.
+        """
         log = self.state["log_history"]
-        found = [(entry["step"], entry[name]) for entry in log if name in entry]
-        return Series(*map(list, zip(*found, strict=True))) if found else None
+        points = [(entry["step"], entry[name]) for entry in log if name in entry]
+        return Series(*map(list, zip(*points, strict=True))) if points else None
 
     def has(self, metric: Metric) -> bool:
         """Whether a metric was logged, in training or in evaluation."""
         return bool(self.series(metric.name) or self.series(EVAL + metric.name))
 
     def logged(self) -> dict[str, Series]:
-        """All metrics that were logged, those of evaluation with `eval_` in front."""
+        """All logged metrics by name; names of evaluation have `eval_` in front."""
         names = [prefix + metric.name for metric in METRICS for prefix in ("", EVAL)]
-        found = {name: self.series(name) for name in names}
-        return {name: series for name, series in found.items() if series}
+        every = {name: self.series(name) for name in names}
+        return {name: series for name, series in every.items() if series}
 
 
 def read_run(path: Path) -> Run:
@@ -97,7 +101,8 @@ def read_run(path: Path) -> Run:
         path: The `output_dir` of a recipe, or one of its checkpoints.
 
     Raises:
-        ValueError: Names the path, what was looked for and what to do.
+        ValueError: If there is no complete checkpoint, or nothing was logged; names
+            the path and the remedy.
     """
     if not path.is_dir():
         raise ValueError(f"{path}: there is no such directory")
@@ -112,11 +117,11 @@ def read_run(path: Path) -> Run:
 
 
 def _candidates(path: Path) -> list[Path]:
-    """Complete folders that may speak for a run, one at least."""
+    """The folders that hold a complete state of the run; at least one."""
     newest = last_complete(path)
-    found = [folder for folder in (newest, path) if folder and is_complete(folder)]
-    if found:
-        return found
+    complete = [folder for folder in (newest, path) if folder and is_complete(folder)]
+    if complete:
+        return complete
     if _is_checkpoint(path):
         raise ValueError(
             f"{path}: its {STATE} is missing or cut short, so its save was "
@@ -139,7 +144,7 @@ def _read_state(path: Path, folder: Path) -> Run:
     state = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(state, dict) or not {"global_step", "log_history"} <= {*state}:
         raise ValueError(f"{file}: not written by a trainer: remove {folder}")
-    skipped = [other.name for other in checkpoints(path) if not is_complete(other)]
+    skipped = [saved.name for saved in checkpoints(path) if not is_complete(saved)]
     return Run(path, folder, state, tuple(skipped))
 
 
@@ -148,18 +153,21 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def names(runs: Sequence[Run]) -> list[str]:
-    """What sets the paths of several runs apart; of one run, how its path ends."""
+    """A short name for each run: its path without the part that all runs share.
+
+    For a single run: the last two parts of its path.
+    """
     paths = [run.path.resolve() for run in runs]
     if len(paths) == 1:
         return ["/".join(paths[0].parts[-2:])]
     common = os.path.commonpath([path.parent for path in paths])
-    found = [str(path.relative_to(common)) for path in paths]
-    # matplotlib leaves labels out that begin with an underscore
-    return [f"./{name}" if name.startswith("_") else name for name in found]
+    relative = [str(path.relative_to(common)) for path in paths]
+    # matplotlib does not show labels that begin with an underscore
+    return [f"./{name}" if name.startswith("_") else name for name in relative]
 
 
 def status(run: Run) -> str:
-    """How far a run came, as a sentence without its full stop."""
+    """The progress of a run, as a sentence without its full stop."""
     done, planned = run.steps, run.state.get("max_steps") or run.steps
     if done >= planned:
         return f"finished: {done} steps"
@@ -174,20 +182,20 @@ def status(run: Run) -> str:
 
 
 def _stopped_itself(run: Run) -> bool:
-    """Early stopping, or another callback that ends a run."""
+    """Whether early stopping, or another callback, ended the run."""
     control = run.callbacks.get("TrainerControl", {}).get("args", {})
     return bool(control.get("should_training_stop"))
 
 
 def _saved_later(run: Run) -> bool:
-    """Whether a run that kept no last checkpoint ended all the same."""
+    """Whether the run saved its model after its last checkpoint, so it is finished."""
     state = (run.folder / STATE).stat()
     weights = run.output_dir.glob("*.safetensors")
     return any(file.stat().st_mtime > state.st_mtime for file in weights)
 
 
 def model_name(run: Run) -> str | None:
-    """The base model of an adapter, or the kind of model, if a config was saved."""
+    """Name of the base model, else the model's architecture; None without a config."""
     for folder in (run.folder, run.output_dir):
         adapter = _read_config(folder / "adapter_config.json")
         config = _read_config(folder / "config.json")
@@ -206,7 +214,13 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 class Evaluation(NamedTuple):
-    """A point of a run's path: what it had gained, and how far it had gone for it."""
+    """A metric and the KL at one evaluation.
+
+    Attributes:
+        step: Optimizer step.
+        kl: KL(π‖π_ref), nats per token.
+        gain: Value of the metric.
+    """
 
     step: int
     kl: float
@@ -214,19 +228,25 @@ class Evaluation(NamedTuple):
 
 
 def path_over_kl(run: Run, metric: Metric) -> list[Evaluation]:
-    """A metric at each evaluation, with the KL there; that of training if need be.
+    """A metric at each evaluation, together with the KL.
+
+    If evaluations log no KL, the KL is the last one that training logged before.
+
+    Args:
+        run: The run.
+        metric: The metric, as evaluation logs it.
 
     Returns:
-        In order, from where policy and reference are no longer equal: before, accuracy
-        is 0 because all margins are. Empty for runs that log no KL or evaluate never.
+        In the order of steps. Evaluations with a KL of 0 are left out: policy and
+        reference are equal there, so all margins are 0. Empty without KL or evaluation.
     """
     gains = run.series(EVAL + metric.name)
     distance = run.series(EVAL + KL.name) or run.series(KL.name)
     if gains is None or distance is None:
         return []
-    before = [bisect_right(distance.steps, step) for step in gains.steps]
+    counts = [bisect_right(distance.steps, step) for step in gains.steps]
     return [
         Evaluation(step, distance.values[count - 1], gain)
-        for step, count, gain in zip(gains.steps, before, gains.values, strict=True)
+        for step, count, gain in zip(gains.steps, counts, gains.values, strict=True)
         if count and distance.values[count - 1] > 0
     ]

@@ -1,4 +1,4 @@
-"""Tables and sentences of a page."""
+"""The tables and sentences of the page."""
 
 import math
 from collections.abc import Callable
@@ -9,9 +9,9 @@ from .content import Pairs
 from .logged import EVAL, Metric
 from .runs import Run, Series
 
-# Pairs in the table of either extreme.
+# Number of pairs in each of the tables `doubtful` and `surest`.
 SHOWN = 10
-# Longer texts are folded after so many characters.
+# A text is folded after this many characters.
 FOLD = 280
 CONTROLS: dict[str | None, str] = {
     "epsilon": "ε-DPO, a β per pair (edpo_control: epsilon)",
@@ -36,14 +36,14 @@ MISSING = {
 
 
 def number(value: float | None) -> str:
-    """A value for readers: four digits, or a dash where there is none."""
+    """A value with four significant digits; a dash for None and NaN."""
     if value is None or math.isnan(value):
         return "–"
     return f"{value:.4g}".replace("-", "−")
 
 
 def percent(share: float) -> str:
-    """A share for readers, or a dash where there is none."""
+    """A share as a percentage; a dash for NaN."""
     return "–" if math.isnan(share) else f"{share:.0%}"
 
 
@@ -51,26 +51,26 @@ def percent(share: float) -> str:
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
-    """What a run is: name and value of what is known of it."""
+    """Facts about a run: the name of each, and its value."""
     control = CONTROLS.get(run.control) or str(run.control)
     settings = {key: run.controller[key] for key in SETTINGS if key in run.controller}
     return [
         ("Run", str(run.path)),
         ("Control", control),
         ("Model", runs.model_name(run) or "–"),
-        ("β", _first_to_now(run)),
-        *((SETTINGS[key], str(said)) for key, said in settings.items()),
+        ("β", _beta_change(run)),
+        *((SETTINGS[key], str(value)) for key, value in settings.items()),
         ("Epochs", number(run.state.get("epoch"))),
     ]
 
 
-def _first_to_now(run: Run) -> str:
+def _beta_change(run: Run) -> str:
     betas = (run.controller.get("initial_beta"), run.controller.get("beta"))
     return " → ".join(map(number, betas)) if run.controller else "–"
 
 
 def notes(run: Run) -> list[str]:
-    """What a reader has to know before reading curves."""
+    """Sentences about what a run did not save, log or evaluate."""
     lines = []
     if run.skipped:
         lines.append(f"Not saved to the end, and not read: {', '.join(run.skipped)}.")
@@ -83,22 +83,23 @@ def notes(run: Run) -> list[str]:
 
 
 def first_and_last(run: Run) -> list[tuple[str, list[str]]]:
-    """Rows: a label, and the first and last value of training and of evaluation."""
+    """A row per metric: its label, then first → last of training and of evaluation."""
     return [
-        (metric.label, [_ends(run.series(pre + metric.name)) for pre in ("", EVAL)])
+        (metric.label, [_change(run.series(pre + metric.name)) for pre in ("", EVAL)])
         for metric in logged.METRICS
         if run.has(metric)
     ]
 
 
-def _ends(series: Series | None) -> str:
+def _change(series: Series | None) -> str:
+    """First and last value."""
     if series is None:
         return "–"
     return f"{number(series.values[0])} → {number(series.values[-1])}"
 
 
 def _last(metric: Metric) -> Callable[[Run], str]:
-    """The last value of evaluation, else that of training with a mark."""
+    """Formats the last value of evaluation; without one that of training, and a t."""
 
     def show(run: Run) -> str:
         evaluated, trained = run.series(EVAL + metric.name), run.series(metric.name)
@@ -112,7 +113,7 @@ def _last(metric: Metric) -> Callable[[Run], str]:
 RUN_COLUMNS: list[tuple[str, Callable[[Run], str]]] = [
     ("control", lambda run: run.control or "–"),
     ("ε", lambda run: number(run.controller.get("epsilon"))),
-    ("β", _first_to_now),
+    ("β", _beta_change),
     ("KL, nats", _last(logged.KL)),
     ("accuracy", _last(logged.ACCURACY)),
     ("margin", _last(logged.MARGIN)),
@@ -122,7 +123,7 @@ RUN_COLUMNS: list[tuple[str, Callable[[Run], str]]] = [
 
 
 def row_of_run(run: Run) -> list[str]:
-    """A value for each of RUN_COLUMNS."""
+    """The cells of a run, one for each of RUN_COLUMNS."""
     return [show(run) for _, show in RUN_COLUMNS]
 
 
@@ -150,18 +151,21 @@ def _tokens(pair: Any) -> list[str]:
 
 
 def doubtful(pairs: Pairs) -> list[Any]:
-    """Rows of the pairs whose labels the policy doubts most."""
+    """The pairs with the lowest mean log-ratio, lowest first: labels may be wrong."""
     return list(pairs.table.head(SHOWN).itertuples())
 
 
 def surest(pairs: Pairs) -> list[Any]:
-    """Rows of the pairs at the other end, and in neither table twice."""
+    """The pairs with the highest mean log-ratio, highest first; not those above."""
     rest = pairs.table.iloc[SHOWN:]
     return list(rest.tail(SHOWN).iloc[::-1].itertuples())
 
 
 def folded(text: str | None) -> tuple[str, str]:
-    """Start and rest of a text, cut between words; a short one has no rest."""
+    """Splits a long text between words, into a start and a rest to fold.
+
+    A short text has an empty rest. For None the start is a dash.
+    """
     if text is None:
         return "–", ""
     if len(text) <= FOLD:
@@ -172,15 +176,15 @@ def folded(text: str | None) -> tuple[str, str]:
 
 
 def summary(pairs: Pairs) -> str:
-    """What was traced, and how pairs moved."""
+    """Sentences: how many pairs were traced, and how many always moved up or down."""
     table = pairs.table
-    often = table["seen"] > 1
-    up, down = ((often & (table[move] == 1)).sum() for move in ("up", "down"))
+    repeated = table["seen"] > 1
+    up, down = ((repeated & (table[move] == 1)).sum() for move in ("up", "down"))
     if not trace.has_steps(pairs.observations):
         moved = "Under this control pairs do not move; they are ranked by log-ratio."
-    elif often.any():
+    elif repeated.any():
         moved = (
-            f"Of the {often.sum()} seen more than once, {up} moved up each time and "
+            f"Of the {repeated.sum()} seen more than once, {up} moved up each time and "
             f"{down} down each time."
         )
     else:

@@ -1,22 +1,25 @@
-"""Pairs of a run, read from its trace (`edpo_log_pairs`).
+"""Reads pairs from the trace of a run (`edpo_log_pairs`).
 
-A row of the trace is an observation: a pair in an optimizer step, before that step has
-changed the policy. A pair is judged by the mean of
+A row of the trace is an observation: a pair in an optimizer step, before that step
+changes the policy. Pairs are ranked by the mean over their observations of
 
     log_ratio = margin / β̃ = (log π - log π_ref)(chosen) - (log π - log π_ref)(rejected)
 
-over its observations, in nats. Below 0, what the policy learned from other pairs speaks
-against the label. In examples/tiny, where 150 of 1500 labels are flipped, so many are
-among the lowest 100 (area under the ROC curve in brackets):
+in nats. If it is below 0, what the policy learned from other pairs contradicts the
+label. Why this quantity? In examples/tiny 150 of 1500 labels are flipped. The table
+shows how many of these are among the 100 pairs with the lowest mean of a quantity, and
+in brackets the area under the ROC curve:
 
                         one epoch      three epochs
     log-ratio           39  (0.76)     46  (0.80)
     Δ+ - Δ-             38  (0.75)     31  (0.74)
     s                   19  (0.68)     26  (0.74)
 
-With two other seeds, one epoch: 0.78 twice, 0.76 and 0.77, 0.69 and 0.70. To first
-order, (Δ+ - Δ-) / 2ε is the log-ratio less the KL summed over chosen minus that summed
-over rejected, which grows with the lengths of answers. s is hardly more than its sign.
+For one epoch with two other seeds, the areas are 0.78 and 0.78 (log-ratio), 0.76 and
+0.77 (Δ+ - Δ-), 0.69 and 0.70 (s). To first order, (Δ+ - Δ-) / 2ε is the log-ratio minus
+the KL summed over the tokens of chosen, plus the KL summed over those of rejected. The
+difference of these sums grows with the length of the answers. s is little more than the
+sign of Δ+ - Δ-.
 """
 
 from pathlib import Path
@@ -28,24 +31,25 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 TOKENS = tuple(f"{text}_tokens" for text in TEXTS)
-# Points of a curve, at most, and observations that each is the mean of, at least.
+# A curve has at most BINS points. Each is the mean of at least OBSERVATIONS rows.
 BINS = 40
 OBSERVATIONS = 3
 
 
 def read_trace(output_dir: Path, last_step: int) -> "DataFrame | None":
-    """Observations up to a step, in order.
+    """Reads the observations up to a step, in the order of steps.
 
     Args:
-        output_dir: Of the run.
-        last_step: The run is known up to here.
+        output_dir: `output_dir` of the run.
+        last_step: The last step of the checkpoint that the run was read from. Later
+            observations are left out.
 
     Returns:
-        A row per observation with the columns of the trace and `log_ratio`; None where
-        nothing was traced.
+        One row per observation, with the columns of the trace and `log_ratio`; None
+        without observations.
 
     Raises:
-        ValueError: Names a file that is not whole.
+        ValueError: Names a file that is damaged.
     """
     import pandas
 
@@ -66,30 +70,39 @@ def _read_file(file: Path) -> "DataFrame":
 
     try:
         rows = pandas.read_parquet(file)
-    except (OSError, ValueError) as error:  # what Arrow raises are subclasses
+    except (OSError, ValueError) as error:  # Arrow's errors are subclasses
         raise ValueError(f"{file}: not a whole Parquet file: remove it") from error
-    # null in every row unless ε-DPO moved the pairs
+    # these are null in every row unless `edpo_control` is `epsilon`
     perturbed = ["plus", "minus", "step"]
     return rows.astype(dict.fromkeys(perturbed, "float64"))
 
 
 def has_steps(trace: "DataFrame") -> bool:
-    """Whether the pairs moved: `edpo_control: epsilon`."""
+    """Whether the trace has steps s: only with `edpo_control: epsilon`."""
     return bool(trace["step"].notna().any())
 
 
 def by_pair(trace: "DataFrame") -> "DataFrame":
-    """What each pair did.
+    """Groups the observations by pair.
+
+    Args:
+        trace: What `read_trace` returned.
 
     Returns:
-        A row per pair, lowest mean log-ratio first: `seen`, how often; `up`, `down`,
-        shares of it with s = +1 and -1, and `mean_step`, all NaN without steps; mean
-        `log_ratio`; `margin` and `kl` when it was seen last; tokens and texts.
+        One row per pair, lowest mean log-ratio first:
+
+            seen            number of observations
+            up, down        shares of observations with s = +1 and s = -1, or NaN
+            mean_step       mean of s; NaN if the trace has no s
+            log_ratio       mean log-ratio, nats
+            margin, kl      of the last observation
+            *_tokens        numbers of tokens of prompt, chosen and rejected
+            prompt, chosen, rejected    texts
     """
     steps = trace["step"]
-    moved = {"up": steps > 0, "down": steps < 0}
+    moves = {"up": steps > 0, "down": steps < 0}
     trace = trace.assign(
-        **{name: s.astype(float).where(steps.notna()) for name, s in moved.items()}
+        **{name: s.astype(float).where(steps.notna()) for name, s in moves.items()}
     )
     last = {name: (name, "last") for name in ("margin", "kl", *TOKENS)}
     texts = {name: (name, "first") for name in TEXTS}  # the first that is not null
@@ -106,12 +119,16 @@ def by_pair(trace: "DataFrame") -> "DataFrame":
 
 
 def margin_by_step(trace: "DataFrame") -> "dict[int | None, DataFrame]":
-    """Mean margins over time, of the pairs that a step moved up, down or not.
+    """Mean margins over optimizer steps, for each value of s.
+
+    Args:
+        trace: What `read_trace` returned.
 
     Returns:
-        For each s that occurs, or for None where pairs do not move: mean `global_step`
-        and `margin` of up to BINS stretches of steps, and their `count`, which is
-        OBSERVATIONS at least.
+        A table for each s that occurs; one table under None if the trace has no s. The
+        steps are divided into at most BINS ranges. A range is a row: the means of
+        `global_step` and `margin`, and `count`, the number of observations. Ranges with
+        fewer than OBSERVATIONS are left out.
     """
     steps = trace["global_step"]
     width = -(-(steps.max() - steps.min() + 1) // BINS)

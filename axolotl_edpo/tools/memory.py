@@ -1,86 +1,63 @@
-"""Memory per GPU of a run, by calculation: which engine does a model need?
+"""Calculates the memory per GPU of a run, to choose an engine for a model.
 
     python -m axolotl_edpo.tools.memory CONFIG --ranks 8 --tokens 4096
 
 CONFIG is a folder with a model's config.json, the file, or a name on the hub. Weights
-are counted on the meta device, so any architecture that transformers knows is right;
-activations are those of a decoder layer with gated MLP (Llama, Mistral, Qwen, Gemma).
+are counted on the meta device, for any architecture of transformers. Activations are
+estimated for decoder layers with a gated MLP (Llama, Mistral, Qwen, Gemma).
 
-    between micro-batches   weights, gradients, optimizer, reference
-    + within one            head, layer, activations
-    or at the update        step, where that is more
-    or before the first     let_go for gradients, where that is more
+The peak is the memory between micro-batches (weights, gradients, optimizer, reference)
+plus the largest of
 
-Assumed: bf16 as axolotl loads it, a fused AdamW, gradient accumulation, gradient
-checkpointing, FlashAttention, every token scored. Left out: the CUDA context, what the
-allocator cannot use (fragmentation), buffers of NCCL and DeepSpeed's buckets, 4-bit
-weights while they are dequantized. tests/unit/tools/test_memory.py compares the parts
-with what a small model uses on two ranks.
+    in a micro-batch              head, layer, activations
+    in the optimizer step         step
+    before the first micro-batch  let_go and activations, minus gradients
+
+Assumed: bf16 weights, fused AdamW, gradient accumulation, gradient checkpointing,
+FlashAttention, every token scored. Not counted: the CUDA context, fragmentation,
+buffers of NCCL, buckets of DeepSpeed, 4-bit weights while they are dequantized.
+tests/unit/tools/test_memory.py compares the parts with a small model on two ranks.
 """
 
 import argparse
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
-import torch
-from accelerate.utils.other import is_repeated_blocks
-from torch import nn
-from transformers import AutoConfig, PretrainedConfig
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from transformers import AutoConfig
 
-from ..ops.token_stats import BLOCK_VALUES, KEPT_BYTES
+from ..ops.kept_probs import KEPT_BYTES
+from ..ops.walk import BLOCK_VALUES
+from .model_sizes import Sizes, sizes_of
 
 Engine = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 
-# Tokens and vocabulary of the head's tile, and how many there are: kernels.py, tiles.py
+# CHUNK, TILE and MATRICES of ops/tile_triton.py and ops/tile_torch.py.
 TILES = {"cuda": (4096, 4096, 2), "cpu": (1024, 1024, 4)}
-# NF4, per value: 4 bits, a scale of 8 bits for 64 values, of 32 bits for 256 scales
+# Bytes per value of NF4: 4 bits, 8 bits per 64 values for their scale, and 32 bits per
+# 256 scales.
 NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)
-# What DeepSpeed has by itself: `stage3_max_live_parameters`, `sub_group_size`
+# DeepSpeed's defaults: `stage3_max_live_parameters`, `sub_group_size`
 LIVE, SUB_GROUP = 10**9, 10**9
-
-
-class Sizes(NamedTuple):
-    """A model in numbers of values.
-
-    Attributes:
-        all: Every weight, without adapters.
-        linear: Of these, in linear layers of the decoder: what `qlora` has in 4 bits.
-        lora: An adapter of rank 1 on those layers.
-        layer: A decoder layer, the largest.
-        root: Outside of decoder layers: embedding, head, last norm.
-        head: The head, shape (vocab, hidden).
-        layers: How many decoder layers there are.
-        hidden: Width of the hidden states.
-        per_token: What backward needs of a layer per token, in values of the weights'
-            dtype and in float32, see `sizes_of`.
-    """
-
-    all: int
-    linear: int
-    lora: int
-    layer: int
-    root: int
-    head: int
-    layers: int
-    hidden: int
-    per_token: tuple[int, int]
 
 
 class Memory(NamedTuple):
     """Bytes per GPU.
 
     Attributes:
-        weights: Of the policy.
-        gradients: Kept between micro-batches; DDP has them in its buckets, too.
-        optimizer: AdamW's two moments, and DeepSpeed's 32-bit copy of the weights.
-        reference: Of its own, without an adapter; with a cache its head.
-        head: The op's tiles and hidden states, the gradient of a head that trains, and
-            the embedding and head that ZeRO-3 and FSDP2 gather whole.
-        layer: What ZeRO-3 and FSDP2 gather beyond that, and its whole gradient; under
-            ZeRO-2 the gradients of one micro-batch, before they are added.
-        activations: The input of every layer, and everything within one.
-        step: Gradients in float32, during DeepSpeed's update only.
-        let_go: The rest of a reference that has a cache, until the first micro-batch.
+        weights: Weights of the policy.
+        gradients: Gradients that accumulate between micro-batches, and for DDP their
+            copy in its buckets.
+        optimizer: AdamW's two moments, and DeepSpeed's float32 copy of the weights.
+        reference: Weights of a reference that is a separate model. If it has a cache,
+            only its head.
+        head: Matrices and hidden states of the op, the gradient of a head that trains,
+            and for ZeRO-3 and FSDP2 the gathered embedding and head.
+        layer: For ZeRO-3 and FSDP2, gathered layers and the gradient of one layer. For
+            ZeRO-2, the gradients of one micro-batch before they are accumulated.
+        activations: The inputs of all layers, and all activations of one layer.
+        step: Gradients in float32, which DeepSpeed makes in its optimizer step.
+        let_go: Weights of a reference with a cache that are freed before the first
+            micro-batch: all except its head.
     """
 
     weights: float
@@ -95,58 +72,150 @@ class Memory(NamedTuple):
 
     @property
     def resident(self) -> float:
-        """What is there between micro-batches."""
+        """Bytes between micro-batches."""
         return self.weights + self.gradients + self.optimizer + self.reference
 
     @property
     def total(self) -> float:
-        """At most, as if head, layer and activations were largest at once.
+        """Peak bytes, as an upper bound: head, layer and activations may peak apart.
 
-        A resumed run has its optimizer, but no gradients, when it lets go of the
-        reference, whose forward needs less than `activations`.
+        While the whole reference is in memory, a resumed run has its optimizer, but no
+        gradients. The reference's forward then needs at most `activations`.
         """
         within = self.head + self.layer + self.activations
         before = self.let_go - self.gradients + self.activations
         return self.resident + max(within, self.step, before)
 
 
-def sizes_of(config: PretrainedConfig) -> Sizes:
-    """Counts a model's weights without loading any.
+@dataclass(frozen=True)
+class Training:
+    """The model and what is trained, independent of the engine.
 
-    Of a layer, backward keeps per token: of two norms a float32 copy of the input, the
-    normalized copy and the output; q, k, v, attention's output twice (as made, and as
-    the next product reads it); gate, up, the activated gate and their product. While
-    the MLP runs backward, the gradients of three of the last and of the layer's input
-    and output come on top.
-
-    Args:
-        config: Of a causal language model.
+    Attributes:
+        sizes: Sizes of the model.
+        ranks: Number of GPUs.
+        full: Whether all weights train; if not, an adapter does.
+        trained: Number of values that train.
+        weights: Bytes of the model's weights, without an adapter.
+        layer: Bytes of the weights of a decoder layer.
+        itemsize: Bytes per weight in the model's dtype.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    layers = next(m for m in model.base_model.modules() if is_repeated_blocks(m))
-    linear = [m for m in layers.modules() if isinstance(m, nn.Linear)]
-    every, text = _numel(model), config.get_text_config()
-    heads, hidden = text.num_attention_heads, text.hidden_size
-    dim = getattr(text, "head_dim", None) or hidden // heads
-    kv = getattr(text, "num_key_value_heads", None) or heads
-    within = 4 * hidden + (3 * heads + 2 * kv) * dim + 4 * text.intermediate_size
-    backward = 2 * hidden + 3 * text.intermediate_size
-    return Sizes(
-        all=every,
-        linear=sum(m.weight.numel() for m in linear),
-        lora=sum(m.in_features + m.out_features for m in linear),
-        layer=max(_numel(layer) for layer in layers),
-        root=every - _numel(layers),
-        head=text.vocab_size * hidden,
-        layers=len(layers),
-        hidden=hidden,
-        per_token=(within + backward, 2 * hidden),
+
+    sizes: Sizes
+    ranks: int
+    full: bool
+    trained: int
+    weights: float
+    layer: float
+    itemsize: int
+
+    def trainable(self, adapter_itemsize: int) -> float:
+        """Bytes of the weights that train.
+
+        Args:
+            adapter_itemsize: Bytes per weight of an adapter.
+        """
+        return self.weights if self.full else adapter_itemsize * self.trained
+
+
+class EngineMemory(NamedTuple):
+    """The parts that depend on what an engine shards.
+
+    Attributes:
+        shards: Number of ranks that share the weights; 1: each rank has all of them.
+        trainable: Bytes of the weights that train, over all ranks.
+        gradients: Bytes per GPU, see `Memory`.
+        optimizer: Bytes per GPU, see `Memory`.
+        whole_head: Number of values of embedding, head and their gradients that are
+            unsharded at the same time.
+        layer: Bytes per GPU, see `Memory`.
+        step: Bytes per GPU, see `Memory`.
+    """
+
+    shards: int
+    trainable: float
+    gradients: float
+    optimizer: float
+    whole_head: int
+    layer: float = 0
+    step: float = 0
+
+
+def _ddp(training: Training) -> EngineMemory:
+    """Nothing is sharded. Adapters are in float32."""
+    trainable = training.trainable(adapter_itemsize=4)
+    return EngineMemory(
+        shards=1,
+        trainable=trainable,
+        gradients=2 * trainable,  # also in the buckets
+        optimizer=2 * trainable,
+        whole_head=training.sizes.head * training.full,
     )
 
 
-def _numel(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _zero1(training: Training) -> EngineMemory:
+    """The optimizer is sharded."""
+    trainable = training.trainable(training.itemsize)
+    return EngineMemory(
+        shards=1,
+        trainable=trainable,
+        gradients=trainable,
+        optimizer=_zero_optimizer(training),
+        whole_head=training.sizes.head * training.full,
+        step=4 * training.trained / training.ranks,
+    )
+
+
+def _zero2(training: Training) -> EngineMemory:
+    """Optimizer and gradients are sharded."""
+    trainable = training.trainable(training.itemsize)
+    return EngineMemory(
+        shards=1,
+        trainable=trainable,
+        gradients=trainable / training.ranks,
+        optimizer=_zero_optimizer(training),
+        # the gradient, and its copy in the send buffer
+        whole_head=2 * training.sizes.head * training.full,
+        layer=trainable / training.ranks,
+        step=4 * training.trained / training.ranks,
+    )
+
+
+def _zero3(training: Training, live: int) -> EngineMemory:
+    """Everything is sharded; up to `live` weights are gathered at the same time."""
+    sizes, trainable = training.sizes, training.trainable(training.itemsize)
+    whole_layers = max(1, (min(sizes.all, live) - sizes.root) / sizes.layer)
+    return EngineMemory(
+        shards=training.ranks,
+        trainable=trainable,
+        gradients=trainable / training.ranks,
+        optimizer=_zero_optimizer(training),
+        # the reference's head, then the gradient
+        whole_head=sizes.root + sizes.head * training.full,
+        layer=training.layer * (whole_layers + training.full),
+        step=4 * min(training.trained / training.ranks, SUB_GROUP),
+    )
+
+
+def _fsdp2(training: Training, sync: bool) -> EngineMemory:
+    """Everything is sharded, but without `sync` not the gradients that accumulate."""
+    sizes, trainable = training.sizes, training.trainable(training.itemsize)
+    head = sizes.head * training.full
+    return EngineMemory(
+        shards=training.ranks,
+        trainable=trainable,
+        gradients=trainable / training.ranks if sync else trainable,
+        optimizer=2 * trainable / training.ranks,
+        # the reference's head, then the gradient and its copy in the send buffer
+        whole_head=sizes.root + max(head, 2 * sizes.root * training.full),
+        # the next layer is gathered in advance
+        layer=training.layer * 2 * (1 + training.full),
+    )
+
+
+def _zero_optimizer(training: Training) -> float:
+    """Bytes per GPU of two moments and the weights, in float32."""
+    return 12 * training.trained / training.ranks
 
 
 def memory(
@@ -164,102 +233,135 @@ def memory(
     live: int = LIVE,
     device: str = "cuda",
 ) -> Memory:
-    """Memory of `rl: edpo` on one of several GPUs.
+    """Memory per GPU of a run with `rl: edpo`.
 
     Args:
-        sizes: Of the model, see `sizes_of`.
-        engine: Plain data parallelism, DeepSpeed's ZeRO stages or FSDP2.
-        ranks: GPUs.
-        tokens: Of a micro-batch, over its chosen and rejected, padding counted.
-        lora: Rank of an adapter on all linear layers; 0 trains all weights.
+        sizes: Sizes of the model, see `sizes_of`.
+        engine: DDP, one of DeepSpeed's ZeRO stages, or FSDP2.
+        ranks: Number of GPUs.
+        tokens: Tokens of a micro-batch: of chosen and rejected, with padding.
+        lora: Rank of an adapter on all linear layers; 0: all weights train.
         four_bit: Whether those layers are in 4 bits (`adapter: qlora`).
         cached: Whether the reference has a cache (`precompute_ref_log_probs`).
-        itemsize: Bytes of a weight.
-        float32_root: Whether embedding and head are in float32: where all weights
-            train under `ddp` and attention is `sdpa` or `eager`, axolotl has them so.
-        sync: Whether FSDP2 reduces gradients after every micro-batch, as accelerate's
-            `sync_each_batch` makes it; else they are whole while they accumulate.
-        live: `stage3_max_live_parameters`, up to which ZeRO-3 keeps weights whole.
-        device: `cuda` or `cpu`, whose tiles differ.
+        itemsize: Bytes per weight.
+        float32_root: Whether embedding and head are in float32. axolotl does this if
+            all weights train with `ddp` and attention is `sdpa` or `eager`.
+        sync: Whether FSDP2 reduces gradients after every micro-batch (accelerate's
+            `sync_each_batch`). If not, the accumulated gradients are unsharded.
+        live: `stage3_max_live_parameters`: most weights that ZeRO-3 keeps gathered.
+        device: `cuda` or `cpu`; the op's matrices differ in size.
 
     Returns:
-        Bytes, an upper bound for the parts that come and go.
+        Bytes per GPU. `head`, `layer`, `activations` and `step` are upper bounds.
     """
-    deepspeed, sharded = engine.startswith("zero"), engine in ("zero3", "fsdp2")
-    shard, full = (ranks if sharded else 1), not lora
+    full = not lora
     saved = (itemsize - NF4) * sizes.linear if four_bit else 0
-    base = itemsize * sizes.all - saved + (4 - itemsize) * sizes.root * float32_root
-    layer = itemsize * sizes.layer - saved / sizes.layers
-    reference = base / shard if full else 0
-    head = (4 if float32_root else itemsize) * sizes.head / shard
+    weights = itemsize * sizes.all - saved
+    training = Training(
+        sizes=sizes,
+        ranks=ranks,
+        full=full,
+        trained=sizes.all if full else lora * sizes.lora,
+        weights=weights + (4 - itemsize) * sizes.root * float32_root,
+        layer=itemsize * sizes.layer - saved / sizes.layers,
+        itemsize=itemsize,
+    )
+    parts = _engine_memory(training, engine, live, sync)
+    reference = training.weights / parts.shards if full else 0
+    head = (4 if float32_root else itemsize) * sizes.head / parts.shards
     kept = head if full and cached else reference
-    width = 4 if engine == "ddp" else itemsize  # of an adapter
-    trained = sizes.all if full else lora * sizes.lora
-    trainable = base if full else width * trained
-    copies = {"ddp": 2, "zero1": 1} | ({} if sync else {"fsdp2": 1})
-    ahead = (min(sizes.all, live) - sizes.root) / sizes.layer
-    whole = {
-        "zero2": trainable / ranks,
-        "zero3": layer * (max(1, ahead) + full),
-        "fsdp2": layer * 2 * (1 + full),  # the next one is fetched meanwhile
-    }
-    most = SUB_GROUP if sharded else trained  # of which gradients are widened at once
-    narrow, float32 = sizes.per_token
-    per_token = (sizes.layers + 1) * sizes.hidden * itemsize
-    per_token += narrow * itemsize + float32 * 4
+    adapter = 0 if full else parts.trainable
+    tiles = _tiles(sizes, tokens, itemsize, device, full)
     return Memory(
-        weights=(base if full else base + trainable) / shard,
-        gradients=trainable * copies.get(engine, 1 / ranks),
-        optimizer=12 * trained / ranks if deepspeed else 2 * trainable / shard,
+        weights=(training.weights + adapter) / parts.shards,
+        gradients=parts.gradients,
+        optimizer=parts.optimizer,
         reference=kept,
-        head=_tiles(sizes, tokens, itemsize, device, full)
-        + itemsize * _whole_head(sizes, engine, full),
-        layer=whole.get(engine, 0),
-        activations=tokens * per_token,
-        step=4 * min(trained / ranks, most) if deepspeed else 0,
+        head=tiles + itemsize * parts.whole_head,
+        layer=parts.layer,
+        activations=_activations(sizes, tokens, itemsize),
+        step=parts.step,
         let_go=reference - kept,
     )
 
 
-def _whole_head(sizes: Sizes, engine: Engine, full: bool) -> int:
-    """Values of embedding and head that are gathered, and of their gradients."""
-    head, root = sizes.head * full, sizes.root
-    return {
-        "ddp": head,
-        "zero1": head,
-        "zero2": 2 * head,  # the gradient, and what is sent of it
-        "zero3": root + head,  # the reference's head, then the gradient
-        "fsdp2": root + max(head, 2 * root * full),  # likewise, as for zero2
-    }[engine]
+def _engine_memory(
+    training: Training, engine: Engine, live: int, sync: bool
+) -> EngineMemory:
+    if engine == "zero3":
+        return _zero3(training, live)
+    if engine == "fsdp2":
+        return _fsdp2(training, sync)
+    return {"ddp": _ddp, "zero1": _zero1, "zero2": _zero2}[engine](training)
+
+
+def _activations(sizes: Sizes, tokens: int, itemsize: int) -> int:
+    """Bytes of the inputs of all layers and the last norm, and of all in one layer."""
+    inputs = (sizes.layers + 1) * sizes.hidden * itemsize
+    in_dtype, in_float32 = sizes.per_token
+    return tokens * (inputs + in_dtype * itemsize + in_float32 * 4)
 
 
 def _tiles(sizes: Sizes, tokens: int, itemsize: int, device: str, trains: bool) -> int:
-    """Bytes the head op works in, with the hidden states it reads and their gradient.
+    """Bytes of the op (ops/token_stats.py): hidden states, and the larger of two sums.
 
-    logprobs.py: forward has `matrices` of a tile, and, unless a head that trains is too
-    large to keep its numerators, the gradient of the hidden states already. Backward of
-    a head that trains has those numerators, or a tile of logits and that gradient, and
-    in either case the gradient of a tile's rows.
+    forward    the matrices of a tile; also the gradient of the hidden states, unless
+               the head trains and its numerators are too many to keep
+    backward   only if the head trains: the gradient of a tile's rows, and either the
+               numerators, or a tile of logits and the gradient of the hidden states
+
+    Args:
+        sizes: Sizes of the model.
+        tokens: Tokens of a micro-batch.
+        itemsize: Bytes per weight.
+        device: `cuda` or `cpu`.
+        trains: Whether the head trains.
     """
     chunk, tile, matrices = TILES[device]
     vocab = sizes.head // sizes.hidden
     cells = min(chunk, tokens) * min(tile, vocab)
     values = tokens * sizes.hidden
     gradient = 4 * min(values, BLOCK_VALUES) + itemsize * values
-    kept = (itemsize if device == "cuda" else 4) * tokens * vocab * trains
-    keeps = kept <= KEPT_BYTES
+    numerators = (itemsize if device == "cuda" else 4) * tokens * vocab * trains
+    kept = numerators <= KEPT_BYTES
     forward, backward = 4 * cells * matrices, 0
-    if keeps:
-        forward += gradient + (kept or itemsize * cells)
+    if kept:
+        forward += gradient + (numerators or itemsize * cells)
     if trains:
         rows = 4 * min(tile, vocab) * sizes.hidden
         again = (4 + itemsize) * cells + gradient
-        backward = rows + (kept + 3 * itemsize * values if keeps else again)
+        backward = rows + (numerators + 3 * itemsize * values if kept else again)
     return 2 * itemsize * values + max(forward, backward)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints a table of GiB per GPU, a row per engine."""
+    """Prints a table of GiB per GPU, with a row per engine.
+
+    Args:
+        arguments: Of the command line; None: those of the process.
+    """
+    options = _parser().parse_args(arguments)
+    sizes = sizes_of(AutoConfig.from_pretrained(options.config))
+    columns = [*Memory._fields, "total"]
+    print(f"GiB per GPU, {sizes.all / 1e9:.2f} billion weights\n")
+    print(" | ".join(["| engine", *columns]), "|")
+    print("|---" + "|---:" * len(columns) + "|")
+    for engine in options.engines:
+        parts = memory(
+            sizes,
+            engine,
+            options.ranks,
+            options.tokens,
+            lora=options.lora,
+            four_bit=options.four_bit,
+            cached=options.cached,
+            sync=options.sync_each_batch,
+        )
+        cells = (f"{value / 2**30:.1f}" for value in (*parts, parts.total))
+        print(" | ".join([f"| {engine}", *cells]), "|")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m axolotl_edpo.tools.memory")
     parser.add_argument("config", help="folder with config.json, file, or hub name")
     parser.add_argument("--ranks", type=int, default=8, help="GPUs")
@@ -269,25 +371,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cached", action="store_true", help="precomputed reference")
     parser.add_argument("--sync-each-batch", action="store_true", help="for FSDP2")
     parser.add_argument("--engines", nargs="+", default=get_args(Engine))
-    given = parser.parse_args(arguments)
-    sizes = sizes_of(AutoConfig.from_pretrained(given.config))
-    columns = [*Memory._fields, "total"]
-    print(f"GiB per GPU, {sizes.all / 1e9:.2f} billion weights\n")
-    print(" | ".join(["| engine", *columns]), "|")
-    print("|---" + "|---:" * len(columns) + "|")
-    for engine in given.engines:
-        need = memory(
-            sizes,
-            engine,
-            given.ranks,
-            given.tokens,
-            lora=given.lora,
-            four_bit=given.four_bit,
-            cached=given.cached,
-            sync=given.sync_each_batch,
-        )
-        cells = (f"{value / 2**30:.1f}" for value in (*need, need.total))
-        print(" | ".join([f"| {engine}", *cells]), "|")
+    return parser
 
 
 if __name__ == "__main__":

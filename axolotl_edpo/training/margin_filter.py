@@ -1,123 +1,161 @@
-"""`PairMargins`: the margins of a step's pairs, before their losses.
+"""`MarginFilter`: computes the margins of an optimizer step before its losses (β-DPO).
 
-β-DPO compares the mean margin of a batch with its moving average, and may leave pairs
-out by their margins (`controller.py`). For its authors a batch is a micro-batch; here
-it is the optimizer step on all ranks, so that nothing depends on how a step is cut. A
-step of one micro-batch has its margins when it needs them; the micro-batches of others
-run once more, without gradient, before the first.
+β-DPO compares the mean margin of a batch with a moving average, and may leave pairs out
+by their margins (`MarginController`). Its authors' batch is a micro-batch. Ours is the
+whole optimizer step on all ranks, so that the result does not depend on the number of
+micro-batches. If a step has one micro-batch, its forward gives the margins. If it has
+several, all of them first run once more, without gradient.
 """
 
 import math
 import random
-from functools import partial
-from itertools import chain
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-from accelerate.utils import gather_object
+from accelerate import Accelerator
 from torch import nn
 
 from ..background import on_device
-from ..data.packing import (
-    Completions,
-    chosen_minus_rejected,
-    completions_of,
-    sum_per_sequence,
-)
+from ..data.collator import Examples
+from ..data.layout import Batch, release_masks
+from ..data.pair_id import pair_digest
+from ..distributed import gather_rows
 from ..losses.beta_controller import MarginController
-from ..losses.preference import LossSettings
+from ..losses.preference import PreferenceLoss
+from ..models.completion_forward import without_gradient
 from ..ops.token_stats import TokenStats
-from ..reference.precompute import pair_digest
-from .batching import forget_masks
-from .callbacks import PairRun
-
-KEPT = "kept"
+from .finite_checks import FiniteCheck
+from .pair_outcomes import margins
+from .scoring import PairScorer
 
 
-class PairMargins(PairRun):
-    """The trainer's look at a step before it is taken."""
+class MarginFilter:
+    """Passes the margins of each step to a `MarginController`, and keeps its weights.
 
-    loss: LossSettings
-    _score: Any  # the walk's
-    _weight = 1.0
+    Args:
+        controller: The run's controller of β.
+        scorer: The run's scorer.
+        loss: The run's loss, which defines the weight of each token.
+        accelerator: The run's accelerator.
+        finite: Stops the run if a margin is not finite.
+        seed: Seed of the random choice of pairs.
+    """
 
-    def _ahead(self, model: nn.Module, batches: list[dict[str, Any]]) -> None:
-        """As PairReference's; then the margins of a step of several micro-batches."""
-        super()._ahead(model, batches)
-        if self._margin_controller() is None or len(batches) == 1:
-            return
-        margins = []
-        for batch in map(self._prepare_inputs, batches):
-            completions = completions_of(batch)
-            with self.compute_loss_context_manager(), self._without_gradient():
-                stats, _ = self._score(model, batch, completions)
-            margins.append(margins_of(stats, completions, self.loss))
-            forget_masks(batch)
-        self._begin(batches, torch.cat(margins))
-        if reading := batches[0].get("reading"):
-            reading.start()  # once more
+    def __init__(
+        self,
+        controller: MarginController,
+        scorer: PairScorer,
+        loss: PreferenceLoss,
+        accelerator: Accelerator,
+        finite: FiniteCheck,
+        seed: int,
+    ):
+        self._controller, self._scorer, self._loss = controller, scorer, loss
+        self._accelerator, self._finite, self._seed = accelerator, finite, seed
+        self._weights: dict[Examples, torch.Tensor] = {}
 
-    def _margin_controller(self) -> MarginController | None:
-        """The one whose steps have to begin, if this run has one and trains."""
-        if self.model.training and isinstance(self.controller, MarginController):
-            return self.controller
-        return None
+    def look_ahead(
+        self,
+        policy: nn.Module,
+        batches: Sequence[Batch],
+        to_device: Callable[[Batch], Batch],
+        steps_done: int,
+    ) -> None:
+        """Computes the margins of a step that has several micro-batches.
 
-    def _weights(
-        self, batch: dict[str, Any], stats: TokenStats, completions: Completions
-    ) -> torch.Tensor | None:
-        """How much each pair of a batch counts, where some are left out.
-
-        Returns:
-            Shape (pairs,), float32, with a mean of 1 over the step.
-        """
-        controller = self._margin_controller()
-        if controller and not controller.has_begun:
-            self._begin([batch], margins_of(stats, completions, self.loss))
-        return batch[KEPT] * self._weight if KEPT in batch else None
-
-    def _begin(self, batches: list[dict[str, Any]], margins: torch.Tensor) -> None:
-        """Begins a step; where the controller filters, batches learn what is kept.
-
-        As truth values: DeepSpeed rounds numbers in a batch to its dtype.
+        Does nothing for a step of one micro-batch: `weights` handles it.
 
         Args:
-            batches: All of this rank.
-            margins: Of their pairs, shape (pairs,), nats.
+            policy: The policy, wrapped by its engine.
+            batches: This rank's micro-batches of the step.
+            to_device: Moves a batch to the run's device.
+            steps_done: Number of optimizer steps before this one.
 
         Raises:
-            Diverged: If a margin is not finite, on every rank.
+            Diverged: If a margin is not finite.
         """
-        controller: Any = self.controller
-        pairs = [batch["examples"].pairs for batch in batches]
-        seed = f"{self.args.seed} {self.state.global_step}"
-        draw = partial(gumbel, seed) if controller.filters else lambda pair: 0.0
-        own = [*zip(margins.tolist(), map(draw, chain(*pairs)), strict=True)]
-        ranks = gather_object([own])
-        step = [*chain(*ranks)]
-        if broken := sum(not math.isfinite(margin) for margin, _ in step):
-            self._stop(f"the margin of {broken} of the step's pairs is")
-        kept = controller.begin(step)
-        if not controller.filters:
+        if len(batches) == 1:
             return
-        self._weight = len(kept) / max(sum(kept), 1)
-        first = sum(map(len, ranks[: self.accelerator.process_index]))
-        mine = torch.tensor(kept[first : first + len(own)], dtype=torch.bool)
-        parts = on_device(mine, margins.device).split([*map(len, pairs)])
-        for batch, part in zip(batches, parts, strict=True):
-            batch[KEPT] = part
+        policy.train()  # as in the step itself; an evaluation may have come before
+        every = [self._score(policy, to_device(batch)) for batch in batches]
+        self._begin(batches, torch.cat(every), steps_done)
+        self._scorer.reference.prefetch(batches)  # the step runs them once more
+
+    def weights(
+        self, batch: Batch, stats: TokenStats, steps_done: int
+    ) -> torch.Tensor | None:
+        """The weight of each pair in the mean loss.
+
+        Args:
+            batch: A micro-batch of the step. If `look_ahead` did nothing, it is the
+                only one of the step.
+            stats: Statistics of the batch's tokens.
+            steps_done: Number of optimizer steps before this one.
+
+        Returns:
+            Shape (pairs,), float32: 0 for pairs that are left out, with a mean of 1
+            over the step. None if all pairs have weight 1.
+
+        Raises:
+            Diverged: If a margin is not finite.
+        """
+        if not self._controller.has_begun:
+            found = margins(stats, batch["lengths"], self._loss)
+            self._begin([batch], found, steps_done)
+        return self._weights[batch["examples"]] if self._controller.filters else None
+
+    def _score(self, policy: nn.Module, batch: Batch) -> torch.Tensor:
+        """Margins of a batch's pairs, shape (pairs,), nats."""
+        with without_gradient(self._accelerator.unwrap_model(policy)):
+            stats, _ = self._scorer(policy, batch)
+        release_masks(batch)
+        return margins(stats, batch["lengths"], self._loss)
+
+    def _begin(
+        self, batches: Sequence[Batch], margins: torch.Tensor, steps_done: int
+    ) -> None:
+        """Gives the controller the margins of all ranks, and stores weights of pairs.
+
+        Args:
+            batches: This rank's micro-batches of the step.
+            margins: Margins of this rank's pairs, shape (pairs,), nats.
+            steps_done: Number of optimizer steps before this one.
+
+        Raises:
+            Diverged: On every rank, if a margin is not finite.
+        """
+        pairs = [pair for batch in batches for pair in batch["examples"].pairs]
+        noise = torch.zeros(len(pairs), dtype=torch.float64)
+        if self._controller.filters:
+            seed = f"{self._seed} {steps_done}"
+            draws = [gumbel(seed, pair) for pair in pairs]
+            noise = torch.tensor(draws, dtype=torch.float64)
+        columns = torch.stack([margins.cpu().double(), noise], dim=1)
+        rows, first = gather_rows(self._accelerator, columns)
+        every_margin, every_noise = rows.cpu().unbind(dim=1)
+        if broken := int((~every_margin.isfinite()).sum()):
+            what = f"the margin of {broken} of the step's pairs is"
+            self._finite.stop(what, steps_done + 1, self._controller.beta)
+        kept = self._controller.begin(every_margin, every_noise)
+        self._weights = {}
+        if self._controller.filters:
+            weights = kept.float() * (len(kept) / max(int(kept.sum()), 1))
+            mine = on_device(weights[first : first + len(pairs)], margins.device)
+            self._share_out(batches, mine)
+
+    def _share_out(self, batches: Sequence[Batch], weights: torch.Tensor) -> None:
+        """Stores the weights of this rank's pairs by batch."""
+        examples = [batch["examples"] for batch in batches]
+        parts = weights.split([len(one.pairs) for one in examples])
+        self._weights = dict(zip(examples, parts, strict=True))
 
 
-def margins_of(
-    stats: TokenStats, completions: Completions, loss: LossSettings
-) -> torch.Tensor:
-    """log π_θ - log π_ref of chosen minus that of rejected; shape (pairs,), nats."""
-    log_ratios = (stats.policy_logp - stats.reference_logp).detach()
-    counted = loss.counted(log_ratios, completions.lengths)
-    return chosen_minus_rejected(sum_per_sequence(counted, completions.lengths))
+def gumbel(seed: str, pair: dict) -> float:
+    """A draw of standard Gumbel noise, the same on whichever rank the pair is.
 
-
-def gumbel(seed: str, pair: dict[str, Any]) -> float:
-    """A draw that belongs to a pair, whichever rank has it."""
+    Args:
+        seed: Run and step.
+        pair: Token columns of the pair.
+    """
     uniform = random.Random(f"{seed} {pair_digest(pair).hex()}").random()
     return -math.log(-math.log(uniform or 0.5))

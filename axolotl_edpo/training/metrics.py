@@ -1,19 +1,26 @@
-"""Weighted means that stay on the device until they are logged.
+"""Means of what is logged, accumulated on the device.
 
-A mean over an optimizer step must not depend on how the step was cut: a micro-batch
-of one pair weighs a fourth of one of four. So sums, on the device, and weights, on the
-host, are kept apart, reduced over ranks once, and divided last.
+A mean must not depend on how pairs are divided into micro-batches: a micro-batch of
+four pairs weighs four times as much as one of one pair. So sums are kept on the device,
+and weights on the CPU. Once per log, both are summed over ranks and divided.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
 from ..background import on_device
+from ..data.completions import sum_per_sequence
+from ..data.layout import Batch
+from ..ops.token_stats import TokenStats
+from .pair_outcomes import PairOutcomes
+
+Mode = Literal["train", "eval"]
 
 
 class WeightedMeans:
-    """Sums and weights by name."""
+    """Accumulates named values, and computes their means over all ranks."""
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
@@ -23,8 +30,8 @@ class WeightedMeans:
         """Adds values of equal weight, one per pair or per token.
 
         Args:
-            name: What is logged.
-            values: Shape (n,), any n.
+            name: Name of the logged mean.
+            values: Shape (n,); n may be 0.
         """
         total = values.detach().float().sum()
         before = self._sums.get(name)
@@ -32,23 +39,128 @@ class WeightedMeans:
         self._weights[name] = self._weights.get(name, 0) + values.numel()
 
     def pop(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """Means over everything added since the last call, and starts anew.
+        """Returns the means over all values since the last call, and resets them.
 
         Args:
             reduce: Sums a tensor of shape (names, 2) over all ranks.
 
         Returns:
-            name -> mean; 0.0 for a name whose weight is 0.
+            Name -> mean; 0.0 if the name has no values.
         """
         if not self._sums:
             return {}
         names, sums = list(self._sums), torch.stack([*self._sums.values()])
         weights = torch.tensor([*self._weights.values()], dtype=sums.dtype)
-        own = torch.stack([sums, on_device(weights, sums.device)], dim=1)
-        totals = reduce(own).tolist()
+        columns = torch.stack([sums, on_device(weights, sums.device)], dim=1)
+        totals = reduce(columns).tolist()
         self._sums.clear()
         self._weights.clear()
         return {
             name: total / weight if weight else 0.0
             for name, (total, weight) in zip(names, totals, strict=True)
         }
+
+
+class PairMetrics:
+    """Accumulates the metrics of pairs, apart for training and evaluation.
+
+    Args:
+        perturbed: Whether ε-DPO computes a step s for each pair.
+    """
+
+    def __init__(self, perturbed: bool):
+        self._perturbed = perturbed
+        self._means: dict[Mode, WeightedMeans] = {
+            "train": WeightedMeans(),
+            "eval": WeightedMeans(),
+        }
+        self._by_step: dict[str, list[float]] = {}
+        self._tokens = 0
+        self._new_tokens: torch.Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens trained on so far, on all ranks; waits for the device."""
+        if self._new_tokens is not None:
+            self._tokens += int(self._new_tokens)
+            self._new_tokens = None
+        return self._tokens
+
+    @tokens.setter
+    def tokens(self, count: int) -> None:
+        self._tokens, self._new_tokens = count, None
+
+    def add_tokens(self, count: torch.Tensor) -> None:
+        """Adds a number of tokens, shape (), int64; does not wait for the device."""
+        before = self._new_tokens
+        self._new_tokens = count if before is None else before + count
+
+    def add_step(self, values: dict[str, float]) -> None:
+        """Adds numbers of an optimizer step; the mean over steps is logged."""
+        for name, value in values.items():
+            self._by_step.setdefault(name, []).append(value)
+
+    def add(
+        self,
+        mode: Mode,
+        batch: Batch,
+        stats: TokenStats,
+        pairs: PairOutcomes,
+        router_loss: torch.Tensor | None,
+    ) -> None:
+        """Adds a micro-batch; does not wait for the device.
+
+        Args:
+            mode: Training or evaluation.
+            batch: The micro-batch.
+            stats: Statistics of its scored tokens.
+            pairs: Outcomes of its pairs.
+            router_loss: Router loss of a mixture of experts, shape (); or None.
+        """
+        add = self._means[mode].add
+        if self._perturbed:
+            add("kl/avg_steps", pairs.steps)
+            add("kl/p_epsilon_steps", pairs.steps == 1)
+            add("kl/n_epsilon_steps", pairs.steps == -1)
+        add("rewards/chosen", pairs.chosen_rewards)
+        add("rewards/rejected", pairs.rejected_rewards)
+        add("rewards/accuracies", pairs.margins > 0)
+        add("rewards/margins", pairs.margins)
+        logps = sum_per_sequence(stats.policy_logp.detach(), batch["lengths"])
+        for name, values in zip(("chosen", "rejected"), logps.chunk(2), strict=True):
+            add(f"logps/{name}", values)
+        chosen = batch["chosen_tokens"]
+        add("kl/policy_ref", stats.kl)
+        add("entropy", stats.entropy)
+        add("mean_token_accuracy", stats.is_top1[:chosen])
+        add("logits/chosen", stats.mean_logit[:chosen])
+        add("logits/rejected", stats.mean_logit[chosen:])
+        if router_loss is not None:
+            add("aux_loss", router_loss.expand(len(pairs.steps)))
+
+    def pop(
+        self,
+        mode: Mode,
+        reduce: Callable[[torch.Tensor], torch.Tensor],
+        beta: float,
+    ) -> dict[str, list[float]]:
+        """Returns the metrics to log, and resets them.
+
+        Args:
+            mode: Training or evaluation.
+            reduce: Sums a tensor over all ranks.
+            beta: The current β, logged by evaluations.
+
+        Returns:
+            Name -> numbers, whose mean TRL logs.
+        """
+        values: dict[str, list[float]] = {}
+        if mode == "train":
+            values, self._by_step = self._by_step, {}
+        means = self._means[mode].pop(reduce)
+        if means:
+            means["num_tokens"] = self.tokens
+            if mode == "eval":
+                means["kl/beta"] = beta
+            values |= {name: [value] for name, value in means.items()}
+        return values

@@ -1,41 +1,48 @@
-"""`PairTrace`: what every pair did, every N steps, in Parquet files (`edpo_log_pairs`).
+"""`PairTrace`: every N steps, a row per pair in Parquet files (`edpo_log_pairs`).
 
     <output_dir>/edpo_pairs/steps-00000001-00000050-rank0.parquet
 
-Noting a micro-batch keeps one small tensor on the device and the pairs as they are;
-rows are made and texts decoded when a file is written: with each checkpoint, after
-TOKENS tokens, and at the end of the run, also of one that fails. A file gets its name
-when it is whole. No step is in two files and no file spans a checkpoint: a run that
-goes on from one drops the files after it, and notes those steps again.
+Observing a micro-batch keeps one small tensor on the device and a list of its pairs.
+Rows are built and texts decoded when a file is written: at each checkpoint, after
+TOKENS tokens, and at the end of a run, even if it fails. A file is written under a
+temporary name and renamed when it is complete.
 
-A row is an observation:
+All rows of a step on one rank are in one file, and no file spans a checkpoint. A run
+that resumes a checkpoint removes the files of later steps and traces those steps again.
+
+Columns:
 
     global_step                 optimizer step; the first is 1
     id                          digest of the pair's tokens, in hexadecimal
-    plus, minus, step           Δ+, Δ- (nats), s of Eq. 5; of `edpo_control: epsilon`
-    beta, margin                β̃, and the implicit reward margin with it
+    plus, minus, step           Δ+, Δ- (nats) and s of Eq. 5; null unless
+                                `edpo_control: epsilon`
+    beta, margin                β̃ and the implicit reward margin, which includes β̃
     kl                          KL(π_θ || π_ref) per token of both answers, nats
-    prompt_tokens               as they are
-    chosen_tokens, rejected_tokens   as they are scored
-    prompt, chosen, rejected    text without special tokens; where a file has it first
+    prompt_tokens               tokens of the prompt before truncation
+    chosen_tokens, rejected_tokens   scored tokens of the answers
+    prompt, chosen, rejected    text without special tokens; null if an earlier row of
+                                the file has the same pair
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from axolotl.utils.logging import get_logger
 
-from ..data.checks import IDS
-from ..reference.precompute import pair_digest
+from ..data.columns import IDS
+from ..data.pair_id import pair_digest
 from ..run_files import TEXTS, TRACE, TRACE_FILES
 
-# Tokens of a rank's pairs after which the next step begins a new file: until then they
-# are in memory, as Python's lists of numbers.
+LOG = get_logger(__name__)
+
+# A file of one rank ends after the step in which its pairs reach so many tokens. Until
+# then the pairs are in memory, as Python lists of numbers.
 TOKENS = 2**21
-# What is noted of a pair besides its tokens, in the order of `observe`.
+# The columns whose values `observe` takes, in this order.
 VALUES = (
     "plus",
     "minus",
@@ -46,22 +53,37 @@ VALUES = (
     "chosen_tokens",
     "rejected_tokens",
 )
-PERTURBED = VALUES[:3]
-WHOLE = ("step", "chosen_tokens", "rejected_tokens")
+PERTURBED = ("plus", "minus", "step")
+INTEGERS = ("step", "chosen_tokens", "rejected_tokens")
+
+
+class Observation(NamedTuple):
+    """One micro-batch in the trace.
+
+    Attributes:
+        step: Optimizer step; the first is 1.
+        pairs: Token columns of each pair, as the data loader yields them.
+        values: Shape (VALUES, pairs), float32, on the device.
+    """
+
+    step: int
+    pairs: list[dict[str, Any]]
+    values: torch.Tensor
 
 
 class PairTrace:
     """The trace of one rank.
 
     Args:
-        output_dir: Of the run.
-        every: Optimizer steps from one that is noted to the next.
-        rank: Of this process.
-        perturbed: Whether there are Δ+, Δ- and s.
-        decode: Texts of lists of token ids.
+        output_dir: The run's output folder.
+        every: One of so many optimizer steps is traced.
+        rank: Rank of this process.
+        perturbed: Whether ε-DPO computes Δ+, Δ- and s.
+        decode: Decodes lists of token ids to texts.
 
     Attributes:
-        seconds: Time that the trace took.
+        folder: Folder of the files.
+        seconds: Seconds spent on the trace so far.
     """
 
     def __init__(
@@ -74,68 +96,65 @@ class PairTrace:
     ):
         self.folder = output_dir / TRACE
         self.seconds = 0.0
-        self._began: float | None = None
+        self._timing_since: float | None = None
         self._every, self._rank = every, rank
         self._perturbed, self._decode = perturbed, decode
-        self._forget()
+        self._observations: list[Observation] = []
+        self._tokens = 0
 
     def is_due(self, step: int) -> bool:
-        """Whether the pairs of an optimizer step are noted."""
+        """Whether this optimizer step is traced."""
         return step % self._every == 0
 
     def observe(
         self, step: int, pairs: list[dict[str, Any]], values: Sequence[torch.Tensor]
     ) -> None:
-        """Notes a micro-batch; does not sync.
+        """Adds a micro-batch; waits for the device only where it writes a file.
 
         Args:
-            step: Optimizer step, the first is 1.
-            pairs: As the data loader gave them.
-            values: Those of VALUES, each of shape (pairs,).
+            step: Optimizer step; the first is 1.
+            pairs: Token columns of each pair, as the data loader yields them.
+            values: A tensor of shape (pairs,) for each of VALUES.
         """
-        if self._tokens >= TOKENS and step != self._noted[-1][0]:
+        if self._tokens >= TOKENS and step != self._observations[-1].step:
             self.flush()
-        columns = torch.stack([value.detach().float() for value in values])
-        self._noted.append((step, pairs, columns))
+        stacked = torch.stack([value.detach().float() for value in values])
+        self._observations.append(Observation(step, pairs, stacked))
         self._tokens += sum(len(pair[key]) for pair in pairs for key in IDS)
 
     def flush(self) -> None:
-        """Writes what was noted since the last file."""
+        """Writes all observations since the last file to a new file."""
         with self.timed():
             if self._tokens:
-                first, last = self._noted[0][0], self._noted[-1][0]
+                first, last = self._observations[0].step, self._observations[-1].step
                 name = f"steps-{first:08}-{last:08}-rank{self._rank}.parquet"
                 self._write(self.folder / name)
-            self._forget()
+            self._observations, self._tokens = [], 0
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """What happens inside counts as time of the trace, once."""
-        if self._began is not None:
+        """A context whose duration is added to `seconds`; may be nested."""
+        if self._timing_since is not None:
             yield
             return
-        self._began = perf_counter()
+        self._timing_since = perf_counter()
         try:
             yield
         finally:
-            self.seconds += perf_counter() - self._began
-            self._began = None
+            self.seconds += perf_counter() - self._timing_since
+            self._timing_since = None
 
     def drop_after(self, step: int) -> None:
-        """Removes what another run, or this one before it was interrupted, left.
+        """Removes files of later steps, left by an earlier or an interrupted run.
 
         Args:
-            step: The last one that counts; 0 where a run begins.
+            step: Files with later steps are removed. 0 at the start of a new run.
         """
         for file in self.folder.glob(TRACE_FILES):
             if int(file.name.split("-")[2]) > step:
-                file.unlink(missing_ok=True)  # another machine may be faster
+                file.unlink(missing_ok=True)  # another machine may remove it first
         for file in self.folder.glob(".steps-*.partial"):
             file.unlink(missing_ok=True)
-
-    def _forget(self) -> None:
-        self._noted: list[tuple[int, list[dict[str, Any]], torch.Tensor]] = []
-        self._tokens = 0
 
     def _write(self, file: Path) -> None:
         import pyarrow as pa
@@ -148,38 +167,63 @@ class PairTrace:
         partial.replace(file)
 
     def _columns(self) -> dict[str, list]:
-        steps = [step for step, pairs, _ in self._noted for _ in pairs]
-        pairs = [pair for _, noted, _ in self._noted for pair in noted]
-        values = torch.cat([columns for *_, columns in self._noted], dim=1).tolist()
+        """The columns of a file: name -> one value per row."""
+        pairs = [pair for noted in self._observations for pair in noted.pairs]
+        values = torch.cat([noted.values for noted in self._observations], dim=1)
         columns = {
-            "global_step": steps,
+            "global_step": [o.step for o in self._observations for _ in o.pairs],
             "id": [pair_digest(pair).hex() for pair in pairs],
-            **dict(zip(VALUES, values, strict=True)),
+            **dict(zip(VALUES, values.tolist(), strict=True)),
             "prompt_tokens": [len(pair[IDS[0]]) for pair in pairs],
         }
-        for name in WHOLE:
+        for name in INTEGERS:
             columns[name] = [int(value) for value in columns[name]]
         if not self._perturbed:
             columns |= dict.fromkeys(PERTURBED, [None] * len(pairs))
         return columns | self._texts(columns["id"], pairs)
 
     def _texts(self, ids: list[str], pairs: list[dict]) -> dict[str, list]:
-        """The text of each pair where it comes first."""
-        first = {name: row for row, name in reversed([*enumerate(ids)])}
-        rows = sorted(first.values())
-        texts: dict[str, list] = {}
+        """The text columns: text in the first row of each pair, None in later ones."""
+        first_rows = {name: row for row, name in reversed([*enumerate(ids)])}
+        rows = sorted(first_rows.values())
+        columns: dict[str, list] = {}
         for name, key in zip(TEXTS, IDS, strict=True):
             decoded = self._decode([pairs[row][key] for row in rows])
-            at = dict(zip(rows, decoded, strict=True))
-            texts[name] = [at.get(row) for row in range(len(pairs))]
-        return texts
+            text_of_row = dict(zip(rows, decoded, strict=True))
+            columns[name] = [text_of_row.get(row) for row in range(len(pairs))]
+        return columns
+
+
+@contextmanager
+def flushed_at_end(trace: PairTrace | None) -> Iterator[None]:
+    """A context around training that writes the trace however training ends.
+
+    If training fails, an error while writing the trace becomes a warning.
+    """
+    try:
+        yield
+    except BaseException:
+        if trace is not None:
+            _flush_or_warn(trace)
+        raise
+    if trace is not None:
+        trace.flush()
+
+
+def _flush_or_warn(trace: PairTrace) -> None:
+    try:
+        trace.flush()
+    except Exception as error:
+        LOG.warning(f"{trace.folder}: the last steps are not in it: {error}")
 
 
 def _schema():
+    """The Arrow schema of a file: columns in their order, with types."""
     import pyarrow as pa
 
-    kinds = {name: pa.float32() for name in VALUES} | {"step": pa.int8()}
-    kinds |= dict.fromkeys([*WHOLE[1:], "prompt_tokens"], pa.int32())
-    kinds |= dict.fromkeys(["id", *TEXTS], pa.string())
+    types = {name: pa.float32() for name in VALUES} | {"step": pa.int8()}
+    types |= dict.fromkeys(INTEGERS[1:], pa.int32())
+    types |= {"global_step": pa.int64(), "prompt_tokens": pa.int32()}
+    types |= dict.fromkeys(["id", *TEXTS], pa.string())
     order = ["global_step", "id", *VALUES, "prompt_tokens", *TEXTS]
-    return pa.schema([(name, kinds.get(name, pa.int64())) for name in order])
+    return pa.schema([(name, types[name]) for name in order])

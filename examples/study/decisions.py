@@ -20,14 +20,15 @@ import torch
 from grade import read_pairs
 from transformers import LlamaForCausalLM
 
-from axolotl_edpo.data.packing import (
+from axolotl_edpo.data.completions import (
     Completions,
     chosen_minus_rejected,
     select_completions,
     sum_per_sequence,
 )
-from axolotl_edpo.losses import edpo as loss
-from axolotl_edpo.models.forward import completion_hidden, head_of
+from axolotl_edpo.losses import edpo
+from axolotl_edpo.models.forward import completion_hidden
+from axolotl_edpo.models.lm_head_reader import head_of
 from axolotl_edpo.ops.token_stats import token_stats
 from axolotl_edpo.training.checkpointing import checkpoints
 
@@ -77,7 +78,7 @@ def _agreement(policy, reference, ids, completions: Completions, epsilon) -> dic
     exact = released(torch.float64, product=torch.float64)
     stats = token_stats(*hidden, *heads, completions.targets, epsilon)
     found = {
-        "ours": loss.steps(*(_of_pairs(x, completions) for x in stats[2:4])),
+        "ours": edpo.steps(*(_of_pairs(x, completions) for x in stats[2:4])),
         "released, float32": released(torch.float32),
         "released, bfloat16": released(torch.bfloat16),
     }
@@ -96,7 +97,7 @@ def _by_log_softmax(h, r, completions: Completions, epsilon: float) -> torch.Ten
 
     z1 = z(h)
     plus, minus = (z((1 + e) * h - e * r) - z1 for e in (epsilon, -epsilon))
-    return loss.steps(plus, minus)
+    return edpo.steps(plus, minus)
 
 
 def _of_pairs(values: torch.Tensor, completions: Completions) -> torch.Tensor:

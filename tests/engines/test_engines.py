@@ -16,9 +16,9 @@ from helpers.tiny import CACHED, LORA, NF4
 from helpers.weights import weights
 from torch.multiprocessing import ProcessRaisedException
 
+import axolotl_edpo
 from axolotl_edpo.losses.edpo import next_beta
-from axolotl_edpo.training import checkpointing as checkpoint
-from axolotl_edpo.training.callbacks import BetaCallback
+from axolotl_edpo.training.callbacks import EDPOCallback
 
 CPU = {"device": "cpu"}
 SHARDING = ["ddp", "zero3", "fsdp2"]
@@ -139,7 +139,7 @@ def test_two_ranks_train_as_one_process(runs, name, adapter):
 def kept(train):
     """The probe: what of a reference of its own is left on this rank."""
     trainer = train()
-    head = trainer._kept_head
+    head = trainer.reference.kept_head
     return trainer, {"model": trainer.ref_model is not None, "head": head is not None}
 
 
@@ -369,14 +369,14 @@ def test_zero3_goes_on_in_a_process_without_it(runs):
 
 
 COLLECTIVES = ("all_", "broadcast", "barrier", "gather", "scatter", "reduce", "monitor")
-OURS, OTHERS = Path(checkpoint.__file__).parent, {"transformers", "trl", "axolotl"}
+OURS, OTHERS = Path(axolotl_edpo.__file__).parent, {"transformers", "trl", "axolotl"}
 
 
 def asker() -> str | None:
     """Which function of ours calls this, if no other package is in between."""
     for frame in reversed(traceback.extract_stack()):
         file = Path(frame.filename)
-        if file.parent == OURS and frame.name != "_sum_over_ranks":
+        if file.is_relative_to(OURS) and frame.name != "sum_over_ranks":
             return frame.name
         *_, packages = frame.filename.partition("site-packages/")
         if packages.split("/")[0] in OTHERS:
@@ -386,12 +386,12 @@ def asker() -> str | None:
 
 def our_collectives(train) -> tuple:
     """The probe: which of our functions asks all ranks, in which optimizer step."""
-    asked, trainers = [], []
+    asked, states = [], []
 
     def counted(function):
         def call(*args, **kwargs):
-            if trainers and (name := asker()):
-                asked.append((trainers[0].state.global_step, name))
+            if states and (name := asker()):
+                asked.append((states[0].global_step, name))
             return function(*args, **kwargs)
 
         return call
@@ -400,13 +400,13 @@ def our_collectives(train) -> tuple:
         function = getattr(torch.distributed, name)
         if inspect.isfunction(function) and name.startswith(COLLECTIVES):
             setattr(torch.distributed, name, counted(function))
-    begin = BetaCallback.on_train_begin
+    begin = EDPOCallback.on_train_begin
 
-    def noted(self, *args, **kwargs):
-        trainers.append(self._trainer)
-        begin(self, *args, **kwargs)
+    def noted(self, args, state, control, **kwargs):
+        begin(self, args, state, control, **kwargs)
+        states.append(state)
 
-    BetaCallback.on_train_begin = noted
+    EDPOCallback.on_train_begin = noted
     return train(), {"asked": asked}
 
 
@@ -422,6 +422,6 @@ def test_ranks_sum_up_twice_per_optimizer_step_and_once_per_log(runs, control):
     keys = dict(logging_steps=2, probe="test_engines:our_collectives", **PACKED)
     for result in runs.double("ddp", **keys, **CONTROLS[control]):
         by_step = [[who for at, who in result["asked"] if at == n] for n in range(10)]
-        step = ["get_batch_samples", "_observe"]
+        step = ["count", "_sum"]
         assert by_step[3::2] == [step] * 4  # the first step is logged as well
         assert by_step[2::2] == [["pop", *step]] * 4

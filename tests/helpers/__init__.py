@@ -1,1 +1,1 @@
-"""What tests share."""
+"""What test files share; no test file imports from another."""

@@ -1,4 +1,4 @@
-"""axolotl's commands."""
+"""axolotl's commands, in a process of their own."""
 
 import os
 import subprocess
@@ -6,8 +6,19 @@ import sys
 from pathlib import Path
 
 
-def command(folder: Path, *words: str, stdin: str = ""):
-    """Runs an axolotl command as a user would; all it prints is its `stdout`."""
+def command(
+    folder: Path, *words: str, stdin: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Runs an axolotl command as a user does.
+
+    Args:
+        folder: The working directory.
+        *words: What follows `axolotl` on the command line.
+        stdin: What is typed.
+
+    Returns:
+        The process; its `stdout` holds what it printed, errors too.
+    """
     scripts = str(Path(sys.executable).parent)
     return subprocess.run(
         ["axolotl", *words],

@@ -1,10 +1,12 @@
-"""Engines by name, and what ranks logged."""
+"""The engines that tests run, as keys of a recipe; values that a rank logged."""
 
 import json
+from pathlib import Path
 
 from helpers import ranks
 
 CPU = {"device": "cpu"}
+# `zero_optimization` of a DeepSpeed file, by the name of the engine.
 STAGES = {
     "zero1": {"stage": 1},
     "zero2": {"stage": 2},
@@ -12,6 +14,7 @@ STAGES = {
     "zero3": {"stage": 3},
     "zero3-offload": {"stage": 3, "offload_optimizer": CPU, "offload_param": CPU},
 }
+# What an engine adds to the `fsdp_config` of a recipe.
 SHARDS = {
     "fsdp2": {},
     "fsdp2-offload": {"offload_params": True, "cpu_offload_pin_memory": False},
@@ -20,8 +23,13 @@ SHARDS = {
 ENGINES = ["ddp", *STAGES, *SHARDS]
 
 
-def engine(folder, name: str) -> dict:
-    """The keys of a recipe that choose an engine."""
+def engine(folder: Path, name: str) -> dict:
+    """The keys of a recipe that choose an engine.
+
+    Args:
+        folder: Where a DeepSpeed file is written.
+        name: Of ENGINES.
+    """
     if name == "ddp":
         return {}
     if name in SHARDS:
@@ -33,4 +41,11 @@ def engine(folder, name: str) -> dict:
 
 
 def series(result: dict, name: str, beside: str = "loss") -> list[float]:
+    """The values of a metric in the order of the log.
+
+    Args:
+        result: What `ranks.run` returns of a rank.
+        name: The metric.
+        beside: Only entries that have this key count; `loss` is one per step.
+    """
     return [entry[name] for entry in result["log"] if beside in entry]

@@ -1,4 +1,4 @@
-"""Tests that name a GPU."""
+"""A mark for tests that put tensors on a GPU by name only, so that none is needed."""
 
 import pytest
 import torch
@@ -6,9 +6,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def names_a_gpu() -> bool:
-    """Whether tensors may be on a GPU that is not there, by name and shape only.
+    """Whether a fake tensor on a GPU can be indexed where there is no GPU.
 
-    torch 2.11, built for processors only, does not index them.
+    A CPU build of torch 2.11 cannot.
     """
     with FakeTensorMode():
         try:

@@ -1,17 +1,19 @@
-"""Ranks that die, disks that fill up, bytes that flip: plugins of axolotl for tests.
+"""Plugins of axolotl that damage a run: ranks die, disks fill up, bits flip.
+
+A recipe names one in `plugins:` and says in a key of the plugin's own what happens:
 
     plugins: [axolotl_edpo.EDPOPlugin, helpers.ranks.CpuRanks,
               helpers.killed_runs.Dying]
     dies: {rank: 1, step: 7}     # or `save: 6`, in the checkpoint of that step,
-                                 # or `piece: 30`, in that piece of a cache
+                                 # or `shard: 30`, in that shard of a cache
     plugins: [..., helpers.killed_runs.FillingDisk]
-    fills: 5                     # the disk of a cache, after so many pieces
+    fills: 5                     # the disk of a cache, after so many shards
     plugins: [..., helpers.killed_runs.Unreadable, helpers.killed_runs.OwnDisks]
     plugins: [..., helpers.killed_runs.Flipping]
-    flips: 3                     # a bit in all pieces of a cache, after that step
+    flips: 3                     # a bit in all shards of a cache, after that step
 
-SIGKILL is what a rank gets that is out of memory, or whose machine is gone.
-`train_until_killed` is for a run of one process.
+A rank dies by SIGKILL, as one that is out of memory. `train_until_killed` kills a run
+of one process.
 """
 
 import os
@@ -27,20 +29,26 @@ import yaml
 from axolotl.integrations.base import BasePlugin
 from transformers import Trainer, TrainerCallback
 
-from axolotl_edpo.reference import hidden_cache as store
 from axolotl_edpo.reference import precompute
+from axolotl_edpo.reference.hidden_cache import PARTIAL, HiddenStateCache
 from helpers import tiny
 
-# longer than the others need for the rest of a tiny checkpoint
+# Seconds in which the other ranks write the rest of a tiny checkpoint.
 OTHERS_GO_ON = 1.0
-# a pair or two of `tiny.save_pairs`
-SMALL_PIECE = 64
-# less than any such piece takes
+# Tokens of a pair or two of `tiny.save_pairs`.
+SMALL_SHARD = 64
+# Bytes; any such shard has more.
 LEFT_ON_DISK = 4096
 
 
 def train_until_killed(folder: Path, keys: dict, step: int) -> None:
-    """Trains a recipe in a process of its own, which is killed after a step."""
+    """Trains a recipe in another process and kills it.
+
+    Args:
+        folder: Where the recipe is written.
+        keys: The recipe.
+        step: The optimizer step after which the process dies.
+    """
     plugins = [*keys["plugins"], "helpers.killed_runs.Dying"]
     dying = {**keys, "plugins": plugins, "dies": {"rank": 0, "step": step}}
     tests = Path(__file__).parent.parent
@@ -61,22 +69,24 @@ class Dying(BasePlugin):
     """Kills its process where the recipe's `dies` says."""
 
     def register(self, cfg: dict) -> None:
-        """Takes `dies` away before axolotl looks at the recipe."""
+        """Removes `dies` before axolotl validates the recipe."""
         self._dies = cfg.pop("dies", None) or {}
 
     def post_trainer_create(self, cfg, trainer) -> None:
-        """Puts the end where it belongs."""
+        """Makes the rank that is to die do so at the given place."""
         if self._dies.get("rank") != trainer.args.process_index:
             return
         if "step" in self._dies:
             trainer.add_callback(_AtStep(self._dies["step"]))
         if "save" in self._dies:
             _cut_short(self._dies["save"])
-        if "piece" in self._dies:
-            _tear(self._dies["piece"])
+        if "shard" in self._dies:
+            _tear(self._dies["shard"])
 
 
 class _AtStep(TrainerCallback):
+    """Kills the process when a step begins."""
+
     def __init__(self, step: int):
         self._step = step
 
@@ -86,10 +96,10 @@ class _AtStep(TrainerCallback):
 
 
 def _cut_short(step: int) -> None:
-    """In the checkpoint of a step, this rank's own file is only begun."""
+    """In the checkpoint of a step, kills the rank with its file half written."""
     write = Trainer._save_rng_state
 
-    def begin(trainer, folder: str) -> None:
+    def write_a_part(trainer, folder: str) -> None:
         write(trainer, folder)
         if trainer.state.global_step == step:
             file = Path(folder) / f"rng_state_{trainer.args.process_index}.pth"
@@ -97,51 +107,51 @@ def _cut_short(step: int) -> None:
             time.sleep(OTHERS_GO_ON)
             _die()
 
-    Trainer._save_rng_state = begin
+    Trainer._save_rng_state = write_a_part
 
 
-def _tear(piece: int) -> None:
-    """Of a piece of a cache, half is written."""
+def _tear(number: int) -> None:
+    """Kills the rank when half of a shard is written: of the shard of this number."""
     written, write = count(1), Path.write_bytes
 
-    def begin(path: Path, data: bytes) -> int:
-        if path.suffix == store.PARTIAL and next(written) == piece:
+    def write_a_half(path: Path, data: bytes) -> int:
+        if path.suffix == PARTIAL and next(written) == number:
             write(path, data[: len(data) // 2])
             _die()
         return write(path, data)
 
-    Path.write_bytes = begin
+    Path.write_bytes = write_a_half
 
 
 def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-class SmallPieces(BasePlugin):
-    """A pass over a few pairs writes many pieces of a cache."""
+class SmallShards(BasePlugin):
+    """Shards of a cache are so small that a few pairs fill many."""
 
     def register(self, cfg: dict) -> None:
-        """Before any is cut."""
-        precompute.PIECE_TOKENS = SMALL_PIECE
+        """Sets the size before the first shard is filled."""
+        precompute.SHARD_TOKENS = SMALL_SHARD
 
 
 class FillingDisk(BasePlugin):
-    """After `fills` pieces, what others wrote left no room for the next."""
+    """The disk of a cache is full after `fills` shards."""
 
     def register(self, cfg: dict) -> None:
-        """Takes `fills` away before axolotl looks at the recipe."""
-        last, written, write = cfg.pop("fills"), count(1), store.Store.write
+        """Removes `fills` before axolotl validates the recipe."""
+        last, written, write = cfg.pop("fills"), count(1), HiddenStateCache.write
 
-        def then_fill(own: store.Store, *piece) -> None:
-            write(own, *piece)
+        def then_fill(cache: HiddenStateCache, *shard) -> None:
+            write(cache, *shard)
             if next(written) == last:
-                fill(own.folder.parent / f"filler-{os.getpid()}")
+                fill(cache.folder.parent / f"filler-{os.getpid()}")
 
-        store.Store.write = then_fill
+        HiddenStateCache.write = then_fill
 
 
 def fill(path: Path) -> None:
-    """A file that takes what is free on its disk, but for LEFT_ON_DISK."""
+    """Writes a file that leaves LEFT_ON_DISK bytes free on its disk."""
     with path.open("wb", buffering=0) as file:
         with suppress(OSError):
             while file.write(bytes(LEFT_ON_DISK)):
@@ -150,50 +160,52 @@ def fill(path: Path) -> None:
 
 
 class Unreadable(BasePlugin):
-    """One rank cannot read the files of a cache."""
+    """Rank 1 cannot read the files of a cache."""
 
     def register(self, cfg: dict) -> None:
-        """With an error that nobody expects."""
+        """Makes every read of a shard fail there."""
 
         def holds(*_) -> bool:
-            raise RuntimeError("this rank cannot read")
+            raise OSError("this rank cannot read")
 
         if os.environ["RANK"] == "1":
-            store.Store.holds = holds
+            HiddenStateCache.holds = holds
 
 
 class OwnDisks(BasePlugin):
     """Each rank has a disk of its own, as on machines that share none."""
 
     def register(self, cfg: dict) -> None:
-        """The cache is on it."""
+        """Names a folder per rank as the cache."""
         cfg["edpo_reference_cache"] += f"/disk{os.environ['RANK']}"
 
 
 class Flipping(BasePlugin):
-    """A disk or a neighbour changes what a run has checked and opened."""
+    """A bit flips in every shard that a run has checked and opened."""
 
     def register(self, cfg: dict) -> None:
-        """Takes `flips` away before axolotl looks at the recipe."""
+        """Removes `flips` before axolotl validates the recipe."""
         self._step = cfg.pop("flips")
 
     def post_trainer_create(self, cfg, trainer) -> None:
-        """Before the next step asks for its pairs."""
+        """Flips before the next step reads its pairs."""
         trainer.add_callback(_FlipAfter(self._step, trainer))
 
 
 class _FlipAfter(TrainerCallback):
+    """Flips a bit in every shard after a step."""
+
     def __init__(self, step: int, trainer):
         self._step, self._trainer = step, trainer
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self._step:
-            for piece in self._trainer.store.folder.iterdir():
-                _flip_in_the_middle(piece)
+            for shard in self._trainer.reference.cache.folder.iterdir():
+                _flip_in_the_middle(shard)
 
 
 def _flip_in_the_middle(path: Path) -> None:
-    """In place, as an open file sees it."""
+    """Flips a bit in place, so that a process that mapped the file sees it."""
     middle = path.stat().st_size // 2
     with path.open("r+b") as file:
         file.seek(middle)

@@ -1,12 +1,12 @@
 """The compatibility matrix: cells that tests run, and docs/compatibility.md of them.
 
-Every `tests/matrix/test_matrix_*.py` is an area: TITLE, INTRO and CELLS, and tests that
-are parametrized over the cells with `cells`. What the document says of a cell is what
-its test asserts; nothing is skipped: a cell that this hardware cannot run says so, and
-so does one of an option that the installed axolotl does not have.
+Every `tests/matrix/test_matrix_*.py` is an area. It has TITLE, INTRO and CELLS, and
+tests that are parametrized over the cells with `cells`. The document says of a cell
+what its test asserts. No cell is skipped: one that this hardware cannot run says so in
+the document, and so does one of an option that the installed axolotl does not have.
 
-Releases of axolotl differ. What the cells say under one is kept in a file of its own,
-and the document is written from all of these files:
+Releases of axolotl differ. Each has a file with the verdicts of all cells, and the
+document is written from these files:
 
     python tests/matrix/record.py      under each release, in any order
 """
@@ -59,12 +59,12 @@ class Cell:
     """A line of the document, and what its test runs.
 
     Attributes:
-        name: What a user writes or has; Markdown.
-        keys: What it adds to a recipe.
+        name: The option or the situation, in Markdown.
+        keys: Keys that it adds to a recipe.
         refused: Regular expression of the message, if `rl: edpo` refuses it.
         untested: What is missing to run it; such a cell is in the document only.
         note: What a user should know; for a refused cell why it is refused.
-        missing: What the installed axolotl lacks of it, as `without` says it.
+        missing: `no such key` or `no such value`, if the installed axolotl lacks it.
     """
 
     name: str
@@ -76,26 +76,36 @@ class Cell:
 
     @property
     def verdict(self) -> str:
+        """What the document says: works, refused, untested or missing."""
         if self.missing or self.untested:
             return self.missing or f"untested: {self.untested}"
         return "refused" if self.refused else "works"
 
 
 def without(name: str, known: Collection[str] = AxolotlInputConfig.model_fields) -> str:
-    """ "no such key" or, of a set of values, "no such value", unless axolotl has it."""
+    """What `Cell.missing` says of a name.
+
+    Args:
+        name: A key, or a value of one.
+        known: Fields of a schema, or the values that axolotl takes.
+
+    Returns:
+        "" if axolotl has it.
+    """
     kind = "key" if isinstance(known, Mapping) else "value"
     return "" if name in known else f"no such {kind}"
 
 
 def without_module(name: str) -> str:
-    """The same of the key of a plugin, by where the plugin would be."""
+    """What `Cell.missing` says of a plugin's key, given the plugin's module."""
     return "" if importlib.util.find_spec(name) else "no such key"
 
 
 def cells(all_cells: Sequence[Cell]) -> Callable:
-    """Parametrizes a test over the cells that can run here, as `cell`.
+    """A decorator that parametrizes a test over the cells that can run here.
 
-    Where there is none, there is no test: it would count as skipped.
+    The test gets each as `cell`. Where there is none, the test is removed, as pytest
+    would count it as skipped.
     """
     run = [cell for cell in all_cells if not (cell.untested or cell.missing)]
     if not run:
@@ -131,10 +141,10 @@ def assert_trains(trainer: Any) -> None:
 
 
 def record() -> Record:
-    """What the cells say under the installed axolotl, and what options it has."""
+    """Verdicts and notes of all cells under the installed axolotl, and its options."""
     versions = {name: importlib.metadata.version(name) for name in ("axolotl", "trl")}
-    said = {name: _said(_area(name).CELLS) for name in AREAS}
-    return {**versions, "areas": said, "options": sorted(options())}
+    verdicts = {name: _verdicts(_area(name).CELLS) for name in AREAS}
+    return {**versions, "areas": verdicts, "options": sorted(options())}
 
 
 def options() -> set[str]:
@@ -149,7 +159,7 @@ def options() -> set[str]:
 
 
 def records() -> dict[str, Record]:
-    """What was recorded of each release, the oldest first; by `0.19` and so on."""
+    """The record of each release by its name, such as `0.19`; the oldest is first."""
     files = sorted(RECORDS.glob("*.json"))
     return {file.stem: json.loads(file.read_text()) for file in files}
 
@@ -160,14 +170,14 @@ def release() -> str:
 
 
 def document(records: Mapping[str, Record]) -> str:
-    """docs/compatibility.md, as the records have it.
+    """The text of docs/compatibility.md, made of the records.
 
     Raises:
         ValueError: If a record is of other cells than the installed release's.
     """
-    installed = {name: [*_said(_area(name).CELLS)] for name in AREAS}
+    installed = {name: [*_verdicts(_area(name).CELLS)] for name in AREAS}
     for old, kept in records.items():
-        if {name: [*said] for name, said in kept["areas"].items()} != installed:
+        if {name: [*cells] for name, cells in kept["areas"].items()} != installed:
             raise ValueError(
                 f"{RECORDS / old}.json has other cells: run `python "
                 f"tests/matrix/record.py` under axolotl {old}"
@@ -177,23 +187,25 @@ def document(records: Mapping[str, Record]) -> str:
 
 
 def _area(name: str) -> Any:
+    """The test file of an area; its folder is on the path, as pytest puts it there."""
     return importlib.import_module(f"test_matrix_{name}")
 
 
-def _said(all_cells: Sequence[Cell]) -> dict[str, str]:
-    """Verdict and note of each cell, as they are in the document, by its name."""
+def _verdicts(all_cells: Sequence[Cell]) -> dict[str, str]:
+    """Verdict and note of each cell as in the document, by the cell's name."""
     return {cell.name: f"{cell.verdict} | {cell.note}" for cell in all_cells}
 
 
 def _head(records: Mapping[str, Record]) -> str:
     names = [f"{kept['axolotl']} (TRL {kept['trl']})" for kept in records.values()]
-    said = f"Run under axolotl {', '.join(names)}; where they differ, a column each."
-    return HEAD.format(releases=textwrap.fill(said, 88))
+    text = f"Run under axolotl {', '.join(names)}; where they differ, a column each."
+    return HEAD.format(releases=textwrap.fill(text, 88))
 
 
 def _section(name: str, records: Mapping[str, Record]) -> str:
-    area, said = _area(name), [kept["areas"][name] for kept in records.values()]
-    rows = {cell: [of[cell].split(" | ") for of in said] for cell in said[0]}
+    """The table of an area."""
+    area, by_release = _area(name), [kept["areas"][name] for kept in records.values()]
+    rows = {c: [cells[c].split(" | ") for cells in by_release] for c in by_release[0]}
     differ = any(len({verdict for verdict, _ in row}) > 1 for row in rows.values())
     columns = [*records] if differ else [""]
     table = [
@@ -208,15 +220,19 @@ def _section(name: str, records: Mapping[str, Record]) -> str:
 
 
 def _note(notes: Mapping[str, str]) -> str:
-    """One note, or several and the releases that each is of."""
-    of = {note: [r for r in notes if notes[r] == note] for note in notes.values()}
-    if len(of) == 1:
-        return next(iter(of))
-    return "; ".join(f"{', '.join(r)}: {note}" for note, r in of.items() if note)
+    """The note of a cell; where releases differ, each note after their names."""
+    releases = {note: [r for r in notes if notes[r] == note] for note in notes.values()}
+    if len(releases) == 1:
+        return next(iter(releases))
+    return "; ".join(f"{', '.join(r)}: {note}" for note, r in releases.items() if note)
 
 
 def write() -> None:
-    """Records the installed release, and writes docs/compatibility.md."""
+    """Records the installed release and writes docs/compatibility.md.
+
+    Raises:
+        SystemExit: If another release was recorded with other cells; this one is kept.
+    """
     RECORDS.mkdir(exist_ok=True)
     text = json.dumps(record(), indent=1, ensure_ascii=False)
     (RECORDS / f"{release()}.json").write_text(text + "\n")

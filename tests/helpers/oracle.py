@@ -1,7 +1,7 @@
-"""The released formula, naive and in any dtype, as the oracle of reference_run.
+"""The released ε-DPO training, naive and in any dtype, with nothing of the package.
 
-Full logits, three log-softmaxes, a plain AdamW loop: what the trainer must equal, with
-nothing of the package in it.
+It has full logits, three log-softmaxes and a plain AdamW loop. The trainer must equal
+it, and the trajectories in tests/data/reference_run.
 """
 
 import json
@@ -18,14 +18,21 @@ class Step(NamedTuple):
     """One optimizer step of the oracle."""
 
     loss: float
-    beta: float
+    beta: float  # used in this step
     up: float  # share of pairs with s = +1
     down: float  # share of pairs with s = -1
-    closest: float  # smallest |Δ±| of any pair: how near its decision was
+    closest: float  # smallest |Δ±| of any pair, nats: how near its step was to another
 
 
 def batch(pairs):
-    """Right-padded ids, attention mask and completion mask: chosen, then rejected."""
+    """Right-padded token ids, attention mask and completion mask.
+
+    Args:
+        pairs: Dicts with `prompt_ids`, `chosen_ids` and `rejected_ids`.
+
+    Returns:
+        Three tensors of shape (2 x pairs, length): all chosen, then all rejected.
+    """
     rows = [
         (p["prompt_ids"], p[key])
         for key in ("chosen_ids", "rejected_ids")
@@ -43,7 +50,7 @@ def batch(pairs):
 
 
 def released_differences(policy, reference, y, mask, epsilon):
-    """Δ+ and Δ- of each pair as the released code forms them, in the logits' dtype.
+    """Δ+ and Δ- of each pair, nats, as the released code forms them.
 
     Args:
         policy: Logits, shape (2 x pairs, length, vocab).
@@ -53,7 +60,7 @@ def released_differences(policy, reference, y, mask, epsilon):
         epsilon: Perturbation.
 
     Returns:
-        Two tensors of shape (pairs,).
+        Two tensors of shape (pairs,), in the logits' dtype.
     """
 
     def z(logits):
@@ -67,14 +74,17 @@ def released_differences(policy, reference, y, mask, epsilon):
 
 
 def trajectory(run: Path, name: str, dtype, steps: int, shuffle=None) -> list[Step]:
-    """Trains the tiny model of `run` as the released trainer does.
+    """Trains the model of `run` as the released trainer does.
 
     Args:
         run: The folder reference_run.
         name: Which of its trajectories.
         dtype: Of weights, logits and sums.
         steps: Optimizer steps.
-        shuffle: Seed of the order of the pairs; None keeps the file's.
+        shuffle: Seed of the order of the pairs; None keeps that of the file.
+
+    Returns:
+        A `Step` per optimizer step.
     """
     settings = json.loads((run / f"{name}.json").read_text())
     pairs = json.loads((run / "pairs.json").read_text())
@@ -105,7 +115,11 @@ def trajectory(run: Path, name: str, dtype, steps: int, shuffle=None) -> list[St
 
 
 def _micro_batch(policy, reference, pairs, beta, epsilon):
-    """Losses, steps and the smaller |Δ±| of four pairs; leaves the gradient."""
+    """Adds the gradient of four pairs to the policy's.
+
+    Returns:
+        Losses, steps s and the smaller of |Δ+| and |Δ-|, each of shape (pairs,).
+    """
     ids, attention, completion = batch(pairs)
     y, mask = ids[:, 1:], completion[:, 1:]
     a = policy(input_ids=ids, attention_mask=attention).logits[:, :-1]

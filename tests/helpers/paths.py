@@ -1,6 +1,7 @@
-"""Where things are."""
+"""Folders of the repository."""
 
 from pathlib import Path
 
 TESTS = Path(__file__).parent.parent
-DATA, ROOT = TESTS / "data", TESTS.parent
+DATA = TESTS / "data"
+ROOT = TESTS.parent

@@ -1,11 +1,12 @@
-"""Axolotl's own training on several CPU ranks, with the real engines over gloo.
+"""axolotl's training on several CPU ranks, with the real engines over gloo.
 
-accelerate and axolotl choose DeepSpeed and FSDP only where they see a GPU. `CpuRanks`
-changes which device and backend they pick, and nothing of the engines. It is a plugin
-of axolotl: a recipe that names it beside ours goes through any launcher.
+accelerate and axolotl choose DeepSpeed and FSDP only where they see a GPU. The plugin
+`CpuRanks` changes which device and backend they choose, and nothing of the engines. A
+recipe that names it beside `axolotl_edpo.EDPOPlugin` goes through any launcher.
 
 `run` forks the ranks from a server that has imported everything once, so that a run of
-a tiny model takes seconds. Set `multiprocessing.set_forkserver_preload(PRELOAD)` first.
+a tiny model takes seconds. Call `multiprocessing.set_forkserver_preload(PRELOAD)`
+before.
 """
 
 import gc
@@ -28,16 +29,14 @@ from axolotl.integrations.base import BasePlugin
 
 from helpers import tiny
 
-# A CUDA build of torch would ask the driver, and a forked process may not.
+# A CUDA build of torch would ask the driver, which a forked process must not do.
 torch.cuda.can_device_access_peer = lambda *args: True
 
-# trackio: TRL asks it for a URL, and it takes seconds to import
+# What the server imports. TRL imports trackio in every run, and it takes seconds.
 PRELOAD = ["deepspeed", "axolotl.train", "axolotl.core.builders", "trackio"]
 PRELOAD += ["helpers.ranks"]
 
-
-# What recipes of tests say of their engines: a DeepSpeed file beside its stage, and
-# `fsdp_config`.
+# A DeepSpeed file without `zero_optimization`, and the `fsdp_config` of a recipe.
 ZERO = {
     "bf16": {"enabled": "auto"},
     "gradient_accumulation_steps": "auto",
@@ -58,6 +57,8 @@ class BrokenGradient(BasePlugin):
     """In the second optimizer step, the gradient of one weight becomes NaN."""
 
     def post_trainer_create(self, cfg, trainer) -> None:
+        """Adds a hook to the last weight."""
+
         def broken(gradient: torch.Tensor) -> torch.Tensor:
             return gradient * float("nan") if trainer.state.global_step else gradient
 
@@ -66,10 +67,10 @@ class BrokenGradient(BasePlugin):
 
 
 class CpuRanks(BasePlugin):
-    """Beside `axolotl_edpo.EDPOPlugin`, a recipe runs on CPU ranks."""
+    """Lets the engine that a recipe names run on CPU ranks."""
 
     def register(self, cfg: dict) -> None:
-        """Chooses by the engine that the recipe names."""
+        """Changes what accelerate and axolotl would choose for this engine."""
         gc.freeze()  # axolotl and DeepSpeed collect often; imports are never garbage
         _leave_placement_to_accelerate()
         if cfg.get("deepspeed"):
@@ -82,31 +83,34 @@ class CpuRanks(BasePlugin):
 
 
 def _leave_placement_to_accelerate() -> None:
-    """axolotl would put the model on GPU number LOCAL_RANK.
+    """Keeps axolotl from putting the model on GPU number LOCAL_RANK.
 
-    accelerate's CPU would have a number too, and checkpoints cannot be read to that.
+    The device of accelerate is the CPU without a number: checkpoints cannot be loaded
+    to a CPU with one.
     """
     torch.cuda.set_device = lambda *args, **kwargs: None
-    state.PartialState.set_device = lambda own: setattr(own, "device", _CPU)
+    state.PartialState.set_device = lambda self: setattr(self, "device", _CPU)
     normalize = config.normalize_config
     for module in (config, utils.config):  # one is for workers of Ray
         module.normalize_config = lambda cfg: (normalize(cfg), cfg.pop("device_map"))[0]
 
 
 def _choose_cpu(kind: DistributedType) -> None:
+    """Makes accelerate set up gloo, and meshes of CPUs."""
     state.PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", kind)
     parallel = parallelism_config.ParallelismConfig
     build = parallel.build_device_mesh
-    parallel.build_device_mesh = lambda own, device: build(own, "cpu")
+    parallel.build_device_mesh = lambda self, device: build(self, "cpu")
 
 
 _CPU = torch.device("cpu")
 
 
 def _gather_detached() -> None:
-    """In float32, ZeRO-1 and -2 gather from a shard that requires a gradient.
+    """Makes DeepSpeed gather weights by another operation, which detaches them.
 
-    gloo refuses that. Without this operation DeepSpeed takes another, and detaches.
+    In float32, ZeRO-1 and ZeRO-2 gather from a shard that requires a gradient. gloo
+    refuses that.
     """
     import deepspeed.comm
 
@@ -120,12 +124,13 @@ def run(folder: Path, keys: dict, ranks: int = 2, probe: str | None = None) -> l
         folder: Where the recipe and the ranks' results are put.
         keys: The recipe.
         ranks: Processes; with one, the recipe names no engine.
-        probe: `module:function`, called on every rank. It is given a function that
-            trains and returns the trainer, and returns what is added to the result.
+        probe: `module:function`, called on every rank. Its argument is a function
+            that trains and returns the trainer. It returns the trainer, and a dict
+            that is added to the result.
 
     Returns:
-        A result per rank: `log`, the entries the trainer logged, `beta` at the end,
-        and what the probe returned.
+        A result per rank: the entries that the trainer logged as `log`, β at the end
+        as `beta`, and what the probe adds.
 
     Raises:
         ProcessRaisedException: If a rank failed; it holds the traceback.
@@ -139,7 +144,7 @@ def run(folder: Path, keys: dict, ranks: int = 2, probe: str | None = None) -> l
 def start(
     folder: Path, keys: dict, ranks: int = 2, probe: str | None = None
 ) -> mp.ProcessContext:
-    """As `run`, but does not wait for the ranks."""
+    """Starts the ranks of `run` and does not wait for them."""
     folder.mkdir(parents=True, exist_ok=True)
     return mp.start_processes(
         _rank,
@@ -151,7 +156,7 @@ def start(
 
 
 def results(folder: Path, ranks: int = 2) -> list:
-    """What ranks that were started there left, each when it had ended."""
+    """The results of ranks that `start` started there and that have ended."""
     files = [folder / f"rank{rank}.json" for rank in range(ranks)]
     return [json.loads(file.read_text()) for file in files]
 
@@ -177,25 +182,25 @@ def _rank(rank: int, ranks: int, port: int, folder: Path, keys: dict, probe) -> 
 
 
 def become(rank: int, ranks: int, port: int) -> None:
-    """Makes a process of the server one of the ranks that torchrun starts."""
+    """Makes this process, forked by the server, a rank as torchrun starts them."""
     _settle_in()
     os.environ |= _torchrun(rank, ranks, port)
 
 
 def _settle_in() -> None:
     torch.set_num_threads(1)
-    mp.set_start_method("fork", force=True)  # of data loaders; it was the server's
+    mp.set_start_method("fork", force=True)  # of data loaders; the server set its own
 
 
 def _torchrun(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """The variables that torchrun sets."""
+    """The environment variables that torchrun sets."""
     values: dict[str, Any] = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks)
     values |= dict(LOCAL_WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     return {name: str(value) for name, value in values.items()}
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A port of this machine that no process listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -1,6 +1,6 @@
-"""Tokenizers, models, data and recipes of a few thousand parameters.
+"""Tokenizers, models, pairs and recipes that train in a second.
 
-Real parts only: recipes go through axolotl's own loader, builder and trainer.
+Nothing is a mock: recipes go through axolotl's loader, builder and train loop.
 """
 
 import json
@@ -16,12 +16,14 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from axolotl_edpo.plugin import PLUGIN
 from axolotl_edpo.upstream import automatic_plugins
 
+# The special tokens of both tokenizers, by id.
 REFERENCE_SPECIAL = {0: "<s>", 1: "</s>", 2: "<pad>"}
 SPECIAL = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 CHAT_TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+# Config keys of the models.
 SIZES = dict(
     hidden_size=32,
     intermediate_size=64,
@@ -34,14 +36,26 @@ SIZES = dict(
     eos_token_id=1,
     pad_token_id=2,
 )
-# What recipes of tests add or, with None, remove.
+# Keys that recipes of tests add or, with None, remove.
 LORA = dict(adapter="lora", lora_r=4, lora_alpha=8, lora_target_linear=True)
 NF4 = {**LORA, "adapter": "qlora", "load_in_4bit": True, "bf16": True}
 DPO = dict(rl="dpo", rl_beta=0.1, plugins=None, beta=None, edpo_epsilon=None)
 CACHED = {"precompute_ref_log_probs": True}
-# Of a mixture of experts, beside SIZES.
+# Config keys of a Llama of 8.1 million weights, 32 MB in float32, of which 1.6 million
+# are outside of the layers.
+LLAMA_8M = dict(
+    hidden_size=384,
+    intermediate_size=1024,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=48,
+    vocab_size=2048,
+    initializer_range=0.02,
+)
+# Config keys of a mixture of experts, beside SIZES.
 EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
-# Of a model with layers that carry a state.
+# Config keys of a model with layers that carry a state, beside SIZES.
 FALCON_H1 = dict(
     mamba_d_ssm=32,
     mamba_n_heads=4,
@@ -52,7 +66,10 @@ FALCON_H1 = dict(
 
 
 def reference_tokenizer() -> PreTrainedTokenizerFast:
-    """256 tokens; 0 begins, 1 ends, 2 pads, as in tests/data/reference_run."""
+    """The tokenizer of tests/data/reference_run.
+
+    It has 256 tokens, each a word: 0 begins a text, 1 ends it, 2 pads.
+    """
     vocab = {token: i for i, token in REFERENCE_SPECIAL.items()}
     vocab |= {f"t{i}": i for i in range(3, 256)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="t3"))
@@ -66,7 +83,7 @@ def reference_text(ids: list[int]) -> str:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, so that it takes any text, and a chat template."""
+    """A tokenizer with a token per byte, so that it takes any text, and a template."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in REFERENCE_SPECIAL.items()}
     vocab |= {letter: i + 3 for i, letter in enumerate(letters)}
@@ -79,18 +96,27 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_model(directory: Path, kind: str = "llama", **config) -> Path:
-    """A random model of a kind with the byte tokenizer, ready for `base_model`."""
+    """Saves a random model and the byte tokenizer.
+
+    Args:
+        directory: Where to.
+        kind: As `model_type` of transformers.
+        **config: Config keys that differ from SIZES.
+
+    Returns:
+        The directory, for `base_model`.
+    """
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     sizes = {"vocab_size": len(tokenizer), "initializer_range": 0.15, **SIZES}
-    made = AutoConfig.for_model(kind, **{**sizes, **config})
-    AutoModelForCausalLM.from_config(made).save_pretrained(directory)
+    model_config = AutoConfig.for_model(kind, **{**sizes, **config})
+    AutoModelForCausalLM.from_config(model_config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
 
 def save_pairs(path: Path, count: int, seed: int = 0) -> Path:
-    """Pairs with the columns of princeton-nlp/llama3-ultrafeedback."""
+    """Writes random pairs with the columns of princeton-nlp/llama3-ultrafeedback."""
     rng = random.Random(seed)
     words = "red blue small big cat dog runs sleeps well today".split()
 
@@ -148,21 +174,21 @@ def recipe(folder: Path, model: Path, pairs: Path, **keys) -> dict:
 
 
 def named(keys: dict) -> dict:
-    """With `plugins:`, where this release of axolotl needs it."""
+    """The recipe, with `plugins:` where this release of axolotl needs it."""
     if keys.get("rl") != "edpo" or PLUGIN in automatic_plugins():
         return keys
     return {"plugins": [PLUGIN], **keys}
 
 
 def write(folder: Path, keys: dict) -> Path:
-    """The recipe as a YAML file."""
+    """Writes a recipe as a YAML file and returns its path."""
     path = folder / "recipe.yml"
     path.write_text(yaml.safe_dump(keys, sort_keys=False))
     return path
 
 
 def load_config(folder: Path, keys: dict):
-    """axolotl's config of a recipe."""
+    """The config that axolotl makes of a recipe."""
     from axolotl.cli.config import load_cfg
 
     return load_cfg(str(write(folder, keys)))
@@ -179,7 +205,7 @@ def load_data(cfg):
 
 
 def train_on(cfg, meta):
-    """The trainer, after axolotl's train loop."""
+    """Runs axolotl's train loop and returns the trainer."""
     from axolotl.train import train as axolotl_train
 
     return axolotl_train(cfg=cfg, dataset_meta=meta)[2]
@@ -191,13 +217,13 @@ def train(folder: Path, keys: dict):
     Returns:
         The trainer.
     """
-    torch.manual_seed(0)  # LoRA's start: drawn before the trainer sets the seed
+    torch.manual_seed(0)  # LoRA's weights are drawn before the trainer sets the seed
     cfg = load_config(folder, keys)
     return train_on(cfg, load_data(cfg))
 
 
 def build(folder: Path, keys: dict):
-    """A recipe's trainer as axolotl makes it, not yet trained."""
+    """The trainer that axolotl makes of a recipe, before it trains."""
     from axolotl.train import setup_model_and_trainer
 
     torch.manual_seed(0)
@@ -206,5 +232,5 @@ def build(folder: Path, keys: dict):
 
 
 def logs(trainer, key: str = "kl/beta") -> list[dict]:
-    """The logged entries of a trainer that hold a key."""
+    """The logged entries of a trainer that have a key."""
     return [entry for entry in trainer.state.log_history if key in entry]

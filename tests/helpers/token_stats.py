@@ -9,11 +9,11 @@ from axolotl_edpo.ops.token_stats import TokenStats
 
 NAMES = TokenStats._fields
 
-# Float32 rounding of sums over this vocabulary. `plus` and `minus` keep their digits
-# relative to their own size; the others relative to that of the logits, whose last
+# Float32 rounding of sums over this vocabulary. That of `plus` and `minus` is relative
+# to their size. That of the others is relative to the size of the logits, whose last
 # digit is a relative error of every probability, and so of the gradient.
-OWN_SIZE = 1e-5
-LOGIT_SIZE = 1e-6
+RELATIVE_TO_VALUE = 1e-5
+RELATIVE_TO_LOGITS = 1e-6
 
 
 def inputs(
@@ -90,8 +90,10 @@ def assert_as_exact_as_pytorch(ours, plain, exact, logit_size):
     """|ours - exact| <= |PyTorch in that dtype - exact| + float32 rounding."""
     for name, a, b, c in zip(NAMES, ours, plain, exact, strict=True):
         error, allowed = (a - c).abs().max(), (b - c).abs().max()
-        own = name in ("plus", "minus")
-        rounding = OWN_SIZE * c.abs().max() if own else LOGIT_SIZE * (1 + logit_size)
+        if name in ("plus", "minus"):
+            rounding = RELATIVE_TO_VALUE * c.abs().max()
+        else:
+            rounding = RELATIVE_TO_LOGITS * (1 + logit_size)
         assert error <= allowed + rounding, (name, error.item(), allowed.item())
 
 

@@ -1,4 +1,4 @@
-"""Weights that a run has saved."""
+"""Weights that a run saved."""
 
 from pathlib import Path
 
@@ -7,13 +7,14 @@ from safetensors.torch import load_file
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Of a model, or of an adapter."""
+    """The tensors in an output folder, by name: the adapter's if there is one."""
     names = ("adapter_model.safetensors", "model.safetensors")
     return load_file(next(folder / name for name in names if (folder / name).exists()))
 
 
-def assert_same_weights(a: Path, b: Path) -> None:
-    a, b = weights(a), weights(b)
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-6)
+def assert_same_weights(folder: Path, expected: Path) -> None:
+    """Two runs saved the same weights, to 1e-6."""
+    found, wanted = weights(folder), weights(expected)
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=1e-6)

@@ -146,7 +146,7 @@ CELLS = [
     Adapter(
         "`adapter: lora`, `load_in_4bit`",
         LORA | {"load_in_4bit": True, "bf16": True},
-        refused=r"`load_in_4bit: True`.*`adapter: qlora`",
+        refused=r"`load_in_4bit: true`.*`adapter: qlora`",
         note="`rl: dpo` trains it, with nothing quantized",
     ),
     Adapter(
@@ -318,7 +318,7 @@ CELLS = [
     Adapter(
         "`peft_autocast_adapter_dtype: false`",
         LORA | {"peft_autocast_adapter_dtype": False},
-        refused="`peft_autocast_adapter_dtype: False`.*remove it",
+        refused="`peft_autocast_adapter_dtype: false`.*remove it",
         note="ignored by `rl: dpo`",
     ),
     Adapter(
@@ -357,7 +357,7 @@ CELLS = [
     Adapter(
         "`lora_mlp_kernel`, `lora_qkv_kernel`, `lora_o_kernel`",
         LORA | dict.fromkeys(KERNELS, True),
-        refused="`lora_mlp_kernel: True`.*remove it",
+        refused="`lora_mlp_kernel: true`.*remove it",
         note="it takes a GPU to show that the reference is the plain model then"
         if patches_adapters_late()
         else "`rl: dpo` stops with `Model must be a PeftModelForCausalLM`",
@@ -365,7 +365,7 @@ CELLS = [
     Adapter(
         "`relora`",
         LORA | {"relora": True, "jagged_restart_steps": 1},
-        refused="`relora: True`.*remove it",
+        refused="`relora: true`.*remove it",
         note="ignored by `rl: dpo`",
     ),
     Adapter(

@@ -23,8 +23,8 @@ from helpers import matrix, tiny
 from helpers.matrix import Cell
 from tokenizers.processors import TemplateProcessing
 
-from axolotl_edpo.data.packing import completions_of
-from axolotl_edpo.training.batching import PairFeed
+from axolotl_edpo.data.completions import completions_of
+from axolotl_edpo.trainer import EDPOTrainer
 from axolotl_edpo.upstream import cuts_answers
 
 TITLE = "Data sets"
@@ -542,7 +542,7 @@ IGNORED = [
     ),
     of_entry(
         "`roles` of an entry",
-        r"`datasets: roles: \{'user': \['human'\]\}`.*in the data",
+        r"`datasets: roles: \{user: \[human\]\}`.*in the data",
         {"roles": {"user": ["human"]}},
         "name them as the template does in the data",
     ),
@@ -679,9 +679,11 @@ def evaluated(trainer) -> list[Mapping[str, Any]]:
     if trainer.eval_dataset is None:
         return []
     batches = [*trainer.get_eval_dataloader()]
-    if not isinstance(trainer, PairFeed):
+    if not isinstance(trainer, EDPOTrainer):
         return batches
-    return [trainer.collators["eval"](batch["examples"].pairs) for batch in batches]
+    return [
+        trainer.batcher.collators["eval"](batch["examples"].pairs) for batch in batches
+    ]
 
 
 def assert_same_rows(ours: Sequence, dpo: Sequence, deals: bool = False) -> None:
@@ -714,7 +716,7 @@ def assert_same_pairs(ours, dpo) -> tuple[int, int]:
     assert ids_of(ours.train_dataset) == ids_of(dpo.train_dataset)
     trained, evals = steps(ours), evaluated(ours)
     for mine, theirs in zip(trained, steps(dpo), strict=True):
-        assert_same_rows(mine, theirs, ours.rows.deals)
+        assert_same_rows(mine, theirs, ours.batcher.layout.balances)
     assert_same_rows(evals, evaluated(dpo))
     return len(pairs_of(sum(trained, []))), len(pairs_of(evals))
 

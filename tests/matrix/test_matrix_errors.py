@@ -151,7 +151,7 @@ CELLS = [
     theirs("no `datasets`", r"datasets.*is required", datasets=None),
     # values
     ours("`edpo_epsilon: 2`", r"`edpo_epsilon: 2`.*less than 1", edpo_epsilon=2),
-    ours("`edpo_epsilon: true`", r"`edpo_epsilon: True`.*number", edpo_epsilon=True),
+    ours("`edpo_epsilon: true`", r"`edpo_epsilon: true`.*number", edpo_epsilon=True),
     ours(
         "`edpo_beta_mean: median`",
         r"`edpo_beta_mean: median`.*'arithmetic' or 'harmonic'",
@@ -235,7 +235,7 @@ CELLS = [
     ),
     ours(
         "`bf16: true`, `fp16: true`",
-        r"`fp16: True`.*remove it, or `bf16: true`",
+        r"`fp16: true`.*remove it, or `bf16: true`",
         bf16=True,
         fp16=True,
     ),
@@ -290,13 +290,13 @@ CELLS = [
     ),
     ours(
         "`precompute_ref_log_probs` with `trl.sync_ref_model`",
-        r"`precompute_ref_log_probs: True`.*remove it, or `trl.sync_ref_model`",
+        r"`precompute_ref_log_probs: true`.*remove it, or `trl.sync_ref_model`",
         precompute_ref_log_probs=True,
         trl={"sync_ref_model": True},
     ),
     ours(
         "`precompute_ref_log_probs` with rows in `unfrozen_parameters`",
-        r"`precompute_ref_log_probs: True`.*by rounding only",
+        r"`precompute_ref_log_probs: true`.*by rounding only",
         note="pairs without these tokens have steps of 0 while the reference is live",
         precompute_ref_log_probs=True,
         unfrozen_parameters=["model.embed_tokens.weight$[5:9]"],

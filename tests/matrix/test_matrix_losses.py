@@ -124,7 +124,7 @@ WRONG = [
     Cell(
         "`dpo_use_weighting: true`, `dpo_loss_type: [sigmoid, sft]`",
         {"dpo_use_weighting": True, "dpo_loss_type": ["sigmoid", "sft"]},
-        r"`dpo_use_weighting: True`.*mean over tokens",
+        r"`dpo_use_weighting: true`.*mean over tokens",
         note="`sft` is a mean over tokens: a pair has no share that could be weighted",
     ),
     Cell(

@@ -94,7 +94,7 @@ def test_a_model_trains_padded_and_packed_alike(cell, recipe, tmp_path):
             tiny.train(tmp_path, {**keys, **packing})
         packing = {"sample_packing": "auto"}
     packed = matrix.assert_cell(cell, tmp_path, {**keys, **packing})
-    assert packed.rows.packs != bool(cell.unpackable)
+    assert packed.batcher.layout.packs != bool(cell.unpackable)
     for a, b in zip(tiny.logs(padded), tiny.logs(packed), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a["kl/beta"] == b["kl/beta"]

@@ -46,7 +46,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.training_args import OptimizerNames
 
 from axolotl_edpo import plugin
-from axolotl_edpo.config.validate import WITHOUT_EFFECT
+from axolotl_edpo.config.rules import WITHOUT_EFFECT
+from axolotl_edpo.errors import quote
 from axolotl_edpo.upstream import default_fsdp_version
 
 TITLE = "Training options"
@@ -707,7 +708,7 @@ def shows_order(run: Any) -> None:
 
 def shows_counts(run: Any) -> None:
     seen = run.trainer.state.num_input_tokens_seen
-    assert seen >= run.trainer._total_train_tokens > 0
+    assert seen >= run.trainer.records.metrics.tokens > 0
 
 
 def shows_card(run: Any) -> None:
@@ -745,8 +746,14 @@ def shows_collection(run: Any) -> None:
 def shows_cache(folder: str, head: bool) -> Callable[[Any], None]:
     def shows(run: Any) -> None:
         trainer = run.trainer
-        assert trainer.store.folder.parent.name == folder and trainer.store.names()
-        assert trainer.ref_model is None and (trainer._kept_head is not None) == head
+        assert (
+            trainer.reference.cache.folder.parent.name == folder
+            and trainer.reference.cache.names()
+        )
+        assert (
+            trainer.ref_model is None
+            and (trainer.reference.kept_head is not None) == head
+        )
 
     return shows
 
@@ -1179,7 +1186,7 @@ def refused(
     missing: str = "",
     **keys,
 ) -> Cell:
-    message = f"`{key}: {value}` does not work with `rl: edpo`: "
+    message = f"{quote(key, value)} does not work with `rl: edpo`: "
     message = re.escape(message) + "(remove it|set `|use a text model)"
     keys[key] = value
     return Cell(name or f"`{key}`", keys, message, note=note, missing=missing)
@@ -1255,7 +1262,7 @@ HARMLESS = [
 
 @matrix.cells(HARMLESS)
 def test_what_does_nothing_is_said_in_one_line(cell, recipe, tmp_path, caplog):
-    line = f"{cell.name[:-1]}: True` has no effect beside `rl`: "
+    line = f"{cell.name[:-1]}: true` has no effect beside `rl`: "
     cfg = tiny.load_config(tmp_path, recipe(**cell.keys, eval_steps=2))
     assert len([r for r in caplog.records if r.message.startswith(line)]) == 1
     assert cfg.rl == "dpo" and cfg.trainer_cls == plugin.TRAINER
@@ -1268,7 +1275,7 @@ def test_what_would_do_nothing_is_refused(cell, recipe, tmp_path):
 
 def without_gpu(name: str, note: str, **keys) -> Cell:
     key = next(iter(keys))
-    message = rf"`{key}: {keys[key]}` needs a GPU: \w+"
+    message = rf"{quote(key, keys[key])} needs a GPU: \w+"
     return Cell(f"{name} without a GPU", keys, refused=message, note=note)
 
 

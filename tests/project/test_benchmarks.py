@@ -227,7 +227,7 @@ def test_a_run_reports_what_its_cache_took(recipe, tmp_path, capfd):
     assert shared.cache_seconds == shared.waited == 0
     assert cached.cache_seconds > 0 and filling.cache_seconds > 0
     waited = cached.waited * 3 * cached.step_seconds
-    assert 0 < waited <= trainer.waited * (1 + 1e-9)
+    assert 0 < waited <= trainer.reference.waited * (1 + 1e-9)
     head = trainer.model.lm_head.weight.nbytes
     assert cached.reference_bytes == head
     whole = sum(weight.nbytes for weight in trainer.model.parameters())
@@ -242,7 +242,7 @@ def test_a_run_reports_what_its_trace_took(recipe, tmp_path, capfd):
     keys = recipe(**train_step.CONTENDERS["traced"], max_steps=4)
     trainer = tiny.train(tmp_path, keys)
     run = train_step.reported(capfd.readouterr().out, resident=GIB)
-    assert 0 < run.trace_seconds == trainer.trace.seconds < run.seconds
+    assert 0 < run.trace_seconds == trainer.records.trace.seconds < run.seconds
     # 0.02 s of 4 steps of 2 s
     told = replace(RUN, trace_seconds=0.02).evidence()
     assert told.endswith("; the trace took 0.25% of the time")

@@ -20,7 +20,7 @@ import pytest
 import torch
 from helpers import ranks, tiny
 from helpers.engines import engine, series
-from helpers.killed_runs import SMALL_PIECE
+from helpers.killed_runs import SMALL_SHARD
 from safetensors.torch import load_file
 
 from axolotl_edpo.reference import precompute
@@ -29,7 +29,7 @@ from axolotl_edpo.reference.hidden_cache import (
     PARTIAL,
     SUFFIX,
     Damaged,
-    Store,
+    HiddenStateCache,
 )
 
 KILLS = 20
@@ -37,7 +37,7 @@ KILLS = 20
 COMMON = dict(micro_batch_size=2, adam_epsilon=1e-4, ddp_timeout=60)
 DECIDED = ("kl/beta", "kl/avg_steps", "kl/p_epsilon_steps", "kl/n_epsilon_steps")
 KILLED = "helpers.killed_runs."
-PLUGINS = ["axolotl_edpo.EDPOPlugin", "helpers.killed_runs.SmallPieces"]
+PLUGINS = ["axolotl_edpo.EDPOPlugin", "helpers.killed_runs.SmallShards"]
 IN_USE = r"ValueError: {}/\w+/\w+\.safetensors was damaged while it was in use"
 
 
@@ -89,10 +89,10 @@ def imported_once():
 
 
 @pytest.fixture(autouse=True, scope="module")
-def small_pieces():
-    """In this process; `killed_runs.SmallPieces` in others."""
+def small_shards():
+    """In this process; `killed_runs.SmallShards` in others."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(precompute, "PIECE_TOKENS", SMALL_PIECE)
+        patch.setattr(precompute, "SHARD_TOKENS", SMALL_SHARD)
         yield
 
 
@@ -111,7 +111,7 @@ def other(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """A pass of many pieces."""
+    """A pass of many shards."""
     return Cell(tmp_path_factory.mktemp("cells") / "many", 200)
 
 
@@ -121,18 +121,18 @@ def cache(few, tmp_path):
     return Path(shutil.copytree(few.whole, tmp_path / "cache"))
 
 
-def pieces(cache: Path) -> list[Path]:
-    """The pieces of a cache of one reference."""
+def shards(cache: Path) -> list[Path]:
+    """The shards of a cache of one reference."""
     return sorted(cache.glob(f"*/*{SUFFIX}"))
 
 
 def contents(cache: Path) -> dict[str, bytes]:
-    return {piece.name: piece.read_bytes() for piece in pieces(cache)}
+    return {shard.name: shard.read_bytes() for shard in shards(cache)}
 
 
 def stamps(cache: Path) -> dict[str, tuple[int, int]]:
     """What changes when a file is written again."""
-    found = {piece.name: piece.stat() for piece in pieces(cache)}
+    found = {shard.name: shard.stat() for shard in shards(cache)}
     return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found.items()}
 
 
@@ -141,13 +141,13 @@ def partials(cache: Path) -> list[Path]:
 
 
 def damages(cache: Path) -> dict[str, str]:
-    """What is wrong with each piece."""
-    (folder,) = {piece.parent for piece in pieces(cache)}
-    store, found = Store(cache, folder.name), {}
-    for name in store.names():
+    """What is wrong with each shard."""
+    (folder,) = {shard.parent for shard in shards(cache)}
+    opened, found = HiddenStateCache(cache, folder.name), {}
+    for name in opened.names():
         found[name] = ""
         try:
-            store.holds(name, Everything())
+            opened.holds(name, Everything())
         except Damaged as error:
             found[name] = str(error)
     return found
@@ -210,9 +210,9 @@ class Killed(NamedTuple):
 
 
 def kill(context, cache: Path, count: int, delay: float) -> None:
-    """When there are so many pieces, and a moment later."""
+    """When there are so many shards, and a moment later."""
     (process,) = context.processes
-    while process.is_alive() and len(pieces(cache)) < count:
+    while process.is_alive() and len(shards(cache)) < count:
         time.sleep(1e-3)
     time.sleep(delay)
     process.kill()
@@ -222,22 +222,22 @@ def kill(context, cache: Path, count: int, delay: float) -> None:
 
 @pytest.fixture(scope="module")
 def killed(many, tmp_path_factory):
-    """At random moments from its first piece on, till most are there."""
+    """At random moments from its first shard on, till most are there."""
     folder, rng, seen = tmp_path_factory.mktemp("killed"), random.Random(1), []
     cache, whole = folder / "cache", stamps(many.whole)
     first, *_, last = sorted(written for _, written in whole.values())
-    a_piece = (last - first) / 1e9 / len(whole)
+    a_shard = (last - first) / 1e9 / len(whole)
     for count in sorted(rng.sample(range(1, len(whole) * 4 // 5), KILLS)):
-        due = max(count, len(pieces(cache)) + 1)
-        kill(many.start(folder, cache), cache, due, 2 * rng.random() * a_piece)
+        due = max(count, len(shards(cache)) + 1)
+        kill(many.start(folder, cache), cache, due, 2 * rng.random() * a_shard)
         seen.append(stamps(cache))
-    torn = many.start(folder, cache, KILLED + "Dying", dies={"rank": 0, "piece": 3})
+    torn = many.start(folder, cache, KILLED + "Dying", dies={"rank": 0, "shard": 3})
     assert ended(torn) == [(-signal.SIGKILL, "")]
     seen.append(stamps(cache))
     return Killed(cache, seen)
 
 
-def test_a_killed_pass_leaves_whole_pieces(many, killed):
+def test_a_killed_pass_leaves_whole_shards(many, killed):
     whole = contents(many.whole)
     counts = [len(seen) for seen in killed.seen]
     hit = [count for count in counts if 0 < count < len(whole)]
@@ -266,54 +266,54 @@ def test_after_kills_a_run_goes_on_and_ends_as_without_a_cache(many, killed, tmp
 # --- bytes ------------------------------------------------------------------------
 
 
-def _flip(rng: random.Random, piece: Path, end: int | None = None) -> set[str]:
+def _flip(rng: random.Random, shard: Path, end: int | None = None) -> set[str]:
     """One to eight bytes, anywhere or up to there."""
-    data = bytearray(piece.read_bytes())
+    data = bytearray(shard.read_bytes())
     for place in rng.sample(range(end or len(data)), rng.randint(1, 8)):
         data[place] ^= rng.randint(1, 255)
-    piece.write_bytes(data)
-    return {piece.name}
+    shard.write_bytes(data)
+    return {shard.name}
 
 
 def any_bytes(rng, cache, foreign):
-    return _flip(rng, rng.choice(pieces(cache)))
+    return _flip(rng, rng.choice(shards(cache)))
 
 
 def header(rng, cache, foreign):
-    piece = rng.choice(pieces(cache))
-    return _flip(rng, piece, header_end(piece.read_bytes()))
+    shard = rng.choice(shards(cache))
+    return _flip(rng, shard, header_end(shard.read_bytes()))
 
 
-def header_end(piece: bytes) -> int:
+def header_end(shard: bytes) -> int:
     """Of a safetensors file: 8 bytes of length, then JSON."""
-    return 8 + int.from_bytes(piece[:8], "little")
+    return 8 + int.from_bytes(shard[:8], "little")
 
 
-def every_piece(rng, cache, foreign):
-    return set().union(*(_flip(rng, piece) for piece in pieces(cache)))
+def every_shard(rng, cache, foreign):
+    return set().union(*(_flip(rng, shard) for shard in shards(cache)))
 
 
 def truncated(rng, cache, foreign):
-    piece = rng.choice(pieces(cache))
-    os.truncate(piece, rng.randrange(piece.stat().st_size))
-    return {piece.name}
+    shard = rng.choice(shards(cache))
+    os.truncate(shard, rng.randrange(shard.stat().st_size))
+    return {shard.name}
 
 
 def emptied(rng, cache, foreign):
-    piece = rng.choice(pieces(cache))
-    os.truncate(piece, 0)
-    return {piece.name}
+    shard = rng.choice(shards(cache))
+    os.truncate(shard, 0)
+    return {shard.name}
 
 
 def appended(rng, cache, foreign):
-    piece = rng.choice(pieces(cache))
-    piece.write_bytes(piece.read_bytes() + rng.randbytes(rng.randint(1, 99)))
-    return {piece.name}
+    shard = rng.choice(shards(cache))
+    shard.write_bytes(shard.read_bytes() + rng.randbytes(rng.randint(1, 99)))
+    return {shard.name}
 
 
 def swapped(rng, cache, foreign):
-    """A piece says itself which pairs it holds: nothing is lost."""
-    one, another = rng.sample(pieces(cache), 2)
+    """A shard says itself which pairs it holds: nothing is lost."""
+    one, another = rng.sample(shards(cache), 2)
     between = one.rename(one.with_suffix(".between"))
     another.rename(one)
     between.rename(another)
@@ -322,22 +322,22 @@ def swapped(rng, cache, foreign):
 
 def another_models(rng, cache, foreign):
     """Of the same pairs."""
-    piece = rng.choice(pieces(cache))
-    shutil.copy(next(foreign.glob(f"*/{piece.name}")), piece)
-    return {piece.name}
+    shard = rng.choice(shards(cache))
+    shutil.copy(next(foreign.glob(f"*/{shard.name}")), shard)
+    return {shard.name}
 
 
 def another_models_beside(rng, cache, foreign):
-    folder = pieces(cache)[0].parent
+    folder = shards(cache)[0].parent
     copied = folder / f"{rng.randbytes(16).hex()}{SUFFIX}"
-    shutil.copy(rng.choice(pieces(foreign)), copied)
+    shutil.copy(rng.choice(shards(foreign)), copied)
     return {copied.name}
 
 
 DAMAGES = {
     any_bytes: 18,
     header: 14,
-    every_piece: 2,
+    every_shard: 2,
     truncated: 4,
     emptied: 2,
     appended: 4,
@@ -351,7 +351,7 @@ DAMAGES = {
     ("damage", "seed"),
     [(damage, seed) for damage, count in DAMAGES.items() for seed in range(count)],
 )
-def test_a_damaged_piece_is_named_and_computed_anew(
+def test_a_damaged_shard_is_named_and_computed_anew(
     few, other, cache, tmp_path, caplog, damage, seed
 ):
     """It alone, to the last bit; and the run ends as without a cache."""
@@ -463,7 +463,7 @@ def test_a_whole_cache_may_be_on_a_disk_that_cannot_be_written(
     few, cache, disk, tmp_path
 ):
     """Nor what a killed run left there be removed."""
-    left = pieces(cache)[0].with_suffix(PARTIAL)
+    left = shards(cache)[0].with_suffix(PARTIAL)
     left.touch()
     os.utime(left, (0, 0))
     shared = disk(f"--bind {cache}")
@@ -474,7 +474,7 @@ def test_a_whole_cache_may_be_on_a_disk_that_cannot_be_written(
 def test_a_damaged_cache_on_a_disk_that_cannot_be_written_is_refused(
     few, cache, disk, tmp_path
 ):
-    os.truncate(pieces(cache)[0], 100)
+    os.truncate(shards(cache)[0], 100)
     shared = disk(f"--bind {cache}")
     disk("-o remount,bind,ro")
     message = r"cannot be used \(\[Errno 30\] Read-only.* with `edpo_reference_cache`"
@@ -510,23 +510,26 @@ def test_two_runs_build_one_cache_at_once(many, tmp_path, caplog):
     assert "computing" not in caplog.text and stamps(cache) == before
 
 
-def test_a_piece_that_another_run_repaired_meanwhile_is_kept(
+def test_a_shard_that_another_run_repaired_meanwhile_is_kept(
     few, cache, tmp_path, monkeypatch
 ):
     """To look at a large cache takes minutes: what was found then may be past."""
-    piece, look = pieces(cache)[0], Store.holds
-    whole = piece.read_bytes()
-    os.truncate(piece, 100)
+    shard, look = shards(cache)[0], HiddenStateCache.holds
+    whole = shard.read_bytes()
+    os.truncate(shard, 100)
 
-    def and_then_it_is_repaired(store: Store, *asked) -> bool:
+    def kept(*_) -> None:
+        pytest.fail("it is whole")
+
+    def and_then_it_is_repaired(opened: HiddenStateCache, *asked) -> bool:
         try:
-            return look(store, *asked)
+            return look(opened, *asked)
         finally:
-            repaired = piece.with_suffix(".repaired")
+            repaired = shard.with_suffix(".repaired")
             repaired.write_bytes(whole)
-            repaired.replace(piece)
+            repaired.replace(shard)
 
-    monkeypatch.setattr(Store, "holds", and_then_it_is_repaired)
-    monkeypatch.setattr(Store, "discard", lambda *_: pytest.fail("it is whole"))
+    monkeypatch.setattr(HiddenStateCache, "holds", and_then_it_is_repaired)
+    monkeypatch.setattr(HiddenStateCache, "discard", kept)
     assert_same_run(few.train(tmp_path / "run", cache), few.clean)
     assert contents(cache) == contents(few.whole)

@@ -14,9 +14,9 @@ from helpers.weights import weights
 from safetensors.torch import load_file
 from trl.trainer.callbacks import SyncRefModelCallback
 
+from axolotl_edpo.data.pair_id import pair_digest
 from axolotl_edpo.plugin import PLUGIN
-from axolotl_edpo.reference.precompute import pair_digest
-from axolotl_edpo.training.margin_filter import PairMargins, gumbel
+from axolotl_edpo.training.margin_filter import MarginFilter, gumbel
 
 FIXED = dict(edpo_control="fixed", edpo_epsilon=None)
 MARGIN = dict(edpo_control="batch_margin", edpo_epsilon=None)
@@ -221,13 +221,13 @@ def test_after_a_hard_update_margins_and_their_average_are_0_alike(train):
 
 
 def test_the_look_at_a_step_leaves_no_masks_behind(train, monkeypatch):
-    left, begin = [], PairMargins._begin
+    left, begin = [], MarginFilter._begin
 
-    def watched(self, batches, margins):
-        left.append(sum(len(batch["segments"].cache.made) for batch in batches))
-        begin(self, batches, margins)
+    def watched(self, batches, margins, step):
+        left.append(sum(len(batch["segments"].cache.entries) for batch in batches))
+        begin(self, batches, margins, step)
 
-    monkeypatch.setattr(PairMargins, "_begin", watched)
+    monkeypatch.setattr(MarginFilter, "_begin", watched)
     train(**MARGIN, max_steps=3, **CUTS["dealt"])
     assert left == [0, 0, 0]
 

@@ -9,13 +9,14 @@ import torch
 from helpers import oracle, tiny
 from transformers import AutoConfig
 
-from axolotl_edpo.data.packing import (
+from axolotl_edpo.data.completions import (
     chosen_minus_rejected,
     select_completions,
     sum_per_sequence,
 )
-from axolotl_edpo.losses import edpo as loss
-from axolotl_edpo.models.forward import completion_hidden, head_of
+from axolotl_edpo.losses import edpo
+from axolotl_edpo.models.forward import completion_hidden
+from axolotl_edpo.models.lm_head_reader import head_of
 from axolotl_edpo.ops.token_stats import token_stats
 
 EPSILON, PAIRS, VOCAB = 0.01, 240, 500
@@ -97,7 +98,7 @@ def train_step(policy, reference, optimizer, ids, attention, mask) -> None:
     )
     ratios = stats.policy_logp - stats.reference_logp
     margins = chosen_minus_rejected(sum_per_sequence(ratios, selection.lengths))
-    loss.preference_loss(margins, torch.full_like(margins, 0.1)).mean().backward()
+    edpo.preference_loss(margins, torch.full_like(margins, 0.1)).mean().backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -129,7 +130,7 @@ def steps_of_logits(h, r, selection) -> torch.Tensor:
 
     z1 = z(h)
     plus, minus = ((1 + s) * h - s * r for s in (EPSILON, -EPSILON))
-    return loss.steps(z(plus) - z1, z(minus) - z1)
+    return edpo.steps(z(plus) - z1, z(minus) - z1)
 
 
 def our_steps(hidden, heads, selection) -> torch.Tensor:
@@ -139,7 +140,7 @@ def our_steps(hidden, heads, selection) -> torch.Tensor:
         chosen_minus_rejected(sum_per_sequence(x, selection.lengths))
         for x in (stats.plus, stats.minus)
     )
-    return loss.steps(plus, minus)
+    return edpo.steps(plus, minus)
 
 
 def test_decisions_equal_the_float64_oracle(distances):

@@ -22,9 +22,9 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from axolotl_edpo import trainer as trainer_module
-from axolotl_edpo.data.packing import each_tensor
+from axolotl_edpo.data.layout import each_tensor
 from axolotl_edpo.ops.token_stats import TokenStats
+from axolotl_edpo.training import scoring, step_counts
 
 CUDA = torch.device("cuda:0")
 
@@ -56,11 +56,13 @@ class Copies(TorchDispatchMode):
         return out
 
 
-def stats(own, hidden, head, reference_head, y, epsilon, collision) -> TokenStats:
+def stats(
+    policy, reference, head, reference_head, y, epsilon, sum_sq_probs
+) -> TokenStats:
     """Of the shapes of the head op, from the hidden states."""
-    value = (own - hidden).sum(dim=1).float()
+    value = (policy - reference).sum(dim=1).float()
     fields = {name: value for name in TokenStats._fields}
-    return TokenStats(**{**fields, "hit": value > 0})
+    return TokenStats(**{**fields, "is_top1": value > 0})
 
 
 def put_on(mode: FakeTensorMode, model: torch.nn.Module) -> None:
@@ -88,6 +90,7 @@ def step(recipe, tmp_path, monkeypatch):
     def walk(**keys) -> tuple[list[Counter], list[tuple[int, ...]], int]:
         trainer = tiny.build(tmp_path, recipe(**keys))
         trainer.state.max_steps = 1
+        trainer.prepare(trainer.model)
         source = iter(trainer.get_train_dataloader())
         mode, counted, summed, pins = FakeTensorMode(), [], [], []
 
@@ -96,19 +99,21 @@ def step(recipe, tmp_path, monkeypatch):
             return tensor
 
         with monkeypatch.context() as patched:
-            patched.setattr(type(trainer.args), "device", CUDA)
+            patched.setattr(trainer.batcher, "device", CUDA)
             patched.setattr(torch.cuda, "device", lambda _: nullcontext())
             patched.setattr(torch.Tensor, "pin_memory", pin)
             batches, held = trainer.get_batch_samples(source, 2, torch.device("cpu"))
 
-        def summed_up(values: torch.Tensor) -> torch.Tensor:
+        def summed_up(accelerator, values: torch.Tensor) -> torch.Tensor:
             summed.append(tuple(values.shape))
             with unset_fake_temporarily():
                 return torch.zeros(values.shape, dtype=values.dtype)
 
-        monkeypatch.setattr(trainer, "_sum_over_ranks", summed_up)
-        monkeypatch.setattr(trainer_module, "token_stats", stats)
+        monkeypatch.setattr(step_counts, "sum_over_ranks", summed_up)
+        monkeypatch.setattr(scoring, "token_stats", stats)
         monkeypatch.setattr(type(trainer.args), "device", CUDA)
+        trainer.batcher.device = CUDA
+        trainer.model.train()
         for model in filter(None, (trainer.model, trainer.ref_model)):
             put_on(mode, model)
         held = mode.from_tensor(held)

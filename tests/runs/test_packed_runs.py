@@ -8,9 +8,10 @@ from helpers import tiny
 from helpers.tiny import LORA, NF4
 from helpers.weights import assert_same_weights
 
-from axolotl_edpo.data.packing import chosen_minus_rejected, sum_per_sequence
-from axolotl_edpo.models.packing_support import RowSettings
+from axolotl_edpo.data.completions import chosen_minus_rejected, sum_per_sequence
+from axolotl_edpo.data.layout import LayoutSettings
 from axolotl_edpo.trainer import EDPOTrainer
+from axolotl_edpo.training.records import StepRecords
 
 MODES = {
     "padding-free": {"dpo_padding_free": True, "edpo_prefix_sharing": False},
@@ -45,15 +46,16 @@ class Watched:
 @pytest.fixture
 def watch(tmp_path, monkeypatch):
     """Trains a recipe; keeps log-probabilities, Δ± and steps of every pair."""
-    judge, seen, steps, rows = EDPOTrainer._judge, {}, {}, []
+    seen, steps, rows = {}, {}, []
+    add = StepRecords.add
 
-    def watched(self, stats, completions):
-        pairs = judge(self, stats, completions)
-        if not self.model.training:
-            return pairs
-        tokens = completions.targets.split(completions.lengths.tolist())
+    def watched(self, mode, step, batch, stats, pairs, router_loss):
+        add(self, mode, step, batch, stats, pairs, router_loss)
+        if mode == "eval":
+            return
+        tokens = batch["targets"].split(batch["lengths"].tolist())
         sums = [
-            sum_per_sequence(values.detach(), completions.lengths)
+            sum_per_sequence(values.detach(), batch["lengths"])
             for values in (stats.policy_logp, stats.plus, stats.minus)
         ]
         deltas = [chosen_minus_rejected(values).tolist() for values in sums[1:]]
@@ -61,13 +63,12 @@ def watch(tmp_path, monkeypatch):
         rows.append(count)
         for i in range(count):
             answers = tuple(tokens[i].tolist()), tuple(tokens[count + i].tolist())
-            key = (self.state.global_step, *answers)
+            key = (step - 1, *answers)
             logps = [sums[0][i].item(), sums[0][count + i].item()]
             seen[key] = [*logps, deltas[0][i], deltas[1][i]]
             steps[key] = pairs.steps[i].item()
-        return pairs
 
-    monkeypatch.setattr(EDPOTrainer, "_judge", watched)
+    monkeypatch.setattr(StepRecords, "add", watched)
 
     def train(keys):
         for store in (seen, steps, rows):
@@ -255,7 +256,7 @@ def test_evaluation_packs_as_asked_and_says_the_same(
     common = dict(max_steps=2, eval_steps=1, test_datasets=tiny.dataset(parts["eval"]))
     padded = tiny.train(tmp_path, recipe(**common))
     trainer = tiny.train(tmp_path, recipe(**common, **keys))
-    laid = trainer.collators["eval"](list(trainer.eval_dataset)[:4])
+    laid = trainer.batcher.collators["eval"](list(trainer.eval_dataset)[:4])
     assert len(laid["input_ids"]) == rows
     for own, other in zip(evaluations(trainer), evaluations(padded), strict=True):
         for name in other:
@@ -265,7 +266,7 @@ def test_evaluation_packs_as_asked_and_says_the_same(
 def test_trl_does_not_say_that_padding_free_is_off(recipe, tmp_path, caplog):
     trainer = tiny.train(tmp_path, recipe(dpo_padding_free=True, max_steps=1))
     assert "padding_free=True" not in caplog.text
-    assert trainer.rows.packs and not trainer.rows.deals
+    assert trainer.batcher.layout.packs and not trainer.batcher.layout.balances
 
 
 def test_dealing_evens_out_the_tokens_of_micro_batches(recipe, tmp_path):
@@ -305,7 +306,7 @@ def test_under_auto_it_runs_padded_with_one_line_saying_so(
     trainer = tiny.train(tmp_path, recipe(**keys, attn_implementation=None))
     (line,) = messages(caplog, "batches are padded")
     assert line.startswith("`sample_packing: auto`: batches are padded, as it has")
-    assert trainer.rows == RowSettings(shares=False)
+    assert trainer.batcher.layout == LayoutSettings(shares=False)
     assert tiny.logs(trainer)[-1]["kl/policy_ref"] > 0
 
 
@@ -319,10 +320,10 @@ def test_an_attention_without_boundaries_is_refused(recipe, tmp_path, monkeypatc
 
     deaf.packs = True
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", deaf)
-    with pytest.raises(ValueError, match="sample_packing: true.*change each other"):
+    with pytest.raises(ValueError, match="sample_packing: true.*sequences in one row"):
         tiny.train(tmp_path, recipe(sample_packing=True))
     caught = tiny.train(tmp_path, recipe(sample_packing="auto", max_steps=1))
-    assert caught.rows == RowSettings(shares=False)
+    assert caught.batcher.layout == LayoutSettings(shares=False)
 
 
 def test_plain_dpo_is_the_same_to_the_bit_after_a_packed_run(recipe, tmp_path):

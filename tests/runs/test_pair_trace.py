@@ -1,4 +1,4 @@
-"""trace.py: what every pair did is in Parquet files, whole, once, and cheap to note."""
+"""pair_trace.py: what every pair did is in Parquet files, whole, once."""
 
 from functools import partial
 
@@ -8,7 +8,7 @@ from helpers import tiny
 from helpers.killed_runs import train_until_killed
 from helpers.tiny import CACHED, LORA
 
-from axolotl_edpo.training.callbacks import PairRun
+from axolotl_edpo.trainer import EDPOTrainer
 
 TRACED = {"edpo_log_pairs": 1}
 
@@ -52,8 +52,8 @@ def test_means_of_the_trace_are_what_is_logged(recipe, tmp_path, keys):
 def test_a_pair_is_named_once_with_its_text_and_lengths(recipe, tmp_path):
     trainer = tiny.train(tmp_path, recipe(num_epochs=2, **TRACED))
     rows = trace(tmp_path / "out")
-    told = rows[rows["prompt"].notna()]
-    assert len(told) == 40 and set(told["global_step"]) == {1, 2, 3, 4, 5}
+    with_text = rows[rows["prompt"].notna()]
+    assert len(with_text) == 40 and set(with_text["global_step"]) == {1, 2, 3, 4, 5}
     decode = partial(trainer.processing_class.decode, skip_special_tokens=True)
     expected = {
         (
@@ -68,8 +68,8 @@ def test_a_pair_is_named_once_with_its_text_and_lengths(recipe, tmp_path):
     }
     names = ["prompt", "chosen", "rejected"]
     names += [f"{name}_tokens" for name in names]
-    assert {*told[names].itertuples(index=False, name=None)} == expected
-    assert all(prompt.startswith("[user]") for prompt in told["prompt"])
+    assert {*with_text[names].itertuples(index=False, name=None)} == expected
+    assert all(prompt.startswith("[user]") for prompt in with_text["prompt"])
 
 
 def test_every_third_step_is_every_third_step(recipe, tmp_path):
@@ -165,8 +165,8 @@ def stops(monkeypatch):
             raise KeyboardInterrupt
         return get(self, norm, **kwargs)
 
-    get = PairRun._get_grad_norm
-    monkeypatch.setattr(PairRun, "_get_grad_norm", stop)
+    get = EDPOTrainer._get_grad_norm
+    monkeypatch.setattr(EDPOTrainer, "_get_grad_norm", stop)
 
 
 @pytest.mark.usefixtures("stops")

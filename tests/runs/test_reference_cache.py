@@ -15,10 +15,9 @@ from helpers.weights import assert_same_weights
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from axolotl_edpo.reference import fingerprint as identity
-from axolotl_edpo.reference import precompute
-from axolotl_edpo.reference import provider as reference
-from axolotl_edpo.reference.provider import PairReference
+from axolotl_edpo.reference import cacheable, fingerprint, precompute, provider
+from axolotl_edpo.reference.cached_read import CachedRead
+from axolotl_edpo.trainer import EDPOTrainer
 
 PACKED = {"sample_packing": True}
 # float32 around NF4: equal to the last digits; with bf16 only as far as that rounds
@@ -99,7 +98,7 @@ class Runs:
         )
         return cached
 
-    def pieces(self) -> dict[Path, int]:
+    def shards(self) -> dict[Path, int]:
         """The files of the cache, and when they were written."""
         return {
             path: path.stat().st_mtime_ns for path in self.cache.rglob("*.safetensors")
@@ -176,7 +175,7 @@ def test_a_resumed_run_goes_on(runs, adapter, cache):
     keys = dict(save_strategy="steps", save_steps=4, **adapter, **CACHED)
     whole = runs("whole", **keys)
     if cache == "lost":
-        for path in runs.pieces():
+        for path in runs.shards():
             path.unlink()
     checkpoint = runs.folder / "whole" / "out" / "checkpoint-4"
     resumed = runs("resumed", **keys, resume_from_checkpoint=str(checkpoint))
@@ -190,7 +189,7 @@ def test_a_resumed_run_goes_on(runs, adapter, cache):
 def test_sweeps_pay_once(runs):
     """β, ε, learning rate, rows, engine, seed and adapter are none of its business."""
     runs("first", max_steps=1, **CACHED)
-    pieces = runs.pieces()
+    shards = runs.shards()
     for number, keys in enumerate(
         (
             {"beta": 0.5, "edpo_epsilon": 0.1, "learning_rate": 1e-4},
@@ -200,15 +199,15 @@ def test_sweeps_pay_once(runs):
         )
     ):
         runs(f"run{number}", max_steps=1, **keys, **CACHED)
-    assert runs.pieces() == pieces and len(pieces) == 1
+    assert runs.shards() == shards and len(shards) == 1
 
 
 def test_rows_share_an_attention_that_packing_gives_another_name(runs):
     keys = dict(attn_implementation="eager", max_steps=1, **CACHED)
     runs("padded", **keys)
-    pieces = runs.pieces()
+    shards = runs.shards()
     runs("packed", **keys, **PACKED)
-    assert runs.pieces() == pieces and len(pieces) == 1
+    assert runs.shards() == shards and len(shards) == 1
 
 
 def test_evaluation_finds_the_cache_of_the_training(runs, parts):
@@ -219,19 +218,19 @@ def test_evaluation_finds_the_cache_of_the_training(runs, parts):
     (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
     keys = dict(model=folder, test_datasets=tiny.dataset(parts["eval"]), **CACHED)
     runs("first", max_steps=1, **keys)
-    pieces = runs.pieces()
+    shards = runs.shards()
     runs.evaluate(**keys)
-    assert runs.pieces() == pieces and len(pieces) == 1
+    assert runs.shards() == shards and len(shards) == 1
 
 
 def test_only_pairs_that_are_new_are_computed(runs, parts, tmp_path):
     runs("first", max_steps=1, **CACHED)
-    before = runs.pieces()
+    before = runs.shards()
     more = tmp_path / "more.jsonl"
     more.write_text(parts["pairs"].read_text() + parts["eval"].read_text())
     trainer = runs("more", max_steps=1, pairs=more, **CACHED)
     assert len(trainer.train_dataset) == 50
-    after = runs.pieces()
+    after = runs.shards()
     assert before.items() <= after.items() and len(after) == 2
     (new,) = after.keys() - before.keys()
     assert pairs_in(new) == 10
@@ -262,14 +261,14 @@ def nudged(folder: Path) -> Path:
 @pytest.mark.parametrize("what", OTHERS)
 def test_another_reference_has_a_cache_of_its_own(runs, tmp_path, what):
     runs("first", max_steps=1, **CACHED)
-    before = runs.pieces()
+    before = runs.shards()
     runs("second", max_steps=1, **CACHED, **OTHERS[what](tmp_path / "other"))
-    after = runs.pieces()
+    after = runs.shards()
     assert before.items() <= after.items() and len(after) == 2
     assert len({path.parent for path in after}) == 2
 
 
-@pytest.mark.parametrize("key", identity.COMPUTE_KEYS)
+@pytest.mark.parametrize("key", fingerprint.COMPUTE_KEYS)
 def test_the_precision_of_products_is_part_of_it(parts, recipe, tmp_path, key):
     """They want a GPU, or a head that cannot be read: here only named."""
     cfg = tiny.load_config(tmp_path, recipe(**CACHED))
@@ -277,8 +276,8 @@ def test_the_precision_of_products_is_part_of_it(parts, recipe, tmp_path, key):
 
     def named(value) -> str:
         cfg[key] = value
-        more = precompute.CacheSettings.of(cfg).more
-        return identity.identity_of(lm, lm, torch.zeros(1, 32), **more)
+        parts = precompute.CacheSettings.from_config(cfg).fingerprint_parts
+        return fingerprint.fingerprint_of(lm, lm, torch.zeros(1, 32), **parts)
 
     assert named(True) == named(True) != named(None)
 
@@ -293,7 +292,7 @@ def test_an_adapter_that_counts_more_is_another_reference(runs):
     written = json.loads(config.read_text())
     config.write_text(json.dumps(written | {"lora_alpha": written["lora_alpha"] + 1}))
     runs("second", **keys)
-    assert len({path.parent for path in runs.pieces()}) == len(runs.pieces()) == 2
+    assert len({path.parent for path in runs.shards()}) == len(runs.shards()) == 2
 
 
 CODE = """
@@ -314,7 +313,7 @@ def test_a_model_that_brings_its_code_is_another_with_other_code(runs, parts):
         own = {"AutoModelForCausalLM": f"modeling_own{number}.OwnForCausalLM"}
         (folder / "config.json").write_text(json.dumps(config | {"auto_map": own}))
     named = [
-        identity._remote_code(
+        fingerprint.remote_code(
             tiny.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
         )
         for folder in folders
@@ -327,7 +326,7 @@ def test_another_tokenizer_or_template_makes_other_pairs(runs):
     template = tiny.CHAT_TEMPLATE.replace("[{{ m['role'] }}]", "<{{ m['role'] }}>")
     keys = dict(chat_template="jinja", chat_template_jinja=template)
     runs("second", max_steps=1, **CACHED, **keys)
-    assert [*map(pairs_in, runs.pieces())] == [40, 40]
+    assert [*map(pairs_in, runs.shards())] == [40, 40]
 
 
 def test_a_cache_of_something_else_is_refused(runs, monkeypatch):
@@ -335,8 +334,8 @@ def test_a_cache_of_something_else_is_refused(runs, monkeypatch):
     runs("first", max_steps=1, **CACHED)
     other = tiny.save_model(runs.folder / "other", initializer_range=0.15, rope_theta=9)
     keys = dict(model=other, max_steps=1, **CACHED)
-    monkeypatch.setattr(reference, "identity_of", lambda *_, **__: folder)
-    folder = next(iter(runs.pieces())).parent.name
+    monkeypatch.setattr(provider, "fingerprint_of", lambda *_, **__: folder)
+    folder = next(iter(runs.shards())).parent.name
     with pytest.raises(ValueError, match=r"are \d+% away .* remove the folder"):
         runs("second", **keys)
 
@@ -355,7 +354,7 @@ def test_a_pair_of_no_data_set_is_refused(runs):
 
 def test_a_head_that_cannot_be_read_has_no_cache(runs):
     dora = LORA | {"lora_target_modules": ["q_proj", "lm_head"], "peft_use_dora": True}
-    with pytest.raises(ValueError, match="`precompute_ref_log_probs: True`.*head"):
+    with pytest.raises(ValueError, match="`precompute_ref_log_probs: true`.*head"):
         runs("first", **dora, **CACHED)
 
 
@@ -376,24 +375,35 @@ def test_positions_may_depend_on_other_pairs_in_some_layers():
     config = tiny.AutoConfig.for_model(
         "gemma3_text", rope_parameters=kinds, max_position_embeddings=64
     )
-    reference.require_cacheable(config, True, max_length=64)
+    cacheable.require_cacheable(config, True, max_length=64)
     with pytest.raises(ValueError, match="`sequence_len` up to 64"):
-        reference.require_cacheable(config, True, max_length=65)
+        cacheable.require_cacheable(config, True, max_length=65)
 
 
 # --- what it saves -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", [{}, LORA], ids=["full", "lora"])
-def test_the_reference_runs_once_per_pair_and_never_again(runs, monkeypatch, adapter):
-    counts = []
-    live = PairReference._live_reference
+@pytest.mark.parametrize(
+    ("adapter", "kind"),
+    [({}, provider.ModelReference), (LORA, provider.AdapterReference)],
+    ids=["full", "lora"],
+)
+def test_the_reference_runs_once_per_pair_and_never_again(
+    runs, monkeypatch, adapter, kind
+):
+    counts, states = [], []
+    run, begin = kind.run, EDPOTrainer.prepare
 
-    def counted(self, model, inputs, completions):
-        counts.append((self.state.global_step, len(inputs["lengths"]) // 2))
-        return live(self, model, inputs, completions)
+    def prepared(self, model):
+        states.append(self.state)
+        begin(self, model)
 
-    monkeypatch.setattr(PairReference, "_live_reference", counted)
+    def counted(self, policy, batch):
+        counts.append((states[-1].global_step, len(batch["lengths"]) // 2))
+        return run(self, policy, batch)
+
+    monkeypatch.setattr(EDPOTrainer, "prepare", prepared)
+    monkeypatch.setattr(kind, "run", counted)
     runs("first", **adapter, **CACHED)
     assert {step for step, _ in counts} == {0}
     assert sum(pairs for _, pairs in counts) == 1 + 40  # one that is looked at
@@ -404,19 +414,19 @@ def test_the_reference_runs_once_per_pair_and_never_again(runs, monkeypatch, ada
 
 def test_a_reference_model_is_freed_but_for_its_head(runs, parts, monkeypatch):
     found = {}
-    let_go = PairReference._let_go
+    release = provider.ModelReference.release
 
-    def watched(self, policy):
-        lm = self._own_reference()
+    def watched(self, keeps_head):
+        lm = self.model
         found["body"] = weakref.ref(lm.model.layers[0].mlp.up_proj.weight)
         found["head"] = weakref.ref(lm.lm_head.weight)
         del lm
-        let_go(self, policy)
+        return release(self, keeps_head)
 
-    monkeypatch.setattr(PairReference, "_let_go", watched)
+    monkeypatch.setattr(provider.ModelReference, "release", watched)
     trainer = runs("first", max_steps=2, **CACHED)
     gc.collect()
-    kept = trainer._kept_head.weight
+    kept = trainer.reference.kept_head.weight
     assert found["body"]() is None
     assert found["head"]() is None  # a part of a mapped file, which would stay
     first = load_file(parts["model"] / "model.safetensors")
@@ -425,13 +435,13 @@ def test_a_reference_model_is_freed_but_for_its_head(runs, parts, monkeypatch):
         "second", unfrozen_parameters=["model.layers.1."], **CACHED, max_steps=2
     )
     gc.collect()
-    assert found["head"]() is None and frozen._kept_head is None
+    assert found["head"]() is None and frozen.reference.kept_head is None
 
 
-def test_readings_follow_each_other_and_only_two_are_in_memory(runs, monkeypatch):
+def test_reads_follow_each_other_and_only_two_are_in_memory(runs, monkeypatch):
     """The next is begun when one is used: training waits for the first at most."""
     begun, used_up = [], []
-    start, result = reference.Reading.start, reference.Reading.result
+    start, given = CachedRead.start, CachedRead.given
     ahead = []
 
     def started(self):
@@ -439,14 +449,14 @@ def test_readings_follow_each_other_and_only_two_are_in_memory(runs, monkeypatch
             begun.append(self)
         start(self)
 
-    def taken(self, like):
-        found = result(self, like)
+    def taken(self, policy):
+        hidden = given(self, policy)
         used_up.append(self)
         ahead.append(len(begun) - len(used_up))
-        return found
+        return hidden
 
-    monkeypatch.setattr(reference.Reading, "start", started)
-    monkeypatch.setattr(reference.Reading, "result", taken)
+    monkeypatch.setattr(CachedRead, "start", started)
+    monkeypatch.setattr(CachedRead, "given", taken)
     trainer = runs(
         "first",
         micro_batch_size=2,
@@ -456,4 +466,4 @@ def test_readings_follow_each_other_and_only_two_are_in_memory(runs, monkeypatch
     )
     assert begun == used_up and len(begun) == 2 * 4  # not in the first step
     assert ahead == [1, 1, 1, 0] * 2
-    assert 0 < trainer.waited < 1
+    assert 0 < trainer.reference.waited < 1

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from axolotl_edpo.losses.beta_controller import ControllerSettings
 from axolotl_edpo.trainer import EDPOTrainer
+from axolotl_edpo.training.settings import EDPOSettings
 
 RUN = DATA / "reference_run"
 RUNS = sorted(path.stem for path in RUN.glob("*_eps*.json"))
@@ -55,8 +56,10 @@ def train(
         ),
         processing_class=reference_tokenizer(),
         callbacks=callbacks,
-        settings=ControllerSettings(
-            expected["beta"], expected["epsilon"], expected["beta_mean"]
+        settings=EDPOSettings(
+            ControllerSettings(
+                expected["beta"], expected["epsilon"], expected["beta_mean"]
+            )
         ),
     )
     assert [

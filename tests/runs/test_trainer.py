@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from axolotl_edpo.losses.beta_controller import EpsilonController
+from axolotl_edpo.training.finite_checks import Diverged
 
 
 @pytest.mark.parametrize(
@@ -201,7 +203,7 @@ def test_a_reference_that_follows_the_policy_is_in_the_checkpoints(recipe, tmp_p
 def test_padding_to_a_multiple_changes_the_batch_and_nothing_else(recipe, tmp_path):
     plain = tiny.train(tmp_path, recipe(max_steps=2))
     padded = tiny.train(tmp_path, recipe(max_steps=2, pad_to_multiple_of=64))
-    batch = padded.collators["train"]([padded.train_dataset[0]])
+    batch = padded.batcher.collators["train"]([padded.train_dataset[0]])
     assert batch["input_ids"].shape[1] % 64 == 0
     for a, b in zip(tiny.logs(plain), tiny.logs(padded), strict=True):
         assert a["logps/chosen"] == pytest.approx(b["logps/chosen"], abs=1e-3)
@@ -359,3 +361,12 @@ def test_micro_batches_do_not_collect_garbage(recipe, tmp_path, monkeypatch):
     assert count(4) == count(2)
     flushes = "training_step" in vars(AxolotlDPOTrainer)
     assert count(4, **tiny.DPO) == count(2, **tiny.DPO) + 2 * 2 * flushes
+
+
+def test_a_gradient_that_overflows_is_left_to_the_scaler_of_fp16(recipe, tmp_path):
+    trainer = tiny.train(tmp_path, recipe(max_steps=1))
+    overflow = torch.tensor(math.inf)
+    with pytest.raises(Diverged, match="the gradient is not finite in step 2"):
+        trainer._get_grad_norm(trainer.model, grad_norm=overflow)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    assert trainer._get_grad_norm(trainer.model, grad_norm=overflow) == overflow

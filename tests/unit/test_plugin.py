@@ -1,5 +1,6 @@
 """plugin.py through axolotl's own config loading."""
 
+import os
 import subprocess
 import sys
 
@@ -83,7 +84,7 @@ def test_a_command_line_beta_that_disagrees_names_both(recipe, tmp_path):
         ({"rl": "dpo"}, "`edpo_epsilon: 0.05` has no effect with `rl: dpo`"),
         ({"rl": None}, "`edpo_epsilon: 0.05` has no effect"),
         ({"trainer_cls": "my.Trainer"}, "`trainer_cls: my.Trainer`.*remove it"),
-        ({"edpo_prefix_sharing": True}, "`edpo_prefix_sharing: True`"),
+        ({"edpo_prefix_sharing": True}, "`edpo_prefix_sharing: true`"),
     ],
 )
 def test_a_wrong_recipe_stops_before_a_model_is_loaded(recipe, tmp_path, keys, message):
@@ -235,3 +236,15 @@ def test_the_lowered_recipe_is_plain_yaml(recipe):
     lowered = DictDefault(recipe())
     EDPOPlugin().register(lowered)
     assert yaml.safe_load(yaml.safe_dump(lowered.to_dict()))["trainer_cls"] == TRAINER
+
+
+def test_the_plugin_imports_nothing_that_draws():
+    script = "import sys, axolotl_edpo.plugin; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert "axolotl_edpo.plugin" in done.stdout
+    assert not {"matplotlib", "axolotl_edpo.report"} & {*done.stdout.split()}

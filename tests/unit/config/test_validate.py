@@ -1,4 +1,4 @@
-"""recipe.py: every bad recipe is one line with key, value and remedy."""
+"""validate.py: every bad recipe is one line with key, value and remedy."""
 
 import pytest
 
@@ -13,13 +13,13 @@ WRONG = [
     ({"edpo_epsilon": 0}, r"`edpo_epsilon: 0`.*greater than 0"),
     ({"edpo_epsilon": -0.1}, r"`edpo_epsilon: -0.1`"),
     ({"edpo_epsilon": "small"}, r"`edpo_epsilon: small`.*number"),
-    ({"edpo_epsilon": True}, r"`edpo_epsilon: True`.*number"),
-    ({"edpo_epsilon": float("nan")}, r"`edpo_epsilon: nan`"),
+    ({"edpo_epsilon": True}, r"`edpo_epsilon: true`.*number"),
+    ({"edpo_epsilon": float("nan")}, r"`edpo_epsilon: \.nan`"),
     ({"edpo_epsilonn": 0.1}, r"`edpo_epsilonn: 0.1`.*did you mean `edpo_epsilon`"),
     ({"edpo_mean": "harmonic"}, r"did you mean `edpo_beta_mean`"),
     ({"edpo_beta_mean": "geometric"}, r"`edpo_beta_mean: geometric`.*'arithmetic'"),
     ({"beta": 0}, r"`beta: 0`.*greater than 0"),
-    ({"beta": float("inf")}, r"`beta: inf`"),
+    ({"beta": float("inf")}, r"`beta: \.inf`"),
     ({"rl_beta": -1}, r"`rl_beta: -1`.*greater than 0"),
     ({"trl": {"beta": "x"}}, r"`trl.beta: x`"),
     ({"beta": 0.1, "rl_beta": 0.2}, r"`beta: 0.1` and `rl_beta: 0.2`.*keep one"),
@@ -28,20 +28,20 @@ WRONG = [
     ({"eval_sample_packing": "auto"}, r"`eval_sample_packing: auto`"),
     (
         {"sample_packing": True, "edpo_sample_packing": "auto"},
-        r"`sample_packing: True` and `edpo_sample_packing: auto`.*disagree",
+        r"`sample_packing: true` and `edpo_sample_packing: auto`.*disagree",
     ),
     ({"edpo_prefix_sharing": "on"}, r"`edpo_prefix_sharing: on`.*true, false or auto"),
-    ({"edpo_prefix_sharing": True}, r"`edpo_prefix_sharing: True`.*dpo_padding_free"),
+    ({"edpo_prefix_sharing": True}, r"`edpo_prefix_sharing: true`.*dpo_padding_free"),
     (
         {"precompute_ref_log_probs": True, "trl": {"sync_ref_model": True}},
-        r"`precompute_ref_log_probs: True`.*`trl.sync_ref_model`",
+        r"`precompute_ref_log_probs: true`.*`trl.sync_ref_model`",
     ),
     (
         {
             "precompute_ref_log_probs": True,
             "unfrozen_parameters": ["lm_head", "model.embed_tokens.weight$[5:9]"],
         },
-        r"`precompute_ref_log_probs: True`.*`unfrozen_parameters: .*\$\[5:9\]`",
+        r"`precompute_ref_log_probs: true`.*`unfrozen_parameters: .*\$\[5:9\]`",
     ),
     ({"precompute_ref_log_probs": "yes, please"}, r"true or false"),
     (
@@ -50,13 +50,13 @@ WRONG = [
     ),
     (
         {"precompute_ref_log_probs": True, "edpo_reference_cache": __file__},
-        r"`edpo_reference_cache: .*test_recipe.py`.*this is a file",
+        r"`edpo_reference_cache: .*test_validate.py`.*this is a file",
     ),
     (
         {"precompute_ref_log_probs": True, "edpo_reference_cache": 3},
         r"`edpo_reference_cache: 3`.*string",
     ),
-    ({"reference_free": True}, r"`reference_free: True`"),
+    ({"reference_free": True}, r"`reference_free: true`"),
     ({"edpo_control": "free"}, r"`edpo_control: free`.*'epsilon', 'fixed'"),
     (
         {"edpo_control": "fixed", "edpo_epsilon": 0.1},
@@ -84,8 +84,16 @@ WRONG = [
         },
         r"`edpo_margin_keep: 0.8`.*`sft`",
     ),
+    (
+        {
+            "edpo_control": "batch_margin",
+            "edpo_margin_keep": "8e-1",  # which YAML reads as a string
+            "dpo_loss_type": ["sigmoid", "sft"],
+        },
+        r"`edpo_margin_keep: 8e-1`.*`sft`",
+    ),
     ({"edpo_log_pairs": 0}, r"`edpo_log_pairs: 0`.*greater than 0"),
-    ({"edpo_log_pairs": True}, r"`edpo_log_pairs: True`"),
+    ({"edpo_log_pairs": True}, r"`edpo_log_pairs: true`"),
     ({"dpo_label_smoothing": 0.5}, r"`dpo_label_smoothing: 0.5`.*below 0.5"),
     ({"fsdp": ["full_shard"]}, "`fsdp: .*`fsdp_version: 2`"),
     ({"context_parallel": {"size": 2}}, "`context_parallel.size: 2`.*set 1: .* whole"),
@@ -93,9 +101,9 @@ WRONG = [
     ({"context_parallel": 2}, "`context_parallel: 2`: lines with keys"),
     ({"expert_parallel_size": 2}, "`expert_parallel_size: 2`.*set `.*: 1`: .*experts"),
     ({"dpo_ld_alpha": 2}, "`dpo_ld_alpha: 2`.*less than or equal to 1"),
-    ({"use_dft": True}, "`use_dft: True`.*supervised training only"),
-    ({"use_eaft": True}, "`use_eaft: True`.*supervised training only"),
-    ({"balance_labels": True}, "`balance_labels: True`.*supervised training only"),
+    ({"use_dft": True}, "`use_dft: true`.*supervised training only"),
+    ({"use_eaft": True}, "`use_eaft: true`.*supervised training only"),
+    ({"balance_labels": True}, "`balance_labels: true`.*supervised training only"),
     ({"diffusion_lm": {"gamma": 1.0}}, "`diffusion_lm: .*log-probability"),
     (
         {"datasets": [{"path": "a", "weight": 0.5}]},
@@ -112,7 +120,7 @@ WRONG = [
             "adapter": "lora",
             "lora_modules_to_save": ["lm_head"],
         },
-        r"`lora_modules_to_save: \['lm_head'\]`.*deepspeed.*FSDP2",
+        r"`lora_modules_to_save: \[lm_head\]`.*deepspeed.*FSDP2",
     ),
     (
         {"use_ray": True, "ray_num_workers": 4},
@@ -120,16 +128,19 @@ WRONG = [
     ),
     (
         {"accelerator_config": {"dispatch_batches": True}},
-        "`accelerator_config.dispatch_batches: True`.*remove it",
+        "`accelerator_config.dispatch_batches: true`.*remove it",
     ),
     ({"neftune_noise_alpha": 5.0}, r"`neftune_noise_alpha: 5.0`.*noise.*reference"),
-    ({"relora": True}, r"`relora: True`.*remove it.*supervised training only"),
+    ({"relora": True}, r"`relora: true`.*remove it.*supervised training only"),
     ({"orpo_alpha": 0.1}, r"`orpo_alpha: 0.1`.*take it for `beta`"),
     ({"peft_init_lora_weights": "pissa"}, r"`peft_init_lora_weights: pissa`"),
-    ({"peft": {"loftq_config": {"loftq_bits": 4}}}, r"`peft.loftq_config: set`"),
+    (
+        {"peft": {"loftq_config": {"loftq_bits": 4}}},
+        r"`peft.loftq_config: \{loftq_bits: 4\}`",
+    ),
     (
         {"trl": {"sync_ref_model": True}, "adapter": "lora"},
-        r"`trl.sync_ref_model: True`.*without its adapter",
+        r"`trl.sync_ref_model: true`.*without its adapter",
     ),
     (
         {"trl": {"sync_ref_model": True, "ref_model_mixup_alpha": 0}},
@@ -167,42 +178,42 @@ WRONG = [
     ),
     (
         {"datasets": [{**CHAT, "field_chosen": "yes"}], "test_datasets": [CHAT]},
-        "`test_datasets: field_chosen: None`.*of `datasets:` at its place",
+        "`test_datasets: field_chosen: null`.*of `datasets:` at its place",
     ),
     ({"trl": "x"}, "`trl: x`: lines with keys"),
-    ({"qat": True}, "`qat: True`: lines with keys"),
+    ({"qat": True}, "`qat: true`: lines with keys"),
     ({"trl": {"ref_model_sync_steps": "often"}}, "`trl.ref_model_sync_steps: often`"),
     ({"context_parallel_size": "2"}, "`context_parallel_size: 2`"),
     ({"tensor_parallel_size": "auto"}, "`tensor_parallel_size: auto`.*integer"),
     ({"dpo_loss_weights": 1.0}, "`dpo_loss_weights: 1.0`.*list"),
-    ({"dpo_loss_type": [["sigmoid"]]}, r"`dpo_loss_type: \['sigmoid'\]`.*string"),
+    ({"dpo_loss_type": [["sigmoid"]]}, r"`dpo_loss_type: \[sigmoid\]`.*string"),
     ({"dpo_label_smoothing": "abc"}, "`dpo_label_smoothing: abc`.*number"),
     ({"fsdp_version": "v2", "fsdp_config": {"a": 1}}, "`fsdp_version: v2`.*integer"),
     ({"val_set_size": 4}, "`val_set_size: 4`.*less than 1"),
     (
         {"datasets": [{**CHAT, "roles": ["user"]}]},
-        r"`datasets: roles: \['user'\]`.*ignored",
+        r"`datasets: roles: \[user\]`.*ignored",
     ),
     ({"tensor_parallel_size": 2}, r"`tensor_parallel_size: 2`"),
     ({"context_parallel_size": 2}, r"`context_parallel_size: 2`"),
     ({"lora_model_dir": "a"}, r"`lora_model_dir: a`.*adapter: lora"),
     (
         {"lora_model_dir": "a", "adapter": "lora", "rl_adapter_ref_model": True},
-        r"`rl_adapter_ref_model: True`.*own start",
+        r"`rl_adapter_ref_model: true`.*own start",
     ),
     (
         {"lora_mlp_kernel": True},
-        r"`lora_mlp_kernel: True`.*remove it: .*"
+        r"`lora_mlp_kernel: true`.*remove it: .*"
         + ("not been tested" if patches_adapters_late() else "adds later"),
     ),
-    ({"relora": True}, r"`relora: True`.*supervised training only"),
+    ({"relora": True}, r"`relora: true`.*supervised training only"),
     ({"adapter": "llama-adapter"}, r"`adapter: llama-adapter`.*`adapter: lora`"),
-    ({"adapter": "lora", "load_in_4bit": True}, r"`load_in_4bit: True`.*qlora"),
+    ({"adapter": "lora", "load_in_4bit": True}, r"`load_in_4bit: true`.*qlora"),
     (
         {"adapter": "lora", "unfrozen_parameters": ["lm_head"]},
-        r"`unfrozen_parameters: \['lm_head'\]`.*`lora_modules_to_save`",
+        r"`unfrozen_parameters: \[lm_head\]`.*`lora_modules_to_save`",
     ),
-    ({"peft_autocast_adapter_dtype": False}, r"`peft_autocast_adapter_dtype: False`"),
+    ({"peft_autocast_adapter_dtype": False}, r"`peft_autocast_adapter_dtype: false`"),
     (
         {"qat": {"fake_quant_after_n_steps": 5}},
         r"`qat.fake_quant_after_n_steps: 5`.*reference",

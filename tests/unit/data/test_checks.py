@@ -1,11 +1,11 @@
-"""pairs.py: columns are counted as rows would be."""
+"""checks.py: pairs without an answer, and pairs of two equal answers, are counted."""
 
 import random
 
 import pytest
 from datasets import Dataset
 
-from axolotl_edpo.data.checks import check_tokens, long_pairs
+from axolotl_edpo.data.checks import check_tokens
 
 PAIRS = [
     {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9], "rejected_ids": [10]},
@@ -28,12 +28,6 @@ def pairs(count: int, empty: int = 0) -> list[dict]:
     for row in rng.sample(rows, empty):
         row["rejected_ids"] = []
     return rows
-
-
-def test_long_pairs_are_those_of_which_a_sequence_is_cut():
-    data = Dataset.from_list(PAIRS)
-    assert [long_pairs(data, n) for n in (6, 5, 4, 2, 1)] == [0, 1, 2, 2, 3]
-    assert long_pairs(data.filter(lambda row: len(row["prompt_ids"]) < 4), 4) == 1
 
 
 def test_pairs_of_one_answer_are_counted(caplog):

@@ -7,7 +7,8 @@ import torch
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from axolotl_edpo.data.collator import PairCollator, pairs_in
-from axolotl_edpo.data.packing import Segments, completions_of
+from axolotl_edpo.data.completions import completions_of
+from axolotl_edpo.data.packing import Segments
 
 PAIRS = [
     {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9], "rejected_ids": [10]},
@@ -60,9 +61,9 @@ def test_a_start_cut_off_differently_is_not_shared():
     assert batch["segments"] == Segments((1, 2, 2), (3, 2), ((0, 1), (0, 2)))
 
 
-def test_dealing_keeps_every_pair_and_spreads_the_tokens():
+def test_balancing_keeps_every_pair_and_spreads_the_tokens():
     collator = PairCollator(pad_token_id=0, packs=True, shares=True)
-    batches = collator.deal([PAIRS[:2], PAIRS[2:]])
+    batches = collator.balance([PAIRS[:2], PAIRS[2:]])
     # rows of 6, 3 and 7 tokens: 7 against 6 + 3
     assert [batch["input_ids"].numel() for batch in batches] == [7, 9]
     assert [pairs_in(batch) for batch in batches] == [1, 2]
@@ -77,9 +78,9 @@ def test_without_pairs_there_is_a_row_that_scores_nothing(packs):
     assert blank["input_ids"].numel() > 0
     assert completions_of(blank).positions.shape == (0,)
     assert pairs_in(blank) == blank["num_tokens"] == blank["chosen_tokens"] == 0
-    dealt = collator.deal([PAIRS[:1], [], []])
-    assert [pairs_in(batch) for batch in dealt] == [1, 0, 0]
-    assert [pairs_in(batch) for batch in collator.deal([[], []])] == [0, 0]
+    balanced = collator.balance([PAIRS[:1], [], []])
+    assert [pairs_in(batch) for batch in balanced] == [1, 0, 0]
+    assert [pairs_in(batch) for batch in collator.balance([[], []])] == [0, 0]
 
 
 def some_pairs(count: int) -> list[dict]:
@@ -108,7 +109,7 @@ def cut(collator: PairCollator, pair: dict) -> list[list[tuple[int, bool]]]:
 
 
 def obvious(collator: PairCollator, pairs: list[dict]) -> dict:
-    """A row, token by token: as in the story of batch.py."""
+    """A row, token by token: as at the top of packing.py."""
     row, seen, scored = [], [], ([], [])
     for both in (cut(collator, pair) for pair in pairs):
         shared = 0
@@ -181,9 +182,9 @@ def test_rows_are_those_that_are_laid_token_by_token(shares, truncation, multipl
     pairs = some_pairs(60)
     assert_laid(collator, collator(pairs), pairs)
     step = [pairs[:25], pairs[25:28], pairs[28:]]
-    dealt = collator.deal(step)
-    assert sum(pairs_in(batch) for batch in dealt) == 60
-    rows = [batch["copies"].count_nonzero().item() for batch in dealt]
+    balanced = collator.balance(step)
+    assert sum(pairs_in(batch) for batch in balanced) == 60
+    rows = [batch["copies"].count_nonzero().item() for batch in balanced]
     assert max(rows) - min(rows) <= 12
-    for batch in dealt:
+    for batch in balanced:
         assert_laid(collator, batch, batch["examples"].pairs)

@@ -1,52 +1,9 @@
-"""batch.py on a batch small enough to read."""
+"""packing.py on a batch small enough to read."""
 
+import pytest
 import torch
 
-from axolotl_edpo.data.packing import (
-    Segments,
-    chosen_minus_rejected,
-    deal,
-    pack,
-    select_completions,
-    sum_per_sequence,
-)
-
-
-def test_only_positions_that_predict_a_completion_token_are_scored():
-    ids = torch.tensor([[5, 6, 7, 8, 2], [5, 6, 9, 2, 2]])
-    mask = torch.tensor([[0, 0, 1, 1, 0], [0, 0, 1, 0, 0]])
-    positions, targets, lengths = select_completions(ids, mask)
-    assert positions.tolist() == [1, 2, 6]  # row 1 begins at 5
-    assert targets.tolist() == [7, 8, 9]
-    assert lengths.tolist() == [2, 1]
-
-
-def test_a_completion_token_without_a_position_before_it_is_left_out():
-    ids = torch.tensor([[5, 6]])
-    positions, targets, lengths = select_completions(ids, torch.ones(1, 2))
-    assert (positions.tolist(), targets.tolist(), lengths.tolist()) == ([0], [6], [1])
-
-
-def test_sums_follow_the_sequences_and_an_empty_one_is_zero():
-    values = torch.tensor([1.0, 2.0, 4.0], requires_grad=True)
-    sums = sum_per_sequence(values, torch.tensor([2, 0, 1]))
-    assert sums.tolist() == [3.0, 0.0, 4.0]
-    (sums * torch.tensor([1.0, 5.0, 7.0])).sum().backward()
-    assert values.grad.tolist() == [1.0, 1.0, 7.0]
-
-
-def test_no_completion_at_all_gives_differentiable_zeros():
-    values = torch.zeros(0, requires_grad=True)
-    sums = sum_per_sequence(values, torch.tensor([0, 0]))
-    assert sums.tolist() == [0.0, 0.0]
-    sums.sum().backward()
-    assert values.grad.shape == (0,)
-
-
-def test_all_chosen_come_before_all_rejected():
-    values = torch.tensor([10.0, 20.0, 1.0, 2.0])
-    assert chosen_minus_rejected(values).tolist() == [9.0, 18.0]
-
+from axolotl_edpo.data.packing import Segments, balance_by_tokens, pack
 
 PADDED = {  # two pairs: (5 6 | 7 8) against (5 6 | 9), and (4 | 3) against (4 | 3 2)
     "input_ids": torch.tensor([[5, 6, 7, 8], [4, 3, 0, 0], [5, 6, 9, 0], [4, 3, 2, 0]]),
@@ -104,10 +61,10 @@ def test_equal_answers_leave_the_second_branch_empty():
     assert row["lengths"].tolist() == [2, 2]
 
 
-def test_dealing_puts_the_longest_first_into_the_emptiest():
-    assert deal([7, 1, 5, 4, 3, 2], 2) == [[0, 1, 4], [2, 3, 5]]
-    assert deal([9, 1, 1], 3) == [[0], [1], [2]]
-    assert deal([2, 2], 1) == [[0, 1]]
+def test_the_longest_item_goes_first_into_the_emptiest_bin():
+    assert balance_by_tokens([7, 1, 5, 4, 3, 2], 2) == [[0, 1, 4], [2, 3, 5]]
+    assert balance_by_tokens([9, 1, 1], 3) == [[0], [1], [2]]
+    assert balance_by_tokens([2, 2], 1) == [[0, 1]]
 
 
 def test_every_bin_gets_an_item_and_every_item_a_bin():
@@ -115,6 +72,13 @@ def test_every_bin_gets_an_item_and_every_item_a_bin():
     for bins in range(1, 9):
         for count in range(bins, 40, 5):
             sizes = torch.randint(1, 2000, (count,), generator=generator).tolist()
-            dealt = deal(sizes, bins)
-            assert len(dealt) == bins and all(dealt)
-            assert sorted(sum(dealt, [])) == list(range(count))
+            balanced = balance_by_tokens(sizes, bins)
+            assert len(balanced) == bins and all(balanced)
+            assert sorted(sum(balanced, [])) == list(range(count))
+
+
+def test_no_attention_can_read_the_mask_of_a_packed_row():
+    mask = pack(PADDED, share=True)["attention_mask"]
+    assert mask.dim() == 4 and mask.numel() == 0
+    with pytest.raises(RuntimeError, match="must match"):
+        torch.zeros(1, 2, 8, 8) + mask

@@ -1,4 +1,4 @@
-"""controller.py: β moves once per optimizer step, as its control says."""
+"""beta_controller.py: β moves once per optimizer step, as its control says."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from axolotl_edpo.losses.beta_controller import (
     ControllerSettings,
     EpsilonController,
     MarginController,
-    controller_of,
+    make_controller,
 )
 
 
@@ -85,17 +85,21 @@ def test_other_settings_in_a_checkpoint_are_named():
 
 
 def margin_controller(**settings):
-    return controller_of(ControllerSettings(0.1, control="batch_margin", **settings))
+    return make_controller(ControllerSettings(0.1, control="batch_margin", **settings))
 
 
-def quiet(*margins):
-    """Margins without noise."""
-    return [(margin, 0.0) for margin in margins]
+def begin(c, margins, noise=None):
+    """Begins a step with margins of pairs; which of them it keeps."""
+    margins = torch.tensor(margins, dtype=torch.float64)
+    noise = torch.tensor(noise or [0.0] * len(margins), dtype=torch.float64)
+    kept = c.begin(margins, noise)
+    assert (kept.shape, kept.dtype) == (margins.shape, torch.bool)
+    return kept.tolist()
 
 
 def test_a_recipe_gets_the_controller_it_names():
     kinds = {
-        kind: type(controller_of(ControllerSettings(0.1, control=kind)))
+        kind: type(make_controller(ControllerSettings(0.1, control=kind)))
         for kind in ("epsilon", "fixed", "batch_margin")
     }
     assert kinds == {
@@ -106,7 +110,7 @@ def test_a_recipe_gets_the_controller_it_names():
 
 
 def test_a_fixed_beta_stays_whatever_pairs_and_checkpoints_say():
-    c = controller_of(ControllerSettings(0.1, control="fixed"))
+    c = make_controller(ControllerSettings(0.1, control="fixed"))
     c.observe(torch.tensor([1, 1]))
     advance(c)
     assert c.pair_betas(torch.tensor([1, 0, -1])).tolist() == pytest.approx([0.1] * 3)
@@ -120,7 +124,7 @@ def test_the_margins_of_three_steps_move_beta_as_worked_by_hand():
     c = margin_controller()
     betas, averages = [], []
     for margins in ([0.0, 0.0], [1.0, 3.0], [-4.0, 2.0]):
-        assert c.begin(quiet(*margins)) == [True, True]
+        assert begin(c, margins) == [True, True]
         betas.append(c.pair_betas(torch.tensor([0])).item())
         averages.append(c.metrics()["kl/margin_average"])
         advance(c)
@@ -133,9 +137,9 @@ def test_the_margins_of_three_steps_move_beta_as_worked_by_hand():
 
 def margins_after(c, *margins):
     """Begins a step with these; the step before had a margin of 0."""
-    c.begin(quiet(0.0, 0.0))
+    begin(c, [0.0, 0.0])
     advance(c)
-    return c.begin(quiet(*margins))
+    return begin(c, margins)
 
 
 def test_beta_of_a_batch_has_a_floor():
@@ -154,7 +158,7 @@ def test_beta_is_the_recipes_between_steps():
 
 def test_averages_begin_with_the_first_step():
     c = margin_controller()
-    c.begin(quiet(9.0, 11.0))  # as of a policy that was trained before
+    begin(c, [9.0, 11.0])  # as of a policy that was trained before
     assert c.beta == 0.1
     advance(c)
     assert (c.average, c.deviation) == (10.0, pytest.approx(2**0.5))
@@ -164,12 +168,12 @@ def test_a_reference_that_takes_over_a_share_of_the_policy_takes_it_of_the_avera
     c = margin_controller()
     c.reference_moved(0.5)
     assert c.average is None
-    c.begin(quiet(3.0, 5.0))
+    begin(c, [3.0, 5.0])
     advance(c)
     c.reference_moved(0.25)
     assert (c.average, c.deviation) == (3.0, pytest.approx(0.75 * 2**0.5))
     c.reference_moved(1.0)
-    c.begin(quiet(0.0, 0.0))
+    begin(c, [0.0, 0.0])
     assert c.beta == 0.1
 
 
@@ -191,7 +195,7 @@ def test_the_filter_draws_pairs_as_often_as_their_weights_say():
     rng = random.Random(0)
     draws = 4000
     near = sum(
-        c.begin([(x, -math.log(-math.log(rng.random()))) for x in (0.0, 1.0)])[0]
+        begin(c, [0.0, 1.0], [-math.log(-math.log(rng.random())) for _ in range(2)])[0]
         for _ in range(draws)
     )
     share = weights[0] / sum(weights)
@@ -200,19 +204,41 @@ def test_the_filter_draws_pairs_as_often_as_their_weights_say():
 
 def test_before_there_is_a_spread_the_filter_goes_by_noise_alone():
     c = margin_controller(margin_keep=0.5)
-    assert c.begin([(0.0, 1.0), (0.0, 2.0)]) == [False, True]
+    assert begin(c, [0.0, 0.0], [1.0, 2.0]) == [False, True]
 
 
 def test_the_order_of_pairs_does_not_matter_to_the_last_bit():
     rng = random.Random(1)
     pairs = [(rng.gauss(0, 3), rng.gauss(0, 1)) for _ in range(64)]
-    betas = set()
+    states = set()
     for _ in range(5):
         rng.shuffle(pairs)
         c = margin_controller(margin_keep=0.8)
-        kept = c.begin(pairs)
-        betas.add((c.beta, *sorted(p for p, k in zip(pairs, kept, strict=True) if k)))
-    assert len(betas) == 1
+        kept = begin(c, *map(list, zip(*pairs, strict=True)))
+        drawn = sorted(p for p, k in zip(pairs, kept, strict=True) if k)
+        beta = c.beta
+        advance(c)
+        states.add((beta, c.average, c.deviation, *drawn))
+    assert len(states) == 1
+
+
+def test_the_draw_is_what_sums_of_log_weights_and_noise_say_one_by_one():
+    """In Python's numbers; of pairs with equal sums, the first are kept."""
+    rng = random.Random(2)
+    margins = [rng.gauss(0, 3) for _ in range(20)] * 2
+    noise = [rng.gauss(0, 1) for _ in range(20)] * 2
+    c = margin_controller(margin_keep=0.5)
+    c.average, c.deviation = 1.0, 2.0
+    kept = begin(c, margins, noise)
+    advance(c)
+    sums = [
+        draw - ((margin - c.average) / c.deviation) ** 2 / 2
+        for margin, draw in zip(margins, noise, strict=True)
+    ]
+    best = sorted(range(40), key=lambda i: -sums[i])[:20]
+    assert [i for i in range(40) if kept[i]] == sorted(best)
+    odd = begin(margin_controller(margin_keep=0.5), [0.0] * 3, [1.0, 1.0, 1.0])
+    assert odd == [True, False, False]
 
 
 def test_a_skipped_step_and_a_step_without_pairs_leave_the_average():
@@ -220,7 +246,7 @@ def test_a_skipped_step_and_a_step_without_pairs_leave_the_average():
     margins_after(c, 5.0)
     c.discard()
     advance(c)
-    assert c.begin([]) == []
+    assert begin(c, []) == []
     advance(c)
     assert (c.average, c.beta) == (0.0, 0.1)
 

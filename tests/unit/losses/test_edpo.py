@@ -1,4 +1,4 @@
-"""loss.py against numbers worked by hand and the limits of Eq. 5 and 6."""
+"""edpo.py against numbers worked by hand and the limits of Eq. 5 and 6."""
 
 import math
 

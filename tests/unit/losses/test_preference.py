@@ -1,14 +1,13 @@
-"""loss_types.py: what TRL cannot be asked, as it knows one β for all pairs."""
+"""preference.py: what TRL cannot be asked, as it knows one β for all pairs."""
 
 import math
 
 import pytest
 import torch
 
-from axolotl_edpo.data.packing import Completions
-from axolotl_edpo.losses.preference import LOSSES, Answers, LossSettings, wpo_weights
+from axolotl_edpo.losses.preference import LOSSES, Answers, PreferenceLoss, wpo_weights
 from axolotl_edpo.ops.token_stats import TokenStats
-from axolotl_edpo.training.margin_filter import margins_of
+from axolotl_edpo.training.pair_outcomes import margins as margins_of
 
 ANSWERS = Answers(
     chosen=torch.tensor([1.5, -0.5, 0.2]),
@@ -19,8 +18,8 @@ ANSWERS = Answers(
 )
 
 
-def settings(name: str) -> LossSettings:
-    return LossSettings((name,), label_smoothing=0.1 if name == "exo_pair" else 0.0)
+def settings(name: str) -> PreferenceLoss:
+    return PreferenceLoss((name,), label_smoothing=0.1 if name == "exo_pair" else 0.0)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -41,13 +40,13 @@ def test_the_beta_of_a_pair_changes_its_loss_and_no_other(name):
 def test_robust_is_unbiased_under_flipped_labels():
     """Its mean over labels flipped at rate α is the loss without flips."""
     flipped = ANSWERS._replace(chosen=ANSWERS.rejected, rejected=ANSWERS.chosen)
-    robust = LossSettings(("robust",), label_smoothing=0.2)
+    robust = PreferenceLoss(("robust",), label_smoothing=0.2)
     mean = 0.8 * robust.losses(ANSWERS) + 0.2 * robust.losses(flipped)
-    torch.testing.assert_close(mean, LossSettings().losses(ANSWERS))
+    torch.testing.assert_close(mean, PreferenceLoss().losses(ANSWERS))
 
 
 def test_several_losses_add_up_by_their_weights():
-    both = LossSettings(("sigmoid", "apo_zero"), (0.8, 0.2)).losses(ANSWERS)
+    both = PreferenceLoss(("sigmoid", "apo_zero"), (0.8, 0.2)).losses(ANSWERS)
     apart = [settings(name).losses(ANSWERS) for name in ("sigmoid", "apo_zero")]
     torch.testing.assert_close(both, 0.8 * apart[0] + 0.2 * apart[1])
 
@@ -66,20 +65,20 @@ VALUES = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
     ],
 )
 def test_tokens_beyond_the_shorter_answer_count_alpha(alpha, counted):
-    settings = LossSettings(ld_alpha=alpha)
-    assert settings.counted(VALUES, LENGTHS).tolist() == counted
+    settings = PreferenceLoss(ld_alpha=alpha)
+    assert settings.token_weighted(VALUES, LENGTHS).tolist() == counted
 
 
 def test_an_empty_answer_leaves_only_a_tail():
     lengths = torch.tensor([2, 0])
-    counted = LossSettings(ld_alpha=0.25).counted(VALUES[:2], lengths)
+    counted = PreferenceLoss(ld_alpha=0.25).token_weighted(VALUES[:2], lengths)
     assert counted.tolist() == [0.25, 0.5]
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.5])
 def test_an_ld_alpha_out_of_bounds_is_refused(alpha):
     with pytest.raises(ValueError, match=f"`dpo_ld_alpha: {alpha}`.*from 0 to 1"):
-        LossSettings(ld_alpha=alpha)
+        PreferenceLoss(ld_alpha=alpha)
 
 
 @pytest.mark.parametrize(("alpha", "margins"), [(1.0, [-9, -88]), (0.5, [-12, -56])])
@@ -88,8 +87,7 @@ def test_the_margins_of_beta_dpo_count_tokens_as_the_loss_does(alpha, margins):
     zeros = torch.zeros(7)
     stats = TokenStats(*[zeros] * len(TokenStats._fields))
     stats = stats._replace(policy_logp=VALUES - 100, reference_logp=zeros - 100)
-    completions = Completions(zeros, zeros, LENGTHS)
-    found = margins_of(stats, completions, LossSettings(ld_alpha=alpha))
+    found = margins_of(stats, LENGTHS, PreferenceLoss(ld_alpha=alpha))
     assert found.tolist() == margins
 
 

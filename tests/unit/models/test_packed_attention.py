@@ -1,26 +1,24 @@
-"""attention.py: a packed row gives each sequence what it gets when it is alone."""
+"""packed_attention.py: a packed row gives a sequence what it gets when it is alone."""
 
 import importlib
 
 import pytest
 import torch
 from helpers import tiny
-from helpers.attention import VOCAB, model, twin, varlen
+from helpers.attention import VOCAB, flash_varlen, packing_model, varlen_loop
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AutoConfig, LlamaConfig, MambaConfig
+from transformers import AttentionInterface, AutoConfig, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 import axolotl_edpo.models.packed_attention as under_test
-from axolotl_edpo.data.packing import completions_of, model_inputs, pack
+from axolotl_edpo.data.completions import completions_of
+from axolotl_edpo.data.layout import model_inputs
+from axolotl_edpo.data.packing import pack
 from axolotl_edpo.models.forward import completion_logits
-from axolotl_edpo.models.packed_attention import (
-    PackingError,
-    check_layers,
-    check_packing,
-    enable_packing,
-)
+from axolotl_edpo.models.packed_attention import PackingError, enable_packing
+from axolotl_edpo.models.packing_support import check_packing
 
 
 def padded(pairs: list[tuple[list[int], list[int], list[int]]]) -> dict:
@@ -79,10 +77,12 @@ WAYS += [(kind, "flash_varlen_oracle") for kind in MODELS if kind != "gemma2"]
 @pytest.mark.parametrize("share", [False, True], ids=["packed", "shared"])
 @pytest.mark.parametrize(("kind", "attention"), WAYS)
 def test_a_sequence_in_a_row_is_scored_as_if_it_were_alone(kind, attention, share):
-    lm = model(kind, attention, **MODELS[kind])
+    lm = packing_model(kind, attention, **MODELS[kind])
     found = logps(lm, padded(PAIRS), share)
     sequences = [(p, c) for p, c, _ in PAIRS] + [(p, r) for p, _, r in PAIRS]
-    plain = model(kind, "eager" if attention == "eager" else "sdpa", **MODELS[kind])
+    plain = packing_model(
+        kind, "eager" if attention == "eager" else "sdpa", **MODELS[kind]
+    )
     for own, (prompt, answer) in zip(found, sequences, strict=True):
         torch.testing.assert_close(
             own, alone(plain, prompt, answer), rtol=1e-5, atol=1e-5
@@ -92,10 +92,12 @@ def test_a_sequence_in_a_row_is_scored_as_if_it_were_alone(kind, attention, shar
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_flex_attention_scores_a_shared_row_alike(kind):
     """Forward only: FlexAttention has no backward on a CPU."""
-    lm = model(kind, "flex_attention", **MODELS[kind])
-    expected = logps(model(kind, "sdpa", **MODELS[kind]), padded(PAIRS), True)
+    lm = packing_model(kind, "flex_attention", **MODELS[kind])
+    expected = logps(packing_model(kind, "sdpa", **MODELS[kind]), padded(PAIRS), True)
     if kind == "gemma2":  # which sdpa leaves out
-        expected = logps(model(kind, "eager", **MODELS[kind]), padded(PAIRS), True)
+        expected = logps(
+            packing_model(kind, "eager", **MODELS[kind]), padded(PAIRS), True
+        )
     for own, other in zip(logps(lm, padded(PAIRS), True), expected, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
 
@@ -103,7 +105,7 @@ def test_flex_attention_scores_a_shared_row_alike(kind):
 @pytest.mark.parametrize("share", [False, True], ids=["packed", "shared"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_varlen_oracle"])
 def test_no_token_moves_a_sequence_that_it_is_not_in(attention, share):
-    lm = model("mistral", attention, sliding_window=5)
+    lm = packing_model("mistral", attention, sliding_window=5)
     before = logps(lm, padded(PAIRS), share)
     moved = 0
     for pair, parts in enumerate(PAIRS):
@@ -122,7 +124,7 @@ def test_no_token_moves_a_sequence_that_it_is_not_in(attention, share):
 
 
 def test_filling_up_to_a_multiple_moves_nothing():
-    lm = model()
+    lm = packing_model()
     plain = logps(lm, padded(PAIRS), True)
     filled = logps(lm, padded(PAIRS), True, multiple=64)
     for a, b in zip(plain, filled, strict=True):
@@ -146,42 +148,10 @@ def test_without_segments_the_attention_is_the_one_it_was_to_the_bit():
     assert "attn_implementation" not in packing.config.to_json_string()
 
 
-def test_a_row_taken_for_one_sequence_is_noticed(monkeypatch):
-    """What check_packing is for: an attention that ignores the segments."""
-    lm = model()
-    check_packing(lm, share=True)
-    AttentionInterface.register("deaf", causal)
-    lm.config._attn_implementation = "deaf"
-    for share in (True, False):
-        with pytest.raises(PackingError, match="change each other.*%"):
-            check_packing(lm, share)
-
-
-def causal(module, query, key, value, attention_mask, scaling=None, **_):
-    """Causal over the whole row."""
-    return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
-
-
-def test_layers_that_are_no_plain_attention_are_named():
-    mamba = AutoModelForCausalLM.from_config(
-        MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1)
-    )
-    with pytest.raises(PackingError, match="carry a state or a mask \\(linear_att"):
-        check_layers(type(mamba), mamba.config)
-    lm = model()
-    lm.config.layer_types = ["linear_attention", "full_attention"]
-    with pytest.raises(PackingError, match="linear_attention"):
-        check_layers(type(lm), lm.config)
-    lm.config.layer_types = None
-    lm.config.attention_chunk_size = 8
-    with pytest.raises(PackingError, match="no boundaries"):
-        check_layers(type(lm), lm.config)
-
-
 def test_an_attention_of_unknown_kind_is_refused():
-    AttentionInterface.register("some_other", varlen)
+    AttentionInterface.register("some_other", flash_varlen)
     with pytest.raises(PackingError, match="attn_implementation: some_other"):
-        model(attention="some_other")
+        packing_model(attention="some_other")
 
 
 # --- torch's varlen_attn ----------------------------------------------------------
@@ -235,9 +205,9 @@ VARLEN = {
 def test_one_varlen_call_per_layer_is_as_good_as_a_call_per_segment(
     kind, share, monkeypatch
 ):
-    lm = model(kind, **VARLEN[kind])
+    lm = packing_model(kind, **VARLEN[kind])
     expected = outcome(lm, padded(PAIRS), share)
-    calls = counted(monkeypatch, twin)
+    calls = counted(monkeypatch, varlen_loop)
     found = outcome(lm, padded(PAIRS), share)
     assert difference(found, expected) < 1e-5
     windows = {"llama": [None] * 2, "qwen3": [None] * 2, "mistral": [5, 5]}
@@ -252,7 +222,7 @@ def test_one_varlen_call_per_layer_is_as_good_as_a_call_per_segment(
 def test_varlen_attn_takes_these_arguments(window, monkeypatch):
     """torch's own function, on tensors without values: shapes, types and names."""
     calls = counted(monkeypatch, varlen_attn)
-    lm = model("mistral", sliding_window=window).to("meta", torch.bfloat16)
+    lm = packing_model("mistral", sliding_window=window).to("meta", torch.bfloat16)
     row = pack(padded(PAIRS), share=True)
     inputs = {
         name: value.to("meta") if isinstance(value, torch.Tensor) else value
@@ -266,12 +236,12 @@ def test_varlen_attn_takes_these_arguments(window, monkeypatch):
 
 def test_varlen_is_given_the_type_that_autocast_gives_sdpa(monkeypatch):
     """A rotated query is in float32 where norms are, and the value beside it is not."""
-    lm, row = model(), pack(padded(PAIRS), share=True)
+    lm, row = packing_model(), pack(padded(PAIRS), share=True)
     seen = []
 
     def spy(query, key, value, *arguments, **keywords):
         seen.append({query.dtype, key.dtype, value.dtype})
-        return twin(query, key, value, *arguments, **keywords)
+        return varlen_loop(query, key, value, *arguments, **keywords)
 
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = lm(**model_inputs(row), use_cache=False).logits
@@ -363,7 +333,7 @@ def test_varlen_does_not_serve_other_machines_or_another_sdpa(monkeypatch, amper
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
         assert not takes()
     with monkeypatch.context() as patch:  # as torchao's attention in FP8 does
-        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", twin)
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", varlen_loop)
         assert not takes()
 
 
@@ -384,13 +354,13 @@ def test_axolotls_varlen_for_sdpa_takes_no_row_apart(before, monkeypatch):
     In a shared row a second answer starts at the length of its prompt.
     """
     theirs = importlib.import_module("axolotl.monkeypatch.attention.sdpa_varlen")
-    mapping, plain = AttentionInterface._global_mapping, model()
+    mapping, plain = AttentionInterface._global_mapping, packing_model()
     first = mapping["sdpa"] if before else sdpa_attention_forward
     monkeypatch.setitem(mapping, "sdpa", first)
     assert theirs.patch_sdpa_varlen()
     try:
         assert not hasattr(mapping["sdpa"], "packs")
-        found = logps(model(), padded(PAIRS), True)
+        found = logps(packing_model(), padded(PAIRS), True)
         assert hasattr(mapping["sdpa"], "packs")
     finally:
         theirs.unpatch_sdpa_varlen()
@@ -414,7 +384,9 @@ def test_bands_of_a_long_segment_see_what_it_sees(kind, attention, monkeypatch):
         return torch.randint(3, VOCAB, (count,), generator=generator).tolist()
 
     batch = padded([(tokens(9), tokens(40), tokens(33)), (tokens(1), [5], tokens(4))])
-    lm = model(kind, attention, sliding_window=20 if kind == "mistral" else None)
+    lm = packing_model(
+        kind, attention, sliding_window=20 if kind == "mistral" else None
+    )
     expected = outcome(lm, batch, True)
     monkeypatch.setattr(under_test, "BAND", 10)
     found = outcome(lm, batch, True)
@@ -452,7 +424,7 @@ def test_on_a_gpu_a_row_is_scored_like_a_padded_batch(kind, attention, share):
 
 def on_gpu(kind: str, **config):
     sizes = {"hidden_size": 256, "head_dim": 64, "initializer_range": 0.05}
-    return model(kind, **sizes, **config).to("cuda", torch.bfloat16)
+    return packing_model(kind, **sizes, **config).to("cuda", torch.bfloat16)
 
 
 def operations(lm, batch: dict) -> tuple[list[torch.Tensor], str]:

@@ -1,69 +1,33 @@
-"""rows.py: what a model can do of what a recipe wants."""
-
-from types import SimpleNamespace
+"""packing_support.py: what a model can do of what a recipe asks for."""
 
 import pytest
 import torch
-from helpers.attention import model, varlen
-from transformers import AttentionInterface
+from helpers.attention import VOCAB, flash_varlen, packing_model
+from transformers import AttentionInterface, MambaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from axolotl_edpo.models.packed_attention import PackingError
-from axolotl_edpo.models.packing_support import RowSettings, prepare, tried
-
-
-def recipe(**keys) -> SimpleNamespace:
-    base = dict(
-        dpo_padding_free=None,
-        edpo_sample_packing=False,
-        edpo_eval_sample_packing=None,
-        edpo_prefix_sharing="auto",
-    )
-    return SimpleNamespace(**{**base, **keys})
-
-
-@pytest.mark.parametrize(
-    ("keys", "packs", "deals", "eval_packs"),
-    [
-        ({}, False, False, False),
-        ({"dpo_padding_free": True}, True, False, True),
-        ({"edpo_sample_packing": True}, True, True, True),
-        ({"edpo_sample_packing": "auto"}, True, True, True),
-        (
-            {"edpo_sample_packing": True, "edpo_eval_sample_packing": False},
-            True,
-            True,
-            False,
-        ),
-        ({"edpo_eval_sample_packing": True}, False, False, True),
-        (
-            {"dpo_padding_free": True, "edpo_eval_sample_packing": False},
-            True,
-            False,
-            False,
-        ),
-    ],
-    ids=str,
+from axolotl_edpo.data.layout import LayoutSettings
+from axolotl_edpo.models.packing_support import (
+    PackingError,
+    check_layers,
+    check_packing,
+    prepare_models,
+    refusal,
+    resolve_layout,
 )
-def test_a_recipe_says_how_training_and_evaluation_lay_rows(
-    keys, packs, deals, eval_packs
-):
-    settings = RowSettings.of(recipe(**keys))
-    found = settings.packs, settings.deals, settings.eval_packs
-    assert found == (packs, deals, eval_packs)
-    assert settings.may_pad == ("auto" in keys.values())
 
 
-def settled(wanted: RowSettings, lm) -> RowSettings:
-    return tried(prepare(wanted, [lm]), lm)
+def settled(wanted: LayoutSettings, lm) -> LayoutSettings:
+    return resolve_layout(prepare_models(wanted, [lm]), lm)
 
 
 def test_sharing_is_on_wherever_pairs_are_packed_and_off_elsewhere():
-    lm = model()
-    assert settled(RowSettings(), lm).shares is False
-    assert settled(RowSettings(packs=True), lm).shares is True
-    assert settled(RowSettings(eval_packs=True), lm).shares is True
-    off = RowSettings(packs=True, shares=False)
+    lm = packing_model()
+    assert settled(LayoutSettings(), lm).shares is False
+    assert settled(LayoutSettings(packs=True), lm).shares is True
+    assert settled(LayoutSettings(eval_packs=True), lm).shares is True
+    off = LayoutSettings(packs=True, shares=False)
     assert settled(off, lm).shares is False
 
 
@@ -77,28 +41,73 @@ def top_left(module, query, key, value, attention_mask, **keywords):
     )
     keywords["cu_seq_lens_k"] = keywords["cu_seq_lens_q"]
     keywords["max_length_k"] = keywords["max_length_q"]
-    return varlen(module, query, key[:, :, seen], value[:, :, seen], None, **keywords)
+    return flash_varlen(
+        module, query, key[:, :, seen], value[:, :, seen], None, **keywords
+    )
 
 
 def test_an_attention_that_packs_but_cannot_share_packs_under_auto(caplog):
     AttentionInterface.register("flash_top_left", top_left)
-    lm = model(attention="flash_top_left")
-    found = settled(RowSettings(packs=True), lm)
+    lm = packing_model(attention="flash_top_left")
+    found = settled(LayoutSettings(packs=True), lm)
     assert found.packs and found.shares is False
     assert "`edpo_prefix_sharing: auto`: prompts are not shared, as" in caplog.text
     with pytest.raises(ValueError, match="`edpo_prefix_sharing: true`.*change each"):
-        settled(RowSettings(packs=True, shares=True), lm)
+        settled(LayoutSettings(packs=True, shares=True), lm)
 
 
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
-        (RowSettings(packs=True, deals=True), "sample_packing"),
-        (RowSettings(packs=True), "dpo_padding_free"),
-        (RowSettings(eval_packs=True), "eval_sample_packing"),
+        (LayoutSettings(packs=True, balances=True), "sample_packing"),
+        (LayoutSettings(packs=True), "dpo_padding_free"),
+        (LayoutSettings(eval_packs=True), "eval_sample_packing"),
     ],
 )
 def test_a_refusal_names_the_key_the_reason_and_the_remedy(settings, key):
-    message = str(settings.refusal(PackingError("it has three legs")))
+    message = str(refusal(settings, PackingError("it has three legs")))
     assert message.startswith(f"`{key}: true`")
     assert "it has three legs" in message and "`sample_packing: auto`" in message
+
+
+def test_a_row_taken_for_one_sequence_is_noticed(monkeypatch):
+    """What check_packing is for: an attention that ignores the segments."""
+    lm = packing_model()
+    check_packing(lm, share=True)
+    AttentionInterface.register("deaf", causal)
+    lm.config._attn_implementation = "deaf"
+    for share in (True, False):
+        with pytest.raises(PackingError, match="change each other.*%"):
+            check_packing(lm, share)
+
+
+def causal(module, query, key, value, attention_mask, scaling=None, **_):
+    """Causal over the whole row."""
+    return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
+
+
+def test_layers_that_are_no_plain_attention_are_named():
+    mamba = AutoModelForCausalLM.from_config(
+        MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1)
+    )
+    with pytest.raises(PackingError, match="carry a state or a mask \\(linear_att"):
+        check_layers(type(mamba), mamba.config)
+    lm = packing_model()
+    lm.config.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(PackingError, match="linear_attention"):
+        check_layers(type(lm), lm.config)
+    lm.config.layer_types = None
+    lm.config.attention_chunk_size = 8
+    with pytest.raises(PackingError, match="no boundaries"):
+        check_layers(type(lm), lm.config)
+
+
+def test_an_attention_that_reads_the_mask_of_a_packed_row_fails():
+    lm = packing_model()
+    AttentionInterface.register("mask_reader", sdpa_attention_forward)
+    lm.config._attn_implementation = "mask_reader"
+    with pytest.raises(
+        PackingError,
+        match="does not take several sequences in one row .*size of tensor",
+    ):
+        check_packing(lm, share=False)

@@ -1,4 +1,4 @@
-"""head.py: quantized weights row by row, and every part of a head."""
+"""lm_head.py: quantized weights row by row, and every part of a head."""
 
 import bitsandbytes as bnb
 import pytest

@@ -1,6 +1,6 @@
-"""kernels.py: it compiles for real GPUs, and runs on one where there is one.
+"""tile_triton.py: it compiles for real GPUs, and runs on one where there is one.
 
-What the kernels compute is tested in test_logprobs.py, where they are interpreted.
+What the kernels compute is tested in test_token_stats.py, where they are interpreted.
 """
 
 import subprocess
@@ -16,8 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from axolotl_edpo.ops import tile_triton as kernels
-from axolotl_edpo.ops import token_stats as logprobs
+from axolotl_edpo.ops import kept_probs, tile_triton
 from axolotl_edpo.ops.lm_head import Head
 from axolotl_edpo.ops.token_stats import token_stats
 
@@ -26,14 +25,14 @@ import sys
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from axolotl_edpo.ops import tile_triton as kernels
+from axolotl_edpo.ops import tile_triton
 
-TYPES = dict(targets="*i64", weights="*bf16", out="*bf16", tile="i32", width="i32")
+TYPES = dict(targets="*i64", numerators="*bf16", out="*bf16", tile="i32", width="i32")
 TYPES |= dict(stride="i32")
 TYPES |= dict(epsilon="fp32", scale="fp32", cap="fp32")
 TYPES |= dict(reference_scale="fp32", reference_cap="fp32")
 
-def build(kernel, flags, block=kernels.BLOCK, warps=4):
+def build(kernel, flags, block=tile_triton.BLOCK, warps=4):
     constants = {name: flags for name in kernel.arg_names if name.isupper()}
     constants["BLOCK"] = block
     signature = {name: TYPES.get(name, "*fp32") for name in kernel.arg_names}
@@ -44,11 +43,12 @@ def build(kernel, flags, block=kernels.BLOCK, warps=4):
     return compile(source, target=target, options=options)
 
 for flags in (False, True):
-    for block in kernels.TILE, 2 * kernels.TILE:
-        whole = build(kernels._add_tile_kernel, flags, block, kernels.warps(block))
+    for block in tile_triton.TILE, 2 * tile_triton.TILE:
+        warps = tile_triton.warps(block)
+        whole = build(tile_triton.add_tile_kernel, flags, block, warps)
         print(len(whole.asm["cubin"]), whole.asm["ptx"].count("st.local"))
-    print(len(build(kernels._gradient_tile_kernel, flags).asm["cubin"]), 0)
-print(len(build(kernels._rescale_kernel, False).asm["cubin"]), 0)
+    print(len(build(tile_triton.gradient_tile_kernel, flags).asm["cubin"]), 0)
+print(len(build(tile_triton.rescale_kernel, False).asm["cubin"]), 0)
 """
 
 
@@ -73,20 +73,22 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         self.seen.add(operator.overloadpacket)
-        found = operator(*args, **(kwargs or {}))
-        for x in tree_leaves((args, found)):
+        out = operator(*args, **(kwargs or {}))
+        for x in tree_leaves((args, out)):
             assert not isinstance(x, torch.Tensor) or x.is_cuda, operator
-        return found
+        return out
 
 
 @needs_named_gpu
 @pytest.mark.parametrize("trained", [None, "kept", "again"])
 def test_the_host_never_waits_for_the_gpu(trained, monkeypatch):
     """On tensors that are on a GPU by name only: to read one is an error there."""
-    for name in ("_add_tile_kernel", "_gradient_tile_kernel", "_rescale_kernel"):
-        monkeypatch.setattr(kernels, name, defaultdict(lambda: lambda *_, **__: None))
+    for name in ("add_tile_kernel", "gradient_tile_kernel", "rescale_kernel"):
+        monkeypatch.setattr(
+            tile_triton, name, defaultdict(lambda: lambda *_, **__: None)
+        )
     monkeypatch.setattr(torch.cuda, "device_of", lambda _: nullcontext())
-    monkeypatch.setattr(logprobs, "KEPT_BYTES", 2**29 if trained == "kept" else 0)
+    monkeypatch.setattr(kept_probs, "KEPT_BYTES", 2**29 if trained == "kept" else 0)
     with FakeTensorMode():
         kind = dict(device="cuda", dtype=torch.bfloat16)
         h = torch.empty(5000, 64, **kind, requires_grad=True)
@@ -112,7 +114,8 @@ def test_the_op_needs_torch_alone():
         [sys.executable, "-c", loaded], capture_output=True, text=True
     )
     modules = set(done.stdout.split())
-    assert "axolotl_edpo.ops.tile_torch" in modules
+    parts = ("walk", "operands", "gradients", "kept_probs", "lm_head", "tile_torch")
+    assert {f"axolotl_edpo.ops.{part}" for part in parts} <= modules
     assert not modules & {"axolotl", "transformers", "peft", "trl", "bitsandbytes"}
 
 
@@ -130,7 +133,7 @@ def test_on_a_gpu_values_and_gradients_are_as_exact_as_pytorch(dtype, trained):
     leaves = [h, head.weight] if trained else [h]
     for leaf in leaves:
         leaf.requires_grad_()
-    ours = token_stats(h, ref, head, head, y, 0.01, collision=True)
+    ours = token_stats(h, ref, head, head, y, 0.01, sum_sq_probs=True)
     plain = naive(h, ref, head, y, 0.01, dtype)
     exact = naive(h, ref, head, y, 0.01)
     logit_size = 10 + head.logits(h.detach()).abs().max()

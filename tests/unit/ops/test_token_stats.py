@@ -1,4 +1,4 @@
-"""logprobs.py against the naive formula in float64 on the same hidden states.
+"""token_stats.py against the naive formula in float64 on the same hidden states.
 
 Everything here runs twice: in PyTorch, and in Triton, which interprets its kernels
 where there is no GPU.
@@ -19,9 +19,7 @@ from helpers.token_stats import (
     naive,
 )
 
-from axolotl_edpo.ops import tile_torch as tiles
-from axolotl_edpo.ops import tile_triton as kernels
-from axolotl_edpo.ops import token_stats as logprobs
+from axolotl_edpo.ops import kept_probs, lm_head, tile_torch, tile_triton, walk
 from axolotl_edpo.ops.lm_head import Head
 from axolotl_edpo.ops.token_stats import logits_stats, token_stats
 
@@ -45,10 +43,10 @@ GRADIENT_PER_LOGIT = 2e-7
 @pytest.fixture(params=["eager", "triton"])
 def backend(request, monkeypatch):
     """Tiles of 4 x 24 for 9 tokens and 61 words: several of each, and none fits."""
-    for module in (tiles, kernels):
+    for module in (tile_torch, tile_triton):
         monkeypatch.setattr(module, "CHUNK", 4)
         monkeypatch.setattr(module, "TILE", 24)
-    monkeypatch.setattr(kernels, "BLOCK", 16)
+    monkeypatch.setattr(tile_triton, "BLOCK", 16)
     return request.param
 
 
@@ -60,7 +58,7 @@ def device(backend: str) -> str:
 @pytest.mark.parametrize("case", CASES)
 def test_values_are_as_exact_as_pytorch_in_that_dtype(backend, case, dtype):
     h, ref, head, y = inputs(**CASES[case], dtype=dtype, device=device(backend))
-    ours = token_stats(h, ref, head, head, y, 0.01, collision=True, backend=backend)
+    ours = token_stats(h, ref, head, head, y, 0.01, sum_sq_probs=True, backend=backend)
     exact = naive(h, ref, head, y, 0.01)
     plain = naive(h, ref, head, y, 0.01, dtype)
     assert_as_exact_as_pytorch(ours, plain, exact, head.logits(h).abs().max())
@@ -75,7 +73,9 @@ def test_epsilon_from_tiny_to_huge_at_small_and_large_logits(backend, epsilon, s
     assert (logits.abs().max() > 100) == (size > 1)
     exact = naive(h, ref, head, y, epsilon)
     plain = naive(h, ref, head, y, epsilon, torch.float32)
-    ours = token_stats(h, ref, head, head, y, epsilon, collision=True, backend=backend)
+    ours = token_stats(
+        h, ref, head, head, y, epsilon, sum_sq_probs=True, backend=backend
+    )
     assert_as_exact_as_pytorch(ours, plain, exact, logits.abs().max())
 
 
@@ -86,14 +86,15 @@ OVERFLOWS = pytest.mark.filterwarnings(
 
 
 def sums_of(monkeypatch):
-    """Collects the sums that are made, as they are when they are finished."""
+    """Collects the sums that are made; the op fills them in place."""
     seen = []
+    for module in (tile_torch, tile_triton):
 
-    def finish(call, sums, whole=logprobs._finish):
-        seen.append(sums)
-        return whole(call, sums)
+        def new_sums(tokens, device, whole=module.new_sums):
+            seen.append(whole(tokens, device))
+            return seen[-1]
 
-    monkeypatch.setattr(logprobs, "_finish", finish)
+        monkeypatch.setattr(module, "new_sums", new_sums)
     return seen
 
 
@@ -109,8 +110,8 @@ def test_policies_worlds_apart_stay_finite_and_exact(backend, monkeypatch):
     for name, a, b in list(zip(NAMES, ours, exact, strict=True))[:-1]:
         assert torch.isfinite(a).all()
         assert (a - b).abs().max() <= 4e-6 * size, name
-    assert seen[0][tiles.APART].isfinite().any()
-    assert not seen[0][tiles.MINUS].isfinite().all()
+    assert seen[0][tile_torch.LOGSUMEXPS].isfinite().any()
+    assert not seen[0][tile_torch.MINUS].isfinite().all()
 
 
 def drifted(kind: str, nats: float, device: str):
@@ -143,13 +144,13 @@ def test_a_drift_of_the_policy_costs_no_digits(backend, kind, nats):
     exact = logits_in_double(a, b, y, 0.01)
     size = 1 + max(a.abs().max(), b.abs().max())
     for name, values in exact.items():
-        found = getattr(ours, name)
+        got = getattr(ours, name)
         # d is a difference of logits, and carries the rounding of both
         scale = 0.01 if name in ("plus", "minus") else 1.0
-        assert (found - values).abs().max() <= 4e-7 * scale * size, name
+        assert (got - values).abs().max() <= 4e-7 * scale * size, name
         if name in ("plus", "minus"):
             clear = values.abs() > 4e-7 * scale * size
-            assert torch.equal(found.sign()[clear], values.sign()[clear].float())
+            assert torch.equal(got.sign()[clear], values.sign()[clear].float())
 
 
 def assert_exact(ours, a, b, y, epsilon, error):
@@ -158,8 +159,8 @@ def assert_exact(ours, a, b, y, epsilon, error):
     for name, values in logits_in_double(a.double(), b.double(), y, epsilon).items():
         # d is a difference of logits, and carries the rounding of both
         scale = epsilon if name in ("plus", "minus") else 1.0
-        found = getattr(ours, name)
-        assert (found - values).abs().max() <= error * scale * size, name
+        got = getattr(ours, name)
+        assert (got - values).abs().max() <= error * scale * size, name
 
 
 @OVERFLOWS
@@ -205,7 +206,7 @@ def logits_in_double(a, b, y, epsilon):
 @pytest.mark.parametrize("nats", [3.0, 4.0, 10.0, 50.0])
 @pytest.mark.parametrize("kind", ["all", "one", "reference"])
 def test_a_drift_of_the_policy_costs_no_time(kind, nats):
-    """Processor time at most 1.5 times that without a drift, in whole tiles."""
+    """Processor time at most 1.5 times that without a drift, in whole tile_torch."""
     tokens, hidden, vocab = 256, 128, 8192
     g = torch.Generator().manual_seed(0)
     h = torch.randn(tokens, hidden, generator=g)
@@ -234,7 +235,7 @@ KEEPS = {"again": 0, "kept": 2**20}
 
 @pytest.fixture(params=KEEPS)
 def keeps(request, monkeypatch):
-    monkeypatch.setattr(logprobs, "KEPT_BYTES", KEEPS[request.param])
+    monkeypatch.setattr(kept_probs, "KEPT_BYTES", KEEPS[request.param])
     return request.param == "kept"
 
 
@@ -281,13 +282,13 @@ def test_how_many_products_a_head_takes(backend, keeps, monkeypatch):
     the weight as well, and, if nothing was kept, the policy's logits again."""
     seen = []
     for name in ("product", "add_product"):
-        whole = getattr(logprobs, name)
+        whole = getattr(lm_head, name)
 
         def counted(a, b, out, whole=whole):
             seen.append(a.shape[0] * a.shape[1] * b.shape[1])
             whole(a, b, out)
 
-        monkeypatch.setattr(logprobs, name, counted)
+        monkeypatch.setattr(lm_head, name, counted)
     h, ref, head, y = inputs(device=device(backend))
     h.requires_grad_()
     for trains, products in ((False, 3), (True, 4 if keeps else 5)):
@@ -325,7 +326,7 @@ def test_the_head_of_a_sure_policy_keeps_its_gradient(backend, keeps, sure, dtyp
 def test_evaluation_makes_no_gradient(backend, monkeypatch):
     h, ref, head, y = inputs(device=device(backend))
     h.requires_grad_()
-    monkeypatch.setattr(logprobs, "add_product", lambda *_: pytest.fail("made one"))
+    monkeypatch.setattr(lm_head, "add_product", lambda *_: pytest.fail("a gradient"))
     with torch.no_grad():
         stats = token_stats(h, ref, head, head, y, 0.01, backend=backend)
     assert not stats.policy_logp.requires_grad
@@ -341,7 +342,7 @@ def test_more_tokens_than_an_accumulator_holds_give_the_same_gradient(
         return gradients(stats.policy_logp, leaves)
 
     whole = run()
-    monkeypatch.setattr(logprobs, "BLOCK_VALUES", 24 * 5)
+    monkeypatch.setattr(walk, "BLOCK_VALUES", 24 * 5)
     for a, b in zip(run(), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -349,10 +350,10 @@ def test_more_tokens_than_an_accumulator_holds_give_the_same_gradient(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equal_policies_give_exactly_zero(backend, dtype):
     h, _, head, y = inputs(dtype=dtype, device=device(backend), scale=1 / 6)
-    read = token_stats(h, h.clone(), head, head, y, 0.01, backend=backend)
+    of_head = token_stats(h, h.clone(), head, head, y, 0.01, backend=backend)
     logits = head.logits(h).to(dtype)
-    made = logits_stats(logits, logits.clone(), y, 0.01, backend=backend)
-    for stats in (read, made):
+    of_logits = logits_stats(logits, logits.clone(), y, 0.01, backend=backend)
+    for stats in (of_head, of_logits):
         ratio = stats.policy_logp - stats.reference_logp
         for values in (stats.plus, stats.minus, stats.kl, ratio):
             assert values.tolist() == [0.0] * len(y)
@@ -406,11 +407,11 @@ def test_tf32_is_kept_from_operands_that_it_would_round(dtype, inside, monkeypat
     """bf16 has fewer digits than TF32; axolotl sets TF32 on every GPU that has it."""
     matmul, seen = torch.backends.cuda.matmul, []
 
-    def product(*operands, whole=logprobs.product):
+    def product(*operands, whole=lm_head.product):
         seen.append(matmul.fp32_precision)
         whole(*operands)
 
-    monkeypatch.setattr(logprobs, "product", product)
+    monkeypatch.setattr(lm_head, "product", product)
     h, ref, head, y = inputs(dtype=dtype)
     before = torch.get_float32_matmul_precision()
     try:
@@ -432,11 +433,11 @@ def test_tf32_of_the_newer_interface_alone_is_no_error(everywhere, monkeypatch):
     def modes():
         return matmul.fp32_precision, mkldnn.fp32_precision
 
-    def product(*operands, whole=logprobs.product):
+    def product(*operands, whole=lm_head.product):
         seen.append(modes())
         whole(*operands)
 
-    monkeypatch.setattr(logprobs, "product", product)
+    monkeypatch.setattr(lm_head, "product", product)
     switches = torch.backends, matmul, mkldnn
     try:
         for switch in switches:
@@ -454,7 +455,7 @@ def test_tf32_of_the_newer_interface_alone_is_no_error(everywhere, monkeypatch):
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-@pytest.mark.parametrize("module", [tiles, kernels])
+@pytest.mark.parametrize("module", [tile_torch, tile_triton])
 def test_few_tokens_meet_wide_tiles(module):
     """A product keeps its size, and a tile its memory."""
     sizes = {n: module.tile_size(n) for n in (1, 300, module.CHUNK // 2, module.CHUNK)}
@@ -476,7 +477,7 @@ def test_values_and_gradients_do_not_depend_on_tiles(
         return [*stats, *gradients(stats.policy_logp, leaves)]
 
     before = run()
-    for module in (tiles, kernels):
+    for module in (tile_torch, tile_triton):
         monkeypatch.setattr(module, "TILE", tile)
     for a, b in zip(run(), before, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -506,15 +507,15 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize("size", [1.0, 100.0])
-def test_logits_that_a_model_made_give_the_same(backend, size):
+def test_logits_that_a_model_computed_give_the_same(backend, size):
     h, ref, head, y = inputs(size=size, cap=50.0, device=device(backend))
     logits = [head.logits(x) for x in (h, ref)]
     logits[0].requires_grad_()
-    made = logits_stats(*logits, y, 0.01, collision=True, backend=backend)
-    ours = token_stats(h, ref, head, head, y, 0.01, collision=True, backend=backend)
-    for name, a, b in zip(NAMES, made, ours, strict=True):
+    stats = logits_stats(*logits, y, 0.01, sum_sq_probs=True, backend=backend)
+    ours = token_stats(h, ref, head, head, y, 0.01, sum_sq_probs=True, backend=backend)
+    for name, a, b in zip(NAMES, stats, ours, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=name)
-    (grad,) = torch.autograd.grad(made.policy_logp.sum(), logits[0])
+    (grad,) = torch.autograd.grad(stats.policy_logp.sum(), logits[0])
     onehot = torch.nn.functional.one_hot(y, head.vocab)
     torch.testing.assert_close(grad, onehot - logits[0].softmax(-1).detach())
 
@@ -534,8 +535,8 @@ def test_memory_is_that_of_a_tile_whatever_tokens_and_vocabulary(trained, monkey
 
         return peak_extra_bytes(run) / 2**20
 
-    monkeypatch.setattr(logprobs, "KEPT_BYTES", 0)
-    matrices = tiles.MATRICES * tiles.CHUNK * tiles.TILE * 4 / 2**20
+    monkeypatch.setattr(kept_probs, "KEPT_BYTES", 0)
+    matrices = tile_torch.MATRICES * tile_torch.CHUNK * tile_torch.TILE * 4 / 2**20
     extra(64, 64)
     small, large = extra(2048, 16000), extra(4096, 32000)
     assert matrices == 16

@@ -1,4 +1,4 @@
-"""feed.py: rows of the next step are laid while this one runs, and nothing else."""
+"""Runs whose next step is collated in the background train as if it were not."""
 
 import threading
 import traceback
@@ -8,7 +8,8 @@ import torch
 from helpers import tiny
 
 from axolotl_edpo.data.collator import PairCollator
-from axolotl_edpo.training.batching import PairFeed
+from axolotl_edpo.trainer import EDPOTrainer
+from axolotl_edpo.training.batching import PairBatcher
 
 PACKED = {"sample_packing": True}
 UNEVEN = dict(micro_batch_size=3, gradient_accumulation_steps=4)  # 12, 12, 12, 3 + 1
@@ -25,7 +26,7 @@ WAYS = {
 @pytest.fixture
 def laying(monkeypatch):
     """Pairs of each micro-batch laid in training, and the thread that laid it."""
-    lay, laid = PairFeed._lay, []
+    lay, laid = PairBatcher.lay_out, []
 
     def noted(self, step):
         batches = lay(self, step)
@@ -33,7 +34,7 @@ def laying(monkeypatch):
         laid.append((threading.current_thread().name, pairs))
         return batches
 
-    monkeypatch.setattr(PairFeed, "_lay", noted)
+    monkeypatch.setattr(PairBatcher, "lay_out", noted)
     return laid
 
 
@@ -58,10 +59,10 @@ def assert_same_with_and_without(recipe, tmp_path, monkeypatch, laying, keys) ->
     ahead = tiny.train(tmp_path / "ahead", recipe(**keys))
     names = [name for name, _ in laying]
     pairs = [pairs for _, pairs in laying]
-    assert ahead._next is None and "next-step" not in threads()
+    assert ahead.batcher.next_step is None and "next-step" not in threads()
     assert len(names) == ahead.state.global_step
     laying.clear()
-    monkeypatch.setattr(PairFeed, "_read_ahead", lambda *args: None)
+    monkeypatch.setattr(PairBatcher, "_read_next", lambda *args: None)
     plain = tiny.train(tmp_path / "plain", recipe(**keys))
     assert {name for name, _ in laying} == {"MainThread"}
     assert pairs == [pairs for _, pairs in laying]
@@ -128,34 +129,35 @@ def test_nothing_is_read_after_the_last_step(recipe, tmp_path, laying):
 def test_an_error_in_the_background_ends_the_run_with_its_traceback(
     recipe, tmp_path, monkeypatch
 ):
-    deal, steps = PairCollator.deal, []
+    balance, steps = PairCollator.balance, []
 
     def broken(self, step):
         steps.append(step)
-        return deal(self, step if len(steps) < 3 else [[{"prompt_ids": [1]}]])
+        return balance(self, step if len(steps) < 3 else [[{"prompt_ids": [1]}]])
 
-    monkeypatch.setattr(PairCollator, "deal", broken)
+    monkeypatch.setattr(PairCollator, "balance", broken)
     trainer = tiny.build(tmp_path, recipe(**PACKED))
     with pytest.raises(KeyError, match="chosen_ids") as error:
         trainer.train()
     assert trainer.state.global_step == 2
     frames = [frame.name for frame in traceback.extract_tb(error.value.__traceback__)]
-    assert {"get_batch_samples", "_lay", "broken", "_pairs"} <= set(frames)
-    assert trainer._next is None and "next-step" not in threads()
+    assert {"get_batch_samples", "lay_out", "broken", "_pairs"} <= set(frames)
+    assert trainer.batcher.next_step is None and "next-step" not in threads()
 
 
 def test_an_error_of_the_step_lets_go_of_the_next_one(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(PairFeed, "training_step", lambda *args: 1 / 0)
+    monkeypatch.setattr(EDPOTrainer, "training_step", lambda *args: 1 / 0)
     trainer = tiny.build(tmp_path, recipe(**PACKED))
     with pytest.raises(ZeroDivisionError):
         trainer.train()
-    assert trainer._next is None
+    assert trainer.batcher.next_step is None
 
 
 def test_a_step_that_is_asked_for_otherwise_is_laid_anew(recipe, tmp_path):
     """More micro-batches than were read ahead, and those of another iterator."""
     trainer = tiny.build(tmp_path, recipe(**PACKED, micro_batch_size=2))
     trainer.state.max_steps = 100
+    trainer.prepare(trainer.model)
     loader, cpu = trainer.get_train_dataloader(), torch.device("cpu")
 
     def read(source, count):

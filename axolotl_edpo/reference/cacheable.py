@@ -1,0 +1,107 @@
+"""Checks that a reference can be cached, and that a cache fits reference and batch."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..config.args import PRECOMPUTE
+from ..errors import refuse
+from .hidden_cache import HiddenStateCache
+
+# A relative distance between cached and computed hidden states below this is rounding.
+TOLERANCE = 0.1
+# Kinds of RoPE whose frequencies depend on the longest sequence of a batch.
+_STRETCHES = re.compile("dynamic|longrope")
+
+
+def require_cacheable(config: Any, reads_head: bool, max_length: int | None) -> None:
+    """Refuses models that a cache of hidden states per pair cannot serve.
+
+    Their head cannot be read, so logits would be needed. Or their hidden states depend
+    on the other pairs of a batch.
+
+    Args:
+        config: The model's config.
+        reads_head: Whether the op can read the head.
+        max_length: Sequences are truncated to so many tokens; None: never.
+
+    Raises:
+        ValueError: Names the reason and what to set.
+    """
+    if not reads_head:
+        refuse(
+            PRECOMPUTE,
+            True,
+            "remove it: the head of this `base_model` cannot be read, and logits over "
+            "the whole vocabulary would have to be kept",
+        )
+    trained = _stretches_beyond(config.get_text_config())
+    if trained is not None and (max_length is None or max_length > trained):
+        refuse(
+            PRECOMPUTE,
+            True,
+            f"remove it, or set `sequence_len` up to {trained}: beyond that the "
+            "positions of this `base_model` depend on the longest sequence of a "
+            "batch",
+        )
+
+
+def _stretches_beyond(config: Any) -> int | None:
+    """Length beyond which RoPE depends on the longest sequence; None: it never does."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_layer = [kind for kind in rope.values() if isinstance(kind, dict)]
+    lengths = [
+        kind.get("original_max_position_embeddings") or config.max_position_embeddings
+        for kind in (rope, *by_layer)
+        if _STRETCHES.search(kind.get("rope_type") or "")
+    ]
+    return min(lengths, default=None)
+
+
+def require_in_cache(
+    cache: HiddenStateCache, pairs: Sequence[bytes], lengths: torch.Tensor
+) -> None:
+    """Refuses a batch whose scored tokens are not all in the cache.
+
+    Args:
+        cache: The reference's cache.
+        pairs: Digests of the batch's pairs.
+        lengths: Shape (2 x pairs,), scored tokens of all chosen, then of all rejected
+            answers.
+
+    Raises:
+        ValueError: Names what is missing and what to do.
+    """
+    if not all(pair in cache for pair in pairs):
+        raise ValueError(
+            f"`{PRECOMPUTE}: true`: a pair is in no data set of the "
+            f"recipe, and so not in the cache: remove `{PRECOMPUTE}`"
+        )
+    by_pair = [*zip(*lengths.view(2, -1).tolist(), strict=True)]
+    if by_pair != [cache.lengths(pair) for pair in pairs]:
+        raise ValueError(
+            f"{cache.folder}: its answers are not as long as those of the "
+            "batch: remove the folder, and it is computed anew"
+        )
+
+
+def require_equal(cache: HiddenStateCache, pair: bytes, live: torch.Tensor) -> None:
+    """Refuses a cache whose hidden states are not those of the reference.
+
+    Args:
+        cache: The reference's cache.
+        pair: Digest of the pair to compare.
+        live: Hidden states that the reference computed for it, shape (tokens, hidden).
+
+    Raises:
+        ValueError: If the cached hidden states differ by more than rounding.
+    """
+    cached = torch.cat(cache.read(pair)).float()
+    distance = float((cached - live.float()).norm() / live.float().norm().clamp(min=1))
+    if not distance < TOLERANCE:
+        raise ValueError(
+            f"{cache.folder}: its hidden states are {distance:.0%} away from those of "
+            "this reference: remove the folder, and it is computed anew"
+        )

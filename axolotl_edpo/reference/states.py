@@ -1,0 +1,40 @@
+"""What the reference says at the scored positions of a batch."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+
+class ReferenceStates(ABC):
+    """Hidden states of the reference, or logits where the head cannot be read."""
+
+    @abstractmethod
+    def given(self, policy: torch.Tensor) -> torch.Tensor:
+        """Returns them, called inside the policy's forward.
+
+        Args:
+            policy: Hidden states or logits of the policy, shape (tokens, ...).
+
+        Returns:
+            The same shape.
+        """
+
+
+@dataclass(frozen=True)
+class ComputedStates(ReferenceStates):
+    """States that the reference's forward returned."""
+
+    states: torch.Tensor
+
+    def given(self, policy: torch.Tensor) -> torch.Tensor:
+        """Returns the computed states."""
+        return self.states
+
+
+class PolicyStates(ReferenceStates):
+    """States of a reference that is still the same function as the policy."""
+
+    def given(self, policy: torch.Tensor) -> torch.Tensor:
+        """Returns the policy's states, without gradient."""
+        return policy.detach()

@@ -1,0 +1,227 @@
+"""Builds the parts of a run from TRL's trainer and the settings of the recipe."""
+
+import gc
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+from trl import DPOTrainer
+
+from .. import upstream
+from ..data.collator import keep_examples
+from ..data.layout import LayoutSettings
+from ..losses.beta_controller import BetaController, MarginController
+from ..losses.preference import PreferenceLoss
+from ..models.completion_forward import CompletionForward
+from ..models.forward import causal_lm, compile_layers, disable_attention_dropout
+from ..models.moe import has_router_loss
+from ..models.packing_support import prepare_models, resolve_layout
+from ..models.start import save_adapter_only
+from ..reference.precompute import CacheSettings
+from ..reference.provider import (
+    AdapterReference,
+    CachedReference,
+    LiveReference,
+    ModelReference,
+    Reference,
+)
+from .batching import PairBatcher
+from .finite_checks import FiniteCheck, refuse_broken_weights
+from .margin_filter import MarginFilter
+from .metrics import PairMetrics
+from .pair_outcomes import MeanOverStep
+from .pair_trace import PairTrace
+from .records import StepRecords
+from .scoring import PairScorer
+from .step_counts import StepCounts
+
+
+def all_models(trainer: Any) -> list[PreTrainedModel]:
+    """The policy, and the reference if it is a separate model, without engines."""
+    models = [causal_lm(trainer.model)]
+    if trainer.ref_model is not None:
+        models.append(trainer.accelerator.unwrap_model(trainer.ref_model))
+    return models
+
+
+def set_up(trainer: Any) -> None:
+    """Adjusts what axolotl and TRL have set up: adapter, router loss, dropout, logging.
+
+    Raises:
+        ValueError: If the policy is a mixture of experts whose router loss cannot be
+            computed.
+    """
+    save_adapter_only(trainer.model)
+    if trainer.aux_loss_enabled:
+        trainer.aux_loss_enabled = has_router_loss(causal_lm(trainer.model))
+    if trainer.args.disable_dropout:
+        for model in all_models(trainer):
+            disable_attention_dropout(model)
+    upstream.leave_losses_as_they_are(trainer)
+    # the filter would wait for the device at every loss; `FiniteCheck` replaces it
+    trainer.args.logging_nan_inf_filter = False
+
+
+def make_loss(trainer: Any) -> PreferenceLoss:
+    """The preference loss that TRL's trainer has read from the recipe."""
+    return PreferenceLoss(
+        tuple(trainer.loss_types),
+        tuple(trainer.loss_weights),
+        trainer.label_smoothing,
+        trainer.use_weighting,
+        1.0 if trainer.ld_alpha is None else trainer.ld_alpha,
+    )
+
+
+def make_mean(trainer: Any, loss: PreferenceLoss) -> MeanOverStep:
+    """Averages losses over the pairs of an optimizer step."""
+    ranks = trainer.accelerator.num_processes
+    router_weight = trainer.router_aux_loss_coef if trainer.aux_loss_enabled else 0.0
+    return MeanOverStep(ranks, loss.sft_weight, router_weight)
+
+
+def make_batcher(trainer: Any, wanted: LayoutSettings) -> PairBatcher:
+    """Replaces TRL's collator, and prepares the models for packed rows.
+
+    Args:
+        trainer: TRL's trainer.
+        wanted: The layout that the recipe asks for.
+
+    Raises:
+        ValueError: If the models do not support this layout.
+    """
+    collator = vars(trainer.data_collator)
+    trainer.data_collator = keep_examples
+    args, layout = trainer.args, prepare_models(wanted, all_models(trainer))
+    drops_last = args.dataloader_drop_last
+    return PairBatcher(trainer.accelerator, collator, layout, args.device, drops_last)
+
+
+def make_reference(
+    trainer: DPOTrainer, forward: CompletionForward, cache: CacheSettings | None
+) -> Reference:
+    """A reference model, an adapter of the policy's model, or a cache of either."""
+    live: LiveReference = AdapterReference(forward)
+    if trainer.ref_model is not None:
+        live = ModelReference(forward, trainer.ref_model)
+    if cache is None:
+        return live
+    args: Any = trainer.args
+    truncation = args.max_length, args.truncation_mode
+    return CachedReference(live, cache, *truncation, args.per_device_train_batch_size)
+
+
+def make_scorer(
+    trainer: Any,
+    forward: CompletionForward,
+    reference: Reference,
+    controller: BetaController,
+    loss: PreferenceLoss,
+) -> PairScorer:
+    """Computes the statistics per token that controller and loss need."""
+    return PairScorer(
+        forward,
+        reference,
+        controller.epsilon,
+        sum_sq_probs=loss.weighted,
+        router_loss=trainer.aux_loss_enabled,
+    )
+
+
+def make_records(
+    trainer: Any, log_pairs: int | None, controller: BetaController
+) -> StepRecords:
+    """Builds what logs, traces and counts the pairs of a run.
+
+    Args:
+        trainer: TRL's trainer.
+        log_pairs: Pairs are traced every so many optimizer steps; None: never.
+        controller: The run's controller of β.
+    """
+    accelerator, output_dir = trainer.accelerator, Path(trainer.args.output_dir)
+    perturbed, trace = controller.epsilon is not None, None
+    if log_pairs is not None:
+        decode = trainer.processing_class.batch_decode
+        trace = PairTrace(
+            output_dir,
+            log_pairs,
+            accelerator.process_index,
+            perturbed=perturbed,
+            decode=partial(decode, skip_special_tokens=True),
+        )
+    counts = StepCounts(accelerator, controller, FiniteCheck(output_dir))
+    return StepRecords(accelerator, PairMetrics(perturbed), counts, trace)
+
+
+def make_margin_filter(
+    trainer: DPOTrainer,
+    controller: BetaController,
+    scorer: PairScorer,
+    loss: PreferenceLoss,
+    finite: FiniteCheck,
+) -> MarginFilter | None:
+    """The filter of `edpo_control: batch_margin` (β-DPO); else None."""
+    if not isinstance(controller, MarginController):
+        return None
+    seed = trainer.args.seed
+    return MarginFilter(controller, scorer, loss, trainer.accelerator, finite, seed)
+
+
+def moving_reference(trainer: Any) -> PreTrainedModel | None:
+    """The reference of TR-DPO, which follows the policy, without engine; or None."""
+    return all_models(trainer)[1] if trainer.args.sync_ref_model else None
+
+
+def prepare(
+    trainer: Any, policy: nn.Module, compile_options: Mapping[str, Any]
+) -> None:
+    """Before the first batch: probes the policy, chooses the layout, fills the cache.
+
+    Args:
+        trainer: The `EDPOTrainer`.
+        policy: The policy, wrapped by its engine.
+        compile_options: Keywords of `torch.compile` for layers; empty: no compilation.
+
+    Raises:
+        ValueError: If the model does not do what the recipe asks for.
+    """
+    forward, batcher = trainer.forward, trainer.batcher
+    refuse_broken_weights(trainer.accelerator, policy)
+    forward.probe(policy)
+    batcher.use(forward.ask(policy, partial(resolve_layout, batcher.layout)))
+    if compile_options:
+        for model in all_models(trainer):
+            compile_layers(model.base_model, compile_options)
+    if isinstance(trainer.reference, CachedReference):
+        fill_cache(trainer, trainer.reference, policy)
+
+
+def fill_cache(trainer: Any, reference: CachedReference, policy: nn.Module) -> None:
+    """Fills the cache with all pairs of the recipe, then drops the reference model.
+
+    An untrained policy equals the reference. The policy is untrained in step 0 of a
+    run, and in an evaluation without an adapter.
+
+    Args:
+        trainer: The `EDPOTrainer`.
+        reference: The reference whose cache is filled.
+        policy: The policy, wrapped by its engine.
+    """
+    evaluation = trainer.eval_dataset
+    eval_sets = evaluation.values() if isinstance(evaluation, dict) else [evaluation]
+    every_set = (trainer.train_dataset, *eval_sets)
+    data = [dataset for dataset in every_set if dataset is not None]
+    unwrapped = trainer.accelerator.unwrap_model(policy)
+    untrained = not isinstance(unwrapped, PeftModel)
+    if trainer.is_in_train:
+        untrained = trainer.state.global_step == 0
+    collator, to_device = trainer.batcher.collators["train"], trainer.batcher.to_device
+    reference.fill(
+        policy, data, lambda pairs: to_device(collator(pairs)), is_new=untrained
+    )
+    trainer.ref_model = None  # the cache replaces it
+    gc.collect()  # modules hold reference cycles

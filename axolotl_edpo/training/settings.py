@@ -1,0 +1,45 @@
+"""`EDPOSettings`: the settings of a recipe, grouped by the part that uses them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..data.layout import LayoutSettings
+from ..losses.beta_controller import ControllerSettings
+from ..models.start import ModelSettings
+from ..reference.precompute import CacheSettings
+
+
+@dataclass(frozen=True)
+class EDPOSettings:
+    """Settings of a recipe that are not arguments of TRL's trainer.
+
+    Attributes:
+        controller: β₀, ε and the rule that changes β.
+        layout: How pairs are laid out in rows.
+        models: Where policy and reference come from.
+        cache: Cache of the reference's hidden states; None: the reference runs for
+            every batch.
+        log_pairs: Pairs are traced every so many optimizer steps; None: never.
+    """
+
+    controller: ControllerSettings
+    layout: LayoutSettings = field(default_factory=LayoutSettings)
+    models: ModelSettings = field(default_factory=ModelSettings)
+    cache: CacheSettings | None = None
+    log_pairs: int | None = None
+
+    @classmethod
+    def from_config(cls, cfg: Any, beta: float) -> "EDPOSettings":
+        """Reads the settings of a recipe.
+
+        Args:
+            cfg: axolotl's config, validated.
+            beta: β₀.
+        """
+        return cls(
+            ControllerSettings.from_config(cfg, beta),
+            LayoutSettings.from_config(cfg),
+            ModelSettings.from_config(cfg),
+            CacheSettings.from_config(cfg),
+            cfg.edpo_log_pairs,
+        )
