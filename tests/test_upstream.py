@@ -4,6 +4,7 @@ A failure here after an upgrade says what moved; mend the place it names.
 """
 
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import re
@@ -13,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard
+from accelerate.utils import DynamoBackend
 from accelerate.utils import other as accelerate_utils
 from axolotl.core.builders.base import TrainerBuilderBase
 from axolotl.core.builders.causal import HFCausalTrainerBuilder
@@ -53,6 +55,7 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import disable_dropout_in_model
 
+from axolotl_edpo import upstream
 from axolotl_edpo.config.args import HANDED_ON, Moving
 from axolotl_edpo.config.dataset_entries import FIELDS, IGNORED
 from axolotl_edpo.losses.preference import LOSSES, REFUSED, SFT
@@ -514,3 +517,72 @@ def test_deepspeed_names_optimizer_states_by_rank(tmp_path):
     for name in ("bf16_zero_pp_rank_0_mp_rank_00_optim", "mp_rank_00_model"):
         (tmp_path / "global_step7" / f"{name}_states.pt").touch()
     assert len(deepspeed_optimizer_files(tmp_path)) == 1, "checkpointing.py: ranks"
+
+
+def test_releases_of_axolotl_differ_where_upstream_says_so():
+    release = tuple(map(int, importlib.metadata.version("axolotl").split(".")[:2]))
+    found = upstream.default_fsdp_version()
+    assert found == (1 if release == (0, 19) else 2), "upstream.py: fsdp_version"
+    assert upstream.cuts_answers() == (release < (0, 21)), "upstream.py: answers"
+    assert upstream.patches_adapters_late() == (release >= (0, 21)), "rules.py: kernels"
+
+
+def test_plugins_of_a_recipe_may_be_named_with_a_colon():
+    names = {"plugins": ["axolotl_edpo:EDPOPlugin", "a.B"]}
+    assert upstream.named_plugins(names) == [PLUGIN, "a.B"], "upstream.py: plugins"
+    assert upstream.named_plugins({}) == []
+
+
+def test_the_config_of_the_running_recipe_is_the_plugin_managers():
+    manager = base.PluginManager.get_instance()
+    before, manager.cfg = manager.cfg, DictDefault(rl="edpo")
+    try:
+        assert upstream.recipe_config() is manager.cfg, "trainer.py: settings"
+    finally:
+        manager.cfg = before
+
+
+def test_losses_are_left_as_they_are_by_an_attribute_that_transformers_reads():
+    class Made:
+        pass
+
+    upstream.leave_losses_as_they_are(made := Made())
+    text = source(Trainer.training_step) + source(Trainer.compute_loss)
+    names = [name for name in vars(made) if f"self.{name}" in text]
+    assert names and all(vars(made).values()), "upstream.py: losses"
+
+
+def test_a_mixture_of_experts_has_its_router_loss_in_its_module():
+    found = upstream.load_balancing_loss(object.__new__(modeling_mixtral.MixtralModel))
+    assert found is modeling_mixtral.load_balancing_loss_func, "moe.py"
+    assert upstream.load_balancing_loss(nn.Linear(1, 1)) is None
+
+
+def test_accelerate_keeps_what_to_compile_and_which_models_it_prepared():
+    accelerator = Accelerator(cpu=True)
+    plugin = accelerator.state.dynamo_plugin
+    before = plugin.backend
+    try:
+        plugin.backend = DynamoBackend.NO
+        assert upstream.take_compile_options(accelerator) == {}
+        plugin.backend = DynamoBackend.EAGER
+        options = upstream.take_compile_options(accelerator)
+        assert options["backend"] == "eager", "upstream.py: take_compile_options"
+        assert plugin.backend == DynamoBackend.NO
+    finally:
+        plugin.backend = before
+    first, second = nn.Linear(1, 1), nn.Linear(1, 1)
+    accelerator.prepare(first, second)
+    upstream.forget_model(accelerator, first)
+    assert accelerator._models == [second], "upstream.py: forget_model"
+
+
+def test_every_function_of_upstream_is_pinned_here():
+    text = Path(__file__).read_text()
+    functions = [
+        name
+        for name, function in inspect.getmembers(upstream, inspect.isroutine)
+        if getattr(function, "__module__", None) == upstream.__name__
+    ]
+    assert len(functions) > 20
+    assert [name for name in functions if not re.search(rf"\b{name}\b", text)] == []

@@ -9,7 +9,7 @@ from ..errors import quote
 from .args import PREFIX, EDPOArgs
 
 
-def check_own_keys(recipe: Mapping[str, Any]) -> None:
+def check_edpo_keys(recipe: Mapping[str, Any]) -> None:
     """Refuses keys that begin with `edpo_` but are not options.
 
     Raises:

@@ -17,7 +17,7 @@ from . import rules
 from .args import LOWERED, PREFIX, Bounds, EDPOArgs, Moving, lowered_packing
 from .dataset_entries import check_entries
 from .rules import Recipe
-from .typos import check_own_keys
+from .typos import check_edpo_keys
 
 
 def check_recipe(recipe: Recipe) -> float | None:
@@ -34,7 +34,7 @@ def check_recipe(recipe: Recipe) -> float | None:
     """
     recipe = {**recipe, **lowered_packing(recipe)}
     _check_sections(recipe)
-    check_own_keys(recipe)
+    check_edpo_keys(recipe)
     recipe["beta"] = _common_beta(recipe)
     options = {key: recipe.get(key) for key in EDPOArgs.model_fields}
     options = {key: value for key, value in options.items() if value is not None}

@@ -112,13 +112,13 @@ class MarginFilter:
         return margins(stats, batch["lengths"], self._loss)
 
     def _begin(
-        self, batches: Sequence[Batch], margins: torch.Tensor, steps_done: int
+        self, batches: Sequence[Batch], pair_margins: torch.Tensor, steps_done: int
     ) -> None:
         """Gives the controller the margins of all ranks, and stores weights of pairs.
 
         Args:
             batches: This rank's micro-batches of the step.
-            margins: Margins of this rank's pairs, shape (pairs,), nats.
+            pair_margins: Margins of this rank's pairs, shape (pairs,), nats.
             steps_done: Number of optimizer steps before this one.
 
         Raises:
@@ -130,7 +130,7 @@ class MarginFilter:
             seed = f"{self._seed} {steps_done}"
             draws = [gumbel(seed, pair) for pair in pairs]
             noise = torch.tensor(draws, dtype=torch.float64)
-        columns = torch.stack([margins.cpu().double(), noise], dim=1)
+        columns = torch.stack([pair_margins.cpu().double(), noise], dim=1)
         rows, first = gather_rows(self._accelerator, columns)
         every_margin, every_noise = rows.cpu().unbind(dim=1)
         if broken := int((~every_margin.isfinite()).sum()):
@@ -140,8 +140,8 @@ class MarginFilter:
         self._weights = {}
         if self._controller.filters:
             weights = kept.float() * (len(kept) / max(int(kept.sum()), 1))
-            mine = on_device(weights[first : first + len(pairs)], margins.device)
-            self._share_out(batches, mine)
+            local = on_device(weights[first : first + len(pairs)], pair_margins.device)
+            self._share_out(batches, local)
 
     def _share_out(self, batches: Sequence[Batch], weights: torch.Tensor) -> None:
         """Stores the weights of this rank's pairs by batch."""
