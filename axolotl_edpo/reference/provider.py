@@ -83,6 +83,9 @@ class Reference:
     def prefetch(self, batches: Sequence[Batch]) -> None:
         """Prepares for batches that run next, in this order."""
 
+    def restart(self) -> None:
+        """Prepares for the batches of the last call once more."""
+
     def after_step(self) -> None:
         """Called after an optimizer step that was not skipped."""
 
@@ -251,8 +254,12 @@ class CachedReference(Reference):
             return
         with self._stopwatch.running():
             self._reads = self._reads_of(batches)
-            for read in [*self._reads.values()][:1]:
-                read.start()
+            self.restart()
+
+    def restart(self) -> None:
+        """Starts to read the first batch of the last `prefetch`."""
+        for read in [*self._reads.values()][:1]:
+            read.start()
 
     def after_step(self) -> None:
         """Changes the phase to `APART` if the step's learning rate was above 0."""

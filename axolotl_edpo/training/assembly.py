@@ -194,10 +194,15 @@ def prepare(
     forward.probe(policy)
     batcher.use(forward.ask(policy, partial(resolve_layout, batcher.layout)))
     if compile_options:
-        for model in all_models(trainer):
-            compile_layers(model.base_model, compile_options)
+        _compile_models(trainer, compile_options)
     if isinstance(trainer.reference, CachedReference):
         fill_cache(trainer, trainer.reference, policy)
+
+
+def _compile_models(trainer: Any, options: Mapping[str, Any]) -> None:
+    """In a function, so that no variable keeps a reference that is released later."""
+    for model in all_models(trainer):
+        compile_layers(model.base_model, options)
 
 
 def fill_cache(trainer: Any, reference: CachedReference, policy: nn.Module) -> None:

@@ -79,7 +79,7 @@ class MarginFilter:
         policy.train()  # as in the step itself; an evaluation may have come before
         every = [self._score(policy, to_device(batch)) for batch in batches]
         self._begin(batches, torch.cat(every), steps_done)
-        self._scorer.reference.prefetch(batches)  # the step runs them once more
+        self._scorer.reference.restart()  # the step runs the batches once more
 
     def weights(
         self, batch: Batch, stats: TokenStats, steps_done: int

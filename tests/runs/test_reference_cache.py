@@ -2,9 +2,11 @@
 
 import gc
 import json
+import os
 import shutil
 import weakref
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from safetensors.torch import load_file
 from axolotl_edpo.reference import cacheable, fingerprint, precompute, provider
 from axolotl_edpo.reference.cached_read import CachedRead
 from axolotl_edpo.trainer import EDPOTrainer
+from axolotl_edpo.training import assembly
 
 PACKED = {"sample_packing": True}
 # float32 around NF4: equal to the last digits; with bf16 only as far as that rounds
@@ -412,9 +415,16 @@ def test_the_reference_runs_once_per_pair_and_never_again(
     assert counts == [(0, 1)]
 
 
-def test_a_reference_model_is_freed_but_for_its_head(runs, parts, monkeypatch):
-    found = {}
-    release = provider.ModelReference.release
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_a_reference_model_is_freed_but_for_its_head(
+    runs, parts, monkeypatch, compiled
+):
+    found, freed = {}, []
+    release, fill = provider.ModelReference.release, assembly.fill_cache
+
+    def filled(*args):
+        fill(*args)
+        freed.append(found["body"]() is None)  # before the first step
 
     def watched(self, keeps_head):
         lm = self.model
@@ -424,7 +434,12 @@ def test_a_reference_model_is_freed_but_for_its_head(runs, parts, monkeypatch):
         return release(self, keeps_head)
 
     monkeypatch.setattr(provider.ModelReference, "release", watched)
-    trainer = runs("first", max_steps=2, **CACHED)
+    monkeypatch.setattr(assembly, "fill_cache", filled)
+    keys = {"torch_compile": True, "torch_compile_backend": "eager"}
+    keys = {**CACHED, **(keys if compiled else {}), "max_steps": 2}
+    with mock.patch.dict(os.environ):  # axolotl tells accelerate of a compiler there
+        trainer = runs("first", **keys)
+    assert freed == [True]
     gc.collect()
     kept = trainer.reference.kept_head.weight
     assert found["body"]() is None
