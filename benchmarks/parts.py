@@ -128,7 +128,7 @@ def main() -> None:
     """Measures, prints the table and, if asked, writes it."""
     parser = train_step.data_parser(__doc__)
     parser.set_defaults(pairs=8 * (1 + STEPS), adapter=None)
-    parser.set_defaults(attention="sdpa", gradient_checkpointing=False)
+    parser.set_defaults(attention="sdpa", gradient_checkpointing=False, before=None)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1)

@@ -4,6 +4,7 @@
     python benchmarks/train_step.py --data a.jsonl --data b.jsonl --write
     python benchmarks/train_step.py --adapter lora --repeats 3
     python benchmarks/train_step.py --contenders cached --baseline shared
+    python benchmarks/train_step.py --contenders cached --baseline shared --before DIR
     python benchmarks/train_step.py --model DIR --attention flash_attention_2 \
         --data c.jsonl --type chat_template.default --field field_messages=question
 
@@ -28,6 +29,9 @@ its TRL.) All is relative to the second where it can run, or to `--baseline`.
 With β 0.1 the first loss of all runs must be log 2 = 0.6931. A run that begins
 elsewhere, a rival that took the other's head, and contenders whose pairs, optimizer
 steps or tokens differ are an error.
+
+With `--before DIR`, each contender of `rl: edpo` also takes turns with the package of
+another checkout, in its own row.
 
 With `precompute_ref_log_probs`, what takes its turn is a run that finds the cache; one
 more run before fills it.
@@ -104,6 +108,8 @@ CONTENDERS = {
     "batch_margin": {**SHARED, "edpo_control": "batch_margin", "edpo_epsilon": None},
 }
 RIVALS = ("dpo", "dpo-chunked")
+# What the name of a contender ends with that runs the package of another checkout.
+BEFORE = " before"
 MORE = ("padding-free", "padded-cached", "traced", "fixed", "batch_margin")
 DEFAULT = [name for name in CONTENDERS if name not in MORE]
 LEGEND = (
@@ -488,7 +494,7 @@ def recipe(name: str, base: dict, folder: Path, args: argparse.Namespace) -> dic
     """The recipe of a contender."""
     keys = {
         **base,
-        **CONTENDERS[name],
+        **keys_of(name),
         "output_dir": str(folder / f"out_{name}"),
         "attn_implementation": args.attention,
     }
@@ -503,9 +509,14 @@ def recipe(name: str, base: dict, folder: Path, args: argparse.Namespace) -> dic
     return keys
 
 
+def keys_of(name: str) -> dict[str, Any]:
+    """The recipe keys of a contender, whichever checkout it runs."""
+    return CONTENDERS[name.removesuffix(BEFORE)]
+
+
 def caches(name: str) -> bool:
     """Whether a contender has a cache."""
-    return CACHED.items() <= CONTENDERS[name].items()
+    return CACHED.items() <= keys_of(name).items()
 
 
 def cache_of(folder: Path, name: str) -> Path:
@@ -520,18 +531,35 @@ def write_recipes(
     folder.mkdir()
     data = dataset(folder / "pairs.jsonl", pairs, args)
     base = {"base_model": str(model), **base_recipe(folder, data, args)}
-    recipes = {name: folder / f"{name}.yml" for name in args.contenders}
+    names = with_before(args.contenders) if args.before else args.contenders
+    recipes = {name: folder / f"{name}.yml" for name in names}
     for name, path in recipes.items():
         path.write_text(yaml.safe_dump(recipe(name, base, folder, args)))
     return recipes
 
 
+def with_before(names: Sequence[str]) -> list[str]:
+    """Contenders, each of `rl: edpo` followed by the same of another checkout."""
+    both = ([n] if n in RIVALS else [n, n + BEFORE] for n in names)
+    return [*itertools.chain(*both)]
+
+
 # --- runs ------------------------------------------------------------------------
 
 
-def child_environment(cache: Path, threads: int) -> dict[str, str]:
-    """One device, no network, this folder importable, a cache that goes with it."""
+def child_environment(
+    cache: Path, threads: int, checkout: Path | None = None
+) -> dict[str, str]:
+    """One device, no network, this folder importable, a cache that goes with it.
+
+    Args:
+        cache: Of data sets.
+        threads: Of the process.
+        checkout: Whose package and probe run; by default those that are there.
+    """
     search = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")]
+    if checkout is not None:
+        search = [str(checkout / "benchmarks"), str(checkout), *search]
     return {
         "CUDA_VISIBLE_DEVICES": "0",
         **os.environ,
@@ -642,16 +670,18 @@ def take_turns(
     first = next(iter(recipes.values()))
     folder = first.parent
     env = child_environment(folder / "cache", args.threads)
+    other = child_environment(folder / "cache", args.threads, args.before)
+    envs = {name: other if name.endswith(BEFORE) else env for name in recipes}
     run_axolotl(["preprocess", str(first)], folder / "preprocess.log", env)
     fillings = {}
     for name in filter(caches, recipes):
         print(f"{data}: {name}, filling its cache ...", flush=True)
-        fillings[name] = fill(name, recipes[name], env)
+        fillings[name] = fill(name, recipes[name], envs[name])
     runs: dict[str, list[Run]] = {name: [] for name in recipes}
     for repeat in range(args.repeats):
         for name, path in recipes.items():
             print(f"{data}: {name}, run {repeat + 1} of {args.repeats} ...", flush=True)
-            run = train(path, env)
+            run = train(path, envs[name])
             print(f"  {run.speed()}; {run.memory()}; {run.evidence()}", flush=True)
             runs[name].append(run)
             check_start(name, run)
@@ -971,6 +1001,7 @@ def parse_args() -> argparse.Namespace:
     help = "all are relative to it (default: %(default)s)"
     rival = "dpo" if lacks else "dpo-chunked"
     add("--baseline", choices=list(CONTENDERS), default=rival, help=help)
+    add("--before", type=Path, help="another checkout, to compare with")
     add("--adapter", choices=["lora"], help="default: full fine-tuning")
     add("--attention", default="sdpa", help="attn_implementation")
     add("--gradient-checkpointing", action="store_true", help="for all contenders")

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import statistics
 import sys
 from dataclasses import replace
@@ -316,3 +317,13 @@ def test_dealt_micro_batches_are_even_and_drawn_ones_are_not(tmp_path):
     assert drawn > 1.4
     assert 1 <= dealt <= 1.15
     assert 1 <= shared <= 1.15
+
+
+def test_another_checkout_takes_turns_with_its_package_and_its_probe(tmp_path):
+    names = train_step.with_before(["dpo", "shared", "cached"])
+    assert names == ["dpo", "shared", "shared before", "cached", "cached before"]
+    assert train_step.keys_of("cached before") == train_step.CONTENDERS["cached"]
+    assert train_step.caches("cached before") and not train_step.caches("shared before")
+    env = train_step.child_environment(tmp_path / "cache", 1, tmp_path)
+    first = env["PYTHONPATH"].split(os.pathsep)[:2]
+    assert first == [str(tmp_path / "benchmarks"), str(tmp_path)]
