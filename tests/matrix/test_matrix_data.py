@@ -536,7 +536,7 @@ IGNORED = [
     ),
     of_entry(
         "`message_property_mappings` of an entry",
-        r"`datasets: message_property_mappings: .*'from'.*`content`",
+        r"`datasets: message_property_mappings: \{role: from, .*\}`.*`content`",
         {"message_property_mappings": {"role": "from", "content": "value"}},
         "name them `role` and `content` in the data",
     ),
