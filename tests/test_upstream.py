@@ -153,7 +153,9 @@ def test_trainer_state_is_the_last_file_of_a_checkpoint():
 
 def test_the_whole_optimizer_step_is_counted_before_its_first_micro_batch():
     text = source(Trainer.get_batch_samples)
-    assert "self._get_num_items_in_batch(batch_samples, device)" in text, "feed.py"
+    assert "self._get_num_items_in_batch(batch_samples, device)" in text, (
+        "trainer.py: _get_num_items_in_batch"
+    )
     step = source(Trainer.training_step)
     asked = ("if not loss_is_scaled_for_ga:", "not self.model_accepts_loss_kwargs or")
     assert any(line in step for line in asked), "upstream.py: loss scale"
@@ -163,9 +165,11 @@ def test_a_data_loader_says_which_micro_batch_is_its_last_when_it_hands_it_over(
     """And signs off only when it is asked for another."""
     text = source(DataLoaderShard.__iter__)
     last = text[text.index("self.end_of_dataloader = True") :]
-    assert last.index("yield current_batch") < last.index("self.end()"), "feed.py"
+    assert last.index("yield current_batch") < last.index("self.end()"), (
+        "batching.py: _until_data_end"
+    )
     text = source(Trainer.get_batch_samples)
-    assert "for _ in range(num_batches):" in text, "feed.py: _until_data_end"
+    assert "for _ in range(num_batches):" in text, "batching.py: _until_data_end"
 
 
 def test_every_loss_is_looked_at_unless_told_otherwise():
@@ -199,7 +203,7 @@ def test_axolotls_training_step_adds_only_the_cache_flush():
             "torch.cuda.empty_cache()",
             "return loss",
         ],
-    ), "feed.py: training_step"
+    ), "trainer.py: training_step"
 
 
 def test_an_adapter_is_kept_in_float32_where_the_loader_makes_it():
@@ -302,7 +306,7 @@ def test_models_say_in_private_names_what_their_layers_are():
 def test_adapters_are_saved_through_the_trainers_model():
     assert "trainer.model.save_pretrained(cfg.output_dir)" in source(
         save_trained_model
-    ), "reference.py: _settle_reference_adapter"
+    ), "start.py: resolve_reference_adapter"
 
 
 def test_axolotl_refuses_packing_beside_rl_before_a_plugin_is_asked():
@@ -313,7 +317,7 @@ def test_axolotl_refuses_packing_beside_rl_before_a_plugin_is_asked():
 def test_trl_switches_padding_free_off_and_makes_the_collator_of_pairs():
     text = source(DPOTrainer.__init__)
     assert "self.padding_free = False" in text, "plugin.py: padding_free"
-    assert "DataCollatorForPreference(" in text, "feed.py: _start_feed"
+    assert "DataCollatorForPreference(" in text, "assembly.py: make_batcher"
     names = inspect.signature(DataCollatorForPreference).parameters
     assert {"pad_token_id", "max_length", "pad_to_multiple_of"} <= names.keys()
     text = source(DataCollatorForPreference.torch_call)
@@ -365,7 +369,7 @@ def test_trl_lets_the_reference_follow_and_axolotl_says_so_to_grpo_only():
 def test_optimizer_and_schedule_are_loaded_under_every_engine():
     text = source(Trainer._prepare_for_training)
     line = "            self._load_optimizer_and_scheduler(resume_from_checkpoint)\n"
-    assert line in text, "run.py: _load_optimizer_and_scheduler"
+    assert line in text, "trainer.py: _load_optimizer_and_scheduler"
 
 
 def test_axolotl_keeps_of_an_entry_of_datasets_what_dpo_datasets_have():
@@ -380,18 +384,18 @@ def test_axolotl_keeps_of_an_entry_of_datasets_what_dpo_datasets_have():
 def test_trl_drops_pairs_in_prepare_dataset():
     names = list(inspect.signature(DPOTrainer._prepare_dataset).parameters)
     own = ["self", "dataset", "processing_class", "args", "dataset_name"]
-    assert names == own, "feed.py: _prepare_dataset"
+    assert names == own, "trainer.py: _prepare_dataset"
 
 
 def test_trl_tells_messages_from_text_by_any_column_it_knows():
     text = source(is_conversational)
-    assert '"completion", "messages"]' in text, "feed.py: _prepare_dataset"
-    assert "example_keys.pop()" in text, "feed.py: _prepare_dataset"
+    assert '"completion", "messages"]' in text, "checks.py: preference_columns"
+    assert "example_keys.pop()" in text, "checks.py: preference_columns"
 
 
 def test_the_training_loop_runs_over_what_get_batch_samples_returns():
     text = source(Trainer._run_epoch)
-    assert "self.get_batch_samples(" in text, "feed.py: get_batch_samples"
+    assert "self.get_batch_samples(" in text, "trainer.py: get_batch_samples"
     assert "for i, inputs in enumerate(batch_samples)" in text
 
 
