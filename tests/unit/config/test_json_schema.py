@@ -1,4 +1,4 @@
-"""json_schema.py: what an editor completes and marks is what axolotl and the plugin take."""
+"""json_schema.py: editors complete and mark what axolotl and the plugin take."""
 
 import importlib
 import json
