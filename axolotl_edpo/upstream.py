@@ -6,6 +6,7 @@ Supported: axolotl 0.19, 0.20 and 0.21, with torch 2.11 to 2.14, transformers 5.
 """
 
 import inspect
+import pkgutil
 import sys
 from collections.abc import Callable, Collection
 from functools import cache
@@ -39,12 +40,14 @@ def dropped_words() -> list[str]:
 def recipe_keys() -> set[str]:
     """All keys that a recipe may have: those of axolotl and of the loaded plugins.
 
-    axolotl 0.19 to 0.21 merge them into one pydantic class.
+    axolotl 0.19 to 0.21 merge the fields of these classes into one, which takes longer.
     """
-    from axolotl.integrations.config import merge_input_args
+    from axolotl.integrations.base import PluginManager
+    from axolotl.utils.schemas.config import AxolotlInputConfig
 
-    _, recipe = merge_input_args()
-    fields = recipe.model_fields
+    names = PluginManager.get_instance().get_input_args()
+    classes = [AxolotlInputConfig, *map(pkgutil.resolve_name, names)]
+    fields = {key: field for c in classes for key, field in c.model_fields.items()}
     return {*fields, *(field.alias for field in fields.values() if field.alias)}
 
 

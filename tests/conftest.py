@@ -2,18 +2,49 @@
 
 import gc
 import os
+from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from helpers import surroundings
 
+os.environ.update(surroundings.variables())
+
+import pytest
 import torch
+from helpers import time_limits
 
 if not torch.cuda.is_available():  # Triton reads the variable when it is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
-import pytest
-from helpers import tiny
+# The folders of tests, those first whose files take long: two processes end together.
+ORDER = ["engines", "runs", "project", "matrix", "unit"]
+
+
+def pytest_configure(config):
+    """Adds to pytest-timeout the stacks of all processes."""
+    config.pluginmanager.register(time_limits)
+
+
+def pytest_unconfigure(config):
+    """The process that started the others removes what they shared."""
+    if not hasattr(config, "workerinput"):
+        surroundings.leave()
+
+
+def pytest_collection_modifyitems(items):
+    """A file is a group of pytest-xdist, which runs in one process.
+
+    So its fixtures are made once, and its ranks forked from one server.
+    """
+    tests = Path(__file__).parent
+
+    def place(item) -> int:
+        folder = item.path.relative_to(tests).parts[0]
+        return ORDER.index(folder) if folder in ORDER else len(ORDER)
+
+    items.sort(key=place)
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -49,6 +80,8 @@ def one_thread():
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory):
     """Paths of a model, of 40 training and 10 evaluation pairs, of prepared data."""
+    from helpers import tiny
+
     folder = tmp_path_factory.mktemp("parts")
     return {
         "model": tiny.save_model(folder / "model"),
@@ -64,6 +97,7 @@ def recipe(parts, tmp_path):
 
     Its keywords are added to the recipe or replace keys of it; None removes a key.
     """
+    from helpers import tiny
 
     def make(**keys):
         keys = {"dataset_prepared_path": str(parts["prepared"]), **keys}

@@ -23,6 +23,7 @@ from axolotl.core.trainers.dpo import DPOStrategy
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations import base
 from axolotl.integrations.base import BasePlugin
+from axolotl.integrations.config import merge_input_args
 from axolotl.loaders import ModelLoader
 from axolotl.monkeypatch.accelerate import fsdp2
 from axolotl.train import save_trained_model, setup_model_and_trainer, train
@@ -31,6 +32,7 @@ from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from axolotl.utils.schemas.datasets import DPODataset
 from axolotl.utils.schemas.validation import RLValidationMixin
+from helpers import tiny
 from peft import LoraConfig, LoraModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
@@ -230,6 +232,14 @@ def test_axolotl_knows_its_keys_by_name_and_by_alias():
     assert {*AxolotlInputConfig.model_fields} <= keys, "upstream.py: recipe_keys"
     aliases = {field.alias for field in AxolotlInputConfig.model_fields.values()}
     assert aliases - {None} <= keys, "upstream.py: recipe_keys"
+
+
+def test_axolotl_merges_the_keys_of_its_plugins_into_its_own(recipe, tmp_path):
+    tiny.load_config(tmp_path, recipe())
+    merged = merge_input_args()[1].model_fields
+    aliases = {field.alias for field in merged.values()} - {None}
+    assert recipe_keys() == {*merged} | aliases, "upstream.py: recipe_keys"
+    assert "edpo_epsilon" in merged
 
 
 def test_axolotls_watchdog_takes_threshold_and_patience_from_the_config():

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import multiprocessing
 import traceback
 from itertools import chain
 from pathlib import Path
@@ -29,11 +28,6 @@ PACKED = {"sample_packing": True}
 FILTERED = dict(edpo_control="batch_margin", edpo_epsilon=None, edpo_margin_keep=0.8)
 HEAD_LORA = dict(adapter="lora", lora_r=4, lora_alpha=8)
 HEAD_LORA |= dict(lora_target_modules=["q_proj", "lm_head"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def imported_once():
-    multiprocessing.set_forkserver_preload(ranks.PRELOAD)
 
 
 @pytest.fixture(scope="session")

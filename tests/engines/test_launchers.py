@@ -1,11 +1,7 @@
 """Several ranks through axolotl's own command line, and what is left when one dies."""
 
 import json
-import multiprocessing
-import os
 import signal
-import subprocess
-import sys
 import time
 from multiprocessing import forkserver
 from pathlib import Path
@@ -14,13 +10,14 @@ import pytest
 from axolotl.cli.args import TrainerCliArgs
 from axolotl.cli.config import load_cfg
 from axolotl.cli.train import ray_train_func
-from helpers import ranks, tiny
-from helpers.paths import ROOT
-from torch.multiprocessing import ProcessExitedException, start_processes
+from helpers import processes, ranks, tiny
+from helpers.commands import installed
+from torch.multiprocessing import ProcessExitedException
 
 from axolotl_edpo.training.checkpointing import last_complete
 
-TWO_RANKS = ("--launcher", "torchrun", "--", "--nproc_per_node=2")
+# `--standalone`: at a port that is free; without it, all launches want the same one
+TWO_RANKS = ("--launcher", "torchrun", "--", "--standalone", "--nproc_per_node=2")
 SHARDED = {**ranks.FSDP2, "state_dict_type": "SHARDED_STATE_DICT"}
 ENGINES = {
     "ddp": {},
@@ -54,32 +51,12 @@ def launch(folder: Path, keys: dict) -> tuple[int, str, float]:
         Exit code, what was printed, when it ended.
     """
     tiny.write(folder, keys)
-    done = subprocess.run(
-        ["axolotl", "train", "recipe.yml", *TWO_RANKS],
-        cwd=folder,
-        env=environment(),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=300,
-    )
+    done = installed(folder, "train", "recipe.yml", *TWO_RANKS)
     return done.returncode, done.stdout, time.time()
-
-
-def environment() -> dict[str, str]:
-    """Ours, with axolotl's command and the tests' plugins in reach."""
-    commands = Path(sys.executable).parent
-    paths = {"PATH": [commands], "PYTHONPATH": [ROOT, ROOT / "tests"]}
-    values = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    for name, first in paths.items():
-        rest = filter(None, [os.environ.get(name)])
-        values[name] = os.pathsep.join([*map(str, first), *rest])
-    return {**os.environ, **values}
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    multiprocessing.set_forkserver_preload(ranks.PRELOAD)
     forkserver.ensure_running()  # imports while the launcher does
     folder = tmp_path_factory.mktemp("launchers")
     (folder / "zero3.json").write_text(json.dumps(ZERO3))
@@ -194,6 +171,5 @@ def test_workers_of_ray_take_the_config_that_the_driver_has_lowered(
     cfg = load_cfg(str(tiny.write(folder, keys))).to_dict()
     assert (cfg["rl"], cfg["edpo_sample_packing"]) == ("dpo", True)
     cfg["plugins"].append("helpers.ranks.CpuRanks")
-    arguments = (ranks.free_port(), cfg)
-    start_processes(ray_worker, arguments, nprocs=2, start_method="forkserver")
+    processes.run(ray_worker, processes.free_port(), cfg, count=2)
     assert saved_betas(folder / "out" / "checkpoint-10") == alone

@@ -18,20 +18,19 @@ of one process.
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
-import yaml
+import pytest
 from axolotl.integrations.base import BasePlugin
+from torch.multiprocessing import ProcessExitedException
 from transformers import Trainer, TrainerCallback
 
 from axolotl_edpo.reference import precompute
 from axolotl_edpo.reference.hidden_cache import PARTIAL, HiddenStateCache
-from helpers import tiny
+from helpers import ranks
 
 # Seconds in which the other ranks write the rest of a tiny checkpoint.
 OTHERS_GO_ON = 1.0
@@ -51,18 +50,8 @@ def train_until_killed(folder: Path, keys: dict, step: int) -> None:
     """
     plugins = [*keys["plugins"], "helpers.killed_runs.Dying"]
     dying = {**keys, "plugins": plugins, "dies": {"rank": 0, "step": step}}
-    tests = Path(__file__).parent.parent
-    killed = subprocess.run(
-        [sys.executable, "-m", __name__, str(tiny.write(folder, dying))],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]),
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        ranks.run(folder, dying, 1)
 
 
 class Dying(BasePlugin):
@@ -212,8 +201,3 @@ def _flip_in_the_middle(path: Path) -> None:
         (byte,) = file.read(1)
         file.seek(middle)
         file.write(bytes([byte ^ 1]))
-
-
-if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    tiny.train(path.parent, yaml.safe_load(path.read_text()))

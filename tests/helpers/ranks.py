@@ -4,16 +4,13 @@ accelerate and axolotl choose DeepSpeed and FSDP only where they see a GPU. The 
 `CpuRanks` changes which device and backend they choose, and nothing of the engines. A
 recipe that names it beside `axolotl_edpo.EDPOPlugin` goes through any launcher.
 
-`run` forks the ranks from a server that has imported everything once, so that a run of
-a tiny model takes seconds. Call `multiprocessing.set_forkserver_preload(PRELOAD)`
-before.
+`run` forks the ranks, as `helpers.processes` does, so a tiny run takes seconds.
 """
 
 import gc
 import importlib
 import json
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +24,10 @@ from axolotl import utils
 from axolotl.cli import config
 from axolotl.integrations.base import BasePlugin
 
-from helpers import tiny
+from helpers import processes, tiny
 
 # A CUDA build of torch would ask the driver, which a forked process must not do.
 torch.cuda.can_device_access_peer = lambda *args: True
-
-# What the server imports. TRL imports trackio in every run, and it takes seconds.
-PRELOAD = ["deepspeed", "axolotl.train", "axolotl.core.builders", "trackio"]
-PRELOAD += ["helpers.ranks"]
 
 # A DeepSpeed file without `zero_optimization`, and the `fsdp_config` of a recipe.
 ZERO = {
@@ -74,7 +67,7 @@ class CpuRanks(BasePlugin):
         gc.freeze()  # axolotl and DeepSpeed collect often; imports are never garbage
         _leave_placement_to_accelerate()
         if cfg.get("deepspeed"):
-            _gather_detached()
+            _use_gloo_alone()
             _choose_cpu(DistributedType.MULTI_CPU)
         elif cfg.get("fsdp_config"):
             _choose_cpu(DistributedType.MULTI_GPU)
@@ -106,15 +99,18 @@ def _choose_cpu(kind: DistributedType) -> None:
 _CPU = torch.device("cpu")
 
 
-def _gather_detached() -> None:
-    """Makes DeepSpeed gather weights by another operation, which detaches them.
+def _use_gloo_alone() -> None:
+    """Keeps DeepSpeed to what gloo does.
 
     In float32, ZeRO-1 and ZeRO-2 gather from a shard that requires a gradient. gloo
-    refuses that.
+    refuses that, and DeepSpeed's other way to gather detaches. And a part of DeepSpeed
+    that only CPU ranks have, sums in shared memory, would be compiled first, for a
+    minute; a rank that is killed meanwhile leaves a lock on which all later ones wait.
     """
-    import deepspeed.comm
+    import deepspeed
 
     deepspeed.comm.has_all_gather_into_tensor = lambda: False
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def run(folder: Path, keys: dict, ranks: int = 2, probe: str | None = None) -> list:
@@ -134,10 +130,9 @@ def run(folder: Path, keys: dict, ranks: int = 2, probe: str | None = None) -> l
 
     Raises:
         ProcessRaisedException: If a rank failed; it holds the traceback.
+        TimeoutError: If a rank hangs.
     """
-    context = start(folder, keys, ranks, probe)
-    while not context.join():
-        pass
+    processes.wait(start(folder, keys, ranks, probe))
     return results(folder, ranks)
 
 
@@ -146,13 +141,8 @@ def start(
 ) -> mp.ProcessContext:
     """Starts the ranks of `run` and does not wait for them."""
     folder.mkdir(parents=True, exist_ok=True)
-    return mp.start_processes(
-        _rank,
-        (ranks, free_port(), folder, keys, probe),
-        nprocs=ranks,
-        join=False,
-        start_method="forkserver",
-    )
+    port = processes.free_port()
+    return processes.start(_rank, ranks, port, folder, keys, probe, count=ranks)
 
 
 def results(folder: Path, ranks: int = 2) -> list:
@@ -164,8 +154,6 @@ def results(folder: Path, ranks: int = 2) -> list:
 def _rank(rank: int, ranks: int, port: int, folder: Path, keys: dict, probe) -> None:
     if ranks > 1:
         become(rank, ranks, port)
-    else:
-        _settle_in()
     keys = {**keys, "plugins": [*keys.get("plugins", []), "helpers.ranks.CpuRanks"]}
 
     def train():
@@ -182,25 +170,7 @@ def _rank(rank: int, ranks: int, port: int, folder: Path, keys: dict, probe) -> 
 
 
 def become(rank: int, ranks: int, port: int) -> None:
-    """Makes this process, forked by the server, a rank as torchrun starts them."""
-    _settle_in()
-    os.environ |= _torchrun(rank, ranks, port)
-
-
-def _settle_in() -> None:
-    torch.set_num_threads(1)
-    mp.set_start_method("fork", force=True)  # of data loaders; the server set its own
-
-
-def _torchrun(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """The environment variables that torchrun sets."""
+    """Makes this process a rank as torchrun starts them: by its variables."""
     values: dict[str, Any] = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks)
     values |= dict(LOCAL_WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    return {name: str(value) for name, value in values.items()}
-
-
-def free_port() -> int:
-    """A port of this machine that no process listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    os.environ |= {name: str(value) for name, value in values.items()}

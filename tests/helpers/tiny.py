@@ -9,12 +9,16 @@ from pathlib import Path
 
 import torch
 import yaml
+from axolotl.integrations.base import PluginManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from axolotl_edpo.plugin import PLUGIN
 from axolotl_edpo.upstream import automatic_plugins
+from helpers import quick
+
+quick.install()
 
 # The special tokens of both tokenizers, by id.
 REFERENCE_SPECIAL = {0: "<s>", 1: "</s>", 2: "<pad>"}
@@ -198,7 +202,6 @@ def load_data(cfg):
     """The data sets of a config, as `axolotl train` loads them."""
     from axolotl.cli.args import TrainerCliArgs
     from axolotl.common.datasets import load_preference_datasets
-    from axolotl.integrations.base import PluginManager
 
     meta = PluginManager.get_instance().load_datasets(cfg)
     return meta or load_preference_datasets(cfg=cfg, cli_args=TrainerCliArgs())

@@ -1,7 +1,6 @@
 """Wrong recipes: each is refused, or trains with one warning; nothing is lost."""
 
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -14,12 +13,11 @@ from unittest import mock
 import numpy as np
 import pandas
 import pytest
-from helpers import matrix, ranks, tiny
-from helpers.commands import command
+from helpers import matrix, processes, ranks, tiny
+from helpers.commands import forked
 from helpers.matrix import Cell
 from helpers.tiny import LORA
 from safetensors.torch import load_file, save_file
-from torch.multiprocessing import start_processes
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
@@ -752,7 +750,7 @@ def test_the_command_ends_with_the_message_and_a_status_of_failure(
 ):
     keys = recipe(**placed(texts("no-rejected.jsonl"), files))
     tiny.write(tmp_path, keys)
-    done = command(tmp_path, "train", "recipe.yml", "--launcher", "python")
+    done = forked(tmp_path, "train", "recipe.yml", "--launcher", "python")
     assert done.returncode != 0
     assert "ValueError: `datasets`: there is no column `rejected`" in done.stdout
 
@@ -785,7 +783,6 @@ NAN_GRADIENT = {"plugins": ["axolotl_edpo.EDPOPlugin", "helpers.ranks.BrokenGrad
     ],
 )
 def test_what_one_rank_finds_stops_all(engine, wrong, message, recipe, files, tmp_path):
-    multiprocessing.set_forkserver_preload(ranks.PRELOAD)
     config = tmp_path / "zero.json"
     stage = {"stage": 3 if engine == "zero3" else 2}
     config.write_text(json.dumps({**ranks.ZERO, "zero_optimization": stage}))
@@ -799,8 +796,7 @@ def test_what_one_rank_finds_stops_all(engine, wrong, message, recipe, files, tm
     keys["plugins"] = [*keys["plugins"], "helpers.ranks.CpuRanks"]
     for number in range(2):
         (tmp_path / str(number)).mkdir()
-    arguments = (ranks.free_port(), tmp_path, keys)
-    start_processes(rank, arguments, nprocs=2, start_method="forkserver")
+    processes.run(rank, processes.free_port(), tmp_path, keys, count=2)
     one, other = ((tmp_path / str(n) / "message").read_text() for n in range(2))
     assert one == other
     assert message in one

@@ -12,7 +12,6 @@ except in the supervised recipe, which has no plugin of ours to allow it.
 import gzip
 import json
 import math
-import multiprocessing
 import os
 import re
 import textwrap
@@ -155,7 +154,6 @@ def test_recipe_trains_two_steps_of_edpo(path, shrink, tmp_path):
     selected(RECIPES, rl="edpo", deepspeed=True) + selected(RECIPES, fsdp_version=2),
 )
 def test_recipe_of_a_cluster_trains_on_two_ranks(path, shrink, tmp_path):
-    multiprocessing.set_forkserver_preload(ranks.PRELOAD)
     recipe = read(path)
     engine = {key: recipe[key] for key in ENGINE if key in recipe}
     if "deepspeed" in engine:

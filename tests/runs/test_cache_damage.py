@@ -4,7 +4,6 @@ Killed passes, changed bytes, full disks, two runs at once: a run ends as withou
 cache, or stops and says why.
 """
 
-import multiprocessing
 import os
 import pickle
 import random
@@ -18,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import ranks, tiny
+from helpers import processes, ranks, tiny
 from helpers.engines import engine, series
 from helpers.killed_runs import SMALL_SHARD
 from safetensors.torch import load_file
@@ -81,11 +80,6 @@ class Cell:
         """In processes of its own, with more plugins."""
         keys = {"plugins": [*PLUGINS, *plugins], **keys}
         return ranks.start(folder, self.recipe(folder, cache, **keys), count)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def imported_once():
-    multiprocessing.set_forkserver_preload(ranks.PRELOAD)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -173,16 +167,16 @@ def assert_same_run(run: Run, clean: Run) -> None:
         torch.testing.assert_close(own[name], other[name], rtol=0, atol=1e-6)
 
 
-def ended(context, seconds: float = 300) -> list[tuple[int, str]]:
+def ended(context, seconds: float = processes.LIMIT) -> list[tuple[int, str]]:
     """Exit code and error of each process, none of which was ended by another.
 
-    Those that are there for longer are killed. The first ranks under DeepSpeed compile
-    a part of it: killed at that, they leave a lock on which all later ones wait.
+    Those that are there for longer are aborted.
     """
     until = time.monotonic() + seconds
     for process in context.processes:
         process.join(max(until - time.monotonic(), 0))
-        process.kill()
+        if process.is_alive():
+            processes.abort([process.pid])
         process.join()
     codes = [process.exitcode for process in context.processes]
     return [*zip(codes, map(_error, context.error_files), strict=True)]

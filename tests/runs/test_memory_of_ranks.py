@@ -8,7 +8,6 @@ counts the weights that ZeRO-3 and FSDP2 have gathered at that moment.
 import functools
 import gc
 import json
-import multiprocessing
 import random
 import weakref
 
@@ -24,8 +23,6 @@ from axolotl_edpo.tools.memory import Memory, memory
 from axolotl_edpo.tools.model_sizes import sizes_of
 from axolotl_edpo.trainer import EDPOTrainer
 from axolotl_edpo.training import assembly
-
-multiprocessing.set_forkserver_preload(ranks.PRELOAD)
 
 LETTERS, RANKS = 50, 2
 # DeepSpeed's own bounds are in the millions and would keep a small model whole.

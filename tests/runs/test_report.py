@@ -14,7 +14,7 @@ import numpy
 import pandas
 import pytest
 from helpers import tiny
-from helpers.commands import command
+from helpers.commands import forked, installed
 from helpers.killed_runs import train_until_killed
 from helpers.paths import ROOT
 from helpers.report_pages import Page, numbers, observation, page_of, refused, report
@@ -405,14 +405,14 @@ def test_a_damaged_trace_is_named(run):
 
 def test_the_installed_command_writes_a_page_and_numbers(run, tmp_path):
     """Needs the package installed with its entry points."""
-    done = command(tmp_path, "edpo-report", str(run), "--json", "numbers.json")
+    done = installed(tmp_path, "edpo-report", str(run), "--json", "numbers.json")
     assert done.returncode == 0, done.stdout
     (result,) = json.loads((tmp_path / "numbers.json").read_text())["runs"]
     assert result["logged"]["kl/beta"]["values"][0] == 0.1
-    done = command(tmp_path, "edpo-report", str(run), str(run / "checkpoint-4"))
+    done = forked(tmp_path, "edpo-report", str(run), str(run / "checkpoint-4"))
     assert "Wrote edpo_report/index.html and" in done.stdout
     assert "2 runs" in Page(tmp_path / "edpo_report").text("h1")
-    done = command(tmp_path, "edpo-report", "nowhere")
+    done = forked(tmp_path, "edpo-report", "nowhere")
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1] == "Error: nowhere: there is no such directory"
 

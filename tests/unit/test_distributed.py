@@ -1,13 +1,11 @@
 """distributed.py: sums and rows of ranks, on one process and on two over gloo."""
 
 import json
-import multiprocessing
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from accelerate import Accelerator
-from helpers import ranks
+from helpers import processes, ranks
 
 from axolotl_edpo.distributed import gather_rows, sum_over_ranks, within_modules_forward
 
@@ -41,9 +39,7 @@ def collect(rank: int, port: int, folder) -> None:
 
 
 def test_two_ranks_get_the_rows_of_both_in_their_order(tmp_path):
-    multiprocessing.set_forkserver_preload(ranks.PRELOAD)
-    arguments = (ranks.free_port(), tmp_path)
-    mp.start_processes(collect, arguments, nprocs=2, start_method="forkserver")
+    processes.run(collect, processes.free_port(), tmp_path, count=2)
     for rank, result in enumerate(ranks.results(tmp_path)):
         expected = []
         for case in CASES:

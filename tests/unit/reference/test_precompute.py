@@ -1,14 +1,12 @@
 """The pass over all ranks: what is computed, and how an error of one rank stops all."""
 
-import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from accelerate import Accelerator, PartialState
 from datasets import Dataset
-from helpers import ranks
+from helpers import processes, ranks
 
 from axolotl_edpo.data.pair_id import pair_digest
 from axolotl_edpo.reference import precompute
@@ -18,8 +16,6 @@ from axolotl_edpo.reference.precompute import (
     distinct_pairs,
     fail_together,
 )
-
-multiprocessing.set_forkserver_preload(ranks.PRELOAD)
 
 WIDTH = 4
 ADVICE = (
@@ -151,10 +147,7 @@ def _fails_on_rank_1(rank: int, port: int, folder: Path) -> None:
 
 
 def test_what_stops_one_rank_stops_all_with_its_words_and_its_type(tmp_path):
-    port = ranks.free_port()
-    mp.start_processes(
-        _fails_on_rank_1, (port, tmp_path), nprocs=2, start_method="forkserver"
-    )
+    processes.run(_fails_on_rank_1, processes.free_port(), tmp_path, count=2)
     lines = [(tmp_path / f"rank{rank}").read_text().split("\n") for rank in (0, 1)]
     (disk, mistake, strange), (own_disk, own_mistake, own_strange) = lines
     assert disk == own_disk and disk.startswith("ValueError: `precompute_ref_log_probs")

@@ -1,0 +1,104 @@
+"""Processes that start in milliseconds, and none of which runs for ever.
+
+A server imports axolotl, DeepSpeed and TRL once. Processes are forked from it. Each has
+a time limit; one that is still there is aborted and writes the stacks of its threads
+before it ends, as `PYTHONFAULTHANDLER` makes Python do.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterable
+
+import psutil
+import torch
+import torch.multiprocessing as mp
+
+# What the server imports. TRL imports trackio in every run, and that takes seconds.
+PRELOAD = ["deepspeed", "axolotl.train", "axolotl.core.builders", "trackio"]
+PRELOAD += ["axolotl.cli.main", "helpers.ranks"]
+multiprocessing.set_forkserver_preload(PRELOAD)
+
+# Seconds; ten times what the longest run of ranks takes on an idle machine.
+LIMIT = 180.0
+# Seconds in which an aborted process writes its stacks.
+WRITING = 2.0
+
+_reserved: list[socket.socket] = []
+
+
+def start(function: Callable, *arguments, count: int = 1) -> mp.ProcessContext:
+    """Starts processes and does not wait for them.
+
+    Args:
+        function: Called in each with its number and the arguments.
+        *arguments: Can be pickled.
+        count: How many processes.
+    """
+    return mp.start_processes(
+        _enter,
+        (dict(os.environ), function, arguments),
+        nprocs=count,
+        join=False,
+        start_method="forkserver",
+    )
+
+
+def wait(context: mp.ProcessContext, seconds: float = LIMIT) -> None:
+    """Waits for processes.
+
+    Raises:
+        ProcessRaisedException: If one raised; it holds the traceback.
+        ProcessExitedException: If one was killed.
+        TimeoutError: If one was still there after so many seconds; all are aborted.
+    """
+    until = time.monotonic() + seconds
+    while not context.join(max(until - time.monotonic(), 0.0)):
+        if time.monotonic() >= until:
+            abort(context.pids())
+            raise TimeoutError(
+                f"processes were there for {seconds:g} s and were aborted: their "
+                "stacks are in the captured stderr"
+            )
+
+
+def run(function: Callable, *arguments, count: int = 1, seconds: float = LIMIT) -> None:
+    """Starts processes and waits for them, as `start` and `wait` say."""
+    wait(start(function, *arguments, count=count), seconds)
+
+
+def abort(pids: Iterable[int]) -> None:
+    """Ends processes; those of Python write their stacks first."""
+    processes = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            processes.append(psutil.Process(pid))
+            processes[-1].send_signal(signal.SIGABRT)
+    for process in psutil.wait_procs(processes, WRITING)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def free_port() -> int:
+    """A port of this machine that no other process is given while this one lives.
+
+    A bound socket that does not listen reserves it; whoever listens with SO_REUSEADDR,
+    as PyTorch's store does, may.
+    """
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    _reserved.append(reserved)
+    return reserved.getsockname()[1]
+
+
+def _enter(number: int, environment: dict, function: Callable, arguments) -> None:
+    """Gives a process the environment of the test that starts it."""
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    mp.set_start_method("fork", force=True)  # of data loaders; the server set its own
+    function(number, *arguments)

@@ -1,0 +1,78 @@
+"""What the suite promises: nothing hangs, and two suites at once share nothing."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from helpers import processes
+from helpers.commands import environment
+from helpers.surroundings import FOLDERS
+from torch.distributed import TCPStore
+
+HANGS = """
+import subprocess, sys
+
+SLEEPS = "import time\\ndef never_ends(): time.sleep(600)\\nnever_ends()"
+
+def test_hangs():
+    subprocess.run([sys.executable, "-c", SLEEPS])
+"""
+
+
+def test_a_test_that_hangs_fails_with_the_stacks_of_all_its_processes(tmp_path):
+    (tmp_path / "test_hangs.py").write_text(HANGS)
+    command = [sys.executable, "-m", "pytest", "-p", "helpers.time_limits"]
+    began = time.monotonic()
+    done = subprocess.run(
+        [*command, "--timeout", "5", "test_hangs.py"],
+        cwd=tmp_path,
+        env=environment(),
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 1 and time.monotonic() - began < 60
+    assert "test_hangs.py::test_hangs hangs: stacks of its 1 processes" in done.stdout
+    assert "in never_ends" in done.stdout  # of the process
+    assert "in test_hangs" in done.stdout and "1 failed" in done.stdout
+
+
+def sleep(rank: int) -> None:
+    """Ends on rank 1 only."""
+    if rank == 0:
+        time.sleep(600)
+
+
+def test_ranks_that_hang_are_aborted_and_write_their_stacks(capfd):
+    with pytest.raises(TimeoutError, match="there for 3 s and were aborted"):
+        processes.run(sleep, count=2, seconds=3)
+    assert f"in {sleep.__name__}" in capfd.readouterr().err
+
+
+def test_an_aborted_process_is_gone():
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    time.sleep(0.5)
+    processes.abort([process.pid])
+    assert process.wait(5) == -signal.SIGABRT
+    processes.abort([process.pid])  # nothing is there
+
+
+def test_a_port_is_kept_for_the_ranks_that_get_it():
+    port = processes.free_port()
+    with socket.socket() as another:
+        with pytest.raises(OSError, match="in use"):
+            another.bind(("127.0.0.1", port))
+    store = TCPStore("127.0.0.1", port, 1, True, timeout=timedelta(seconds=5))
+    store.set("key", "value")
+    assert store.get("key") == b"value"
+
+
+def test_caches_of_the_home_folder_are_those_of_this_suite():
+    home = Path.home()
+    for name in FOLDERS:
+        assert not Path(os.environ[name]).is_relative_to(home)
