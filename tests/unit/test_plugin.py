@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 from axolotl.cli.config import load_cfg
 from axolotl.cli.main import cli
@@ -17,7 +18,7 @@ from helpers.paths import ROOT
 
 from axolotl_edpo.config.typos import check_command_line
 from axolotl_edpo.config.versions import TESTED, check_versions
-from axolotl_edpo.plugin import PLUGIN, TRAINER, EDPOPlugin
+from axolotl_edpo.plugin import DEFAULT_SEED, PLUGIN, TRAINER, EDPOPlugin
 from axolotl_edpo.upstream import automatic_plugins
 
 BY_ITSELF = PLUGIN in automatic_plugins()  # from axolotl 0.21 on
@@ -230,6 +231,12 @@ def test_the_plugin_imports_nothing_heavy():
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
     )
     assert run.stdout.strip() == "[]", run.stderr
+
+
+@pytest.mark.parametrize(("seed", "used"), [(0, 0), (7, 7), (None, DEFAULT_SEED)])
+def test_a_model_is_loaded_with_the_seed_of_the_recipe(recipe, tmp_path, seed, used):
+    EDPOPlugin().pre_model_load(load(tmp_path, recipe(seed=seed)))
+    assert torch.initial_seed() == used
 
 
 def test_the_lowered_recipe_is_plain_yaml(recipe):
