@@ -273,11 +273,23 @@ def test_dealing_evens_out_the_tokens_of_micro_batches(recipe, tmp_path):
     keys = dict(micro_batch_size=2, gradient_accumulation_steps=4)
     trainer = tiny.train(tmp_path, recipe(**keys, sample_packing=True, max_steps=1))
     loader = iter(trainer.get_train_dataloader())
+    before = trainer.records.metrics.tokens
     batches, held = trainer.get_batch_samples(loader, 4, torch.device("cpu"))
     tokens = [batch["input_ids"].numel() for batch in batches]
     chosen = sum(batch["lengths"].chunk(2)[0].sum() for batch in batches)
     assert held.tolist() == [8, chosen] and max(tokens) <= 1.25 * sum(tokens) / 4
-    assert sum(batch["num_tokens"] for batch in batches) > sum(tokens)
+    trained_on = sum(batch["num_tokens"] for batch in batches)
+    assert trained_on == trainer.records.metrics.tokens - before > sum(tokens)
+
+
+def test_masks_are_gone_after_the_micro_batch_that_they_are_for(recipe, tmp_path):
+    trainer = tiny.build(tmp_path, recipe(sample_packing=True))
+    loader = iter(trainer.get_train_dataloader())
+    batches, held = trainer.get_batch_samples(loader, 2, torch.device("cpu"))
+    for batch in batches:
+        trainer.training_step(trainer.model, batch, held)
+        cache = batch["segments"].cache
+        assert cache.windows == {None} and not cache.entries
 
 
 @pytest.fixture

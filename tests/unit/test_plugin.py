@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from axolotl.cli.config import load_cfg
 from axolotl.cli.main import cli
@@ -18,7 +19,7 @@ from torch.multiprocessing import ProcessRaisedException
 
 from axolotl_edpo.config.typos import check_command_line
 from axolotl_edpo.config.versions import TESTED, check_versions
-from axolotl_edpo.plugin import PLUGIN, TRAINER, EDPOPlugin
+from axolotl_edpo.plugin import DEFAULT_SEED, PLUGIN, TRAINER, EDPOPlugin
 from axolotl_edpo.upstream import automatic_plugins
 
 BY_ITSELF = PLUGIN in automatic_plugins()  # from axolotl 0.21 on
@@ -229,6 +230,12 @@ def test_the_plugin_imports_nothing_heavy_and_nothing_that_draws():
     assert "axolotl_edpo.plugin" in imported, done.stderr
     heavy = {"trl", "axolotl.core.training_args", "axolotl_edpo.trainer"}
     assert not (heavy | {"matplotlib", "axolotl_edpo.report"}) & imported
+
+
+@pytest.mark.parametrize(("seed", "used"), [(0, 0), (7, 7), (None, DEFAULT_SEED)])
+def test_a_model_is_loaded_with_the_seed_of_the_recipe(recipe, tmp_path, seed, used):
+    EDPOPlugin().pre_model_load(load(tmp_path, recipe(seed=seed)))
+    assert torch.initial_seed() == used
 
 
 def test_the_lowered_recipe_is_plain_yaml(recipe):

@@ -23,6 +23,8 @@ WRONG = [
     ({"rl_beta": -1}, r"`rl_beta: -1`.*greater than 0"),
     ({"trl": {"beta": "x"}}, r"`trl.beta: x`"),
     ({"beta": 0.1, "rl_beta": 0.2}, r"`beta: 0.1` and `rl_beta: 0.2`.*keep one"),
+    ({"beta": 0.1, "dpo_beta": 0.5}, r"`beta: 0.1` and `dpo_beta: 0.5`.*keep one"),
+    ({"dpo_beta": -1}, r"`dpo_beta: -1`.*greater than 0"),
     ({"rl_beta": 0.1, "trl": {"beta": 0.2}}, r"`rl_beta: 0.1` and `trl.beta: 0.2`"),
     ({"sample_packing": "yes"}, r"`sample_packing: yes`.*true, false or auto"),
     ({"eval_sample_packing": "auto"}, r"`eval_sample_packing: auto`"),
@@ -235,6 +237,8 @@ def test_a_wrong_recipe_is_one_line_with_key_value_and_remedy(keys, message):
         ({"beta": 0.01}, 0.01),
         ({"rl_beta": "1e-2"}, 0.01),  # YAML reads 1e-2 as a string
         ({"trl": {"beta": 0.5}}, 0.5),
+        ({"dpo_beta": 0.5}, 0.5),
+        ({"edpo_control": "batch_margin", "beta": 0.001}, 0.001),  # its lowest β
         ({"beta": 0.1, "rl_beta": 0.1, "trl": {"beta": 0.1}}, 0.1),
         ({"trl": None, "dpo_loss_type": ["sigmoid"], "sample_packing": False}, None),
         ({"peft_init_lora_weights": True, "torch_compile": True}, None),

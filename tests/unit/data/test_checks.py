@@ -1,11 +1,11 @@
-"""checks.py: pairs without an answer, and pairs of two equal answers, are counted."""
+"""checks.py: pairs without an answer, of two equal answers, or too long are counted."""
 
 import random
 
 import pytest
 from datasets import Dataset
 
-from axolotl_edpo.data.checks import check_tokens
+from axolotl_edpo.data.checks import check_prepared, check_tokens
 
 PAIRS = [
     {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9], "rejected_ids": [10]},
@@ -49,3 +49,25 @@ def test_no_pairs_are_refused():
     nothing = Dataset.from_list(PAIRS).select([])
     with pytest.raises(ValueError, match="train set: no pair is left"):
         check_tokens("train", nothing)
+
+
+@pytest.mark.parametrize(
+    ("before", "max_length", "said"),
+    [
+        (3, 6, None),
+        (3, 5, "5`: 0 of 3 pairs dropped (the prompt alone fills it), 1 truncated"),
+        (5, 6, "6`: 2 of 5 pairs dropped (the prompt alone fills it), 0 truncated"),
+        (5, 4, "4`: 2 of 5 pairs dropped (the prompt alone fills it), 2 truncated"),
+        (5, None, None),
+    ],
+    ids=["neither", "truncated", "dropped", "both", "no limit"],
+)
+def test_pairs_that_sequence_len_drops_or_cuts_are_counted(
+    before, max_length, said, caplog
+):
+    """Three are left; their longest sequences have 5, 2 and 6 tokens."""
+    texts = Dataset.from_list([{"prompt": "a"}] * before)
+    check_prepared("train", texts, Dataset.from_list(PAIRS), max_length)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == (said is not None)
+    assert all(f"train set, `sequence_len: {said}" in line for line in messages)

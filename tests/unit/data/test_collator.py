@@ -24,6 +24,7 @@ def test_a_padded_batch_says_which_positions_are_scored():
     assert batch["targets"].tolist() == [7, 8, 9, 6, 10, 7]
     assert batch["lengths"].tolist() == [3, 1, 1, 1]
     assert batch["num_tokens"] == 5 + 2 + 3 + 2
+    assert batch["chosen_tokens"] == 3 + 1
     assert "completion_mask" not in batch and pairs_in(batch) == 2
 
 

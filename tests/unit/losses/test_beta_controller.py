@@ -65,6 +65,17 @@ def test_a_skipped_optimizer_step_leaves_nothing_behind():
     assert c.beta == 0.1
 
 
+def test_a_step_moves_beta_by_its_own_pairs_only():
+    """Two up, then one down: β/1.2, and of that 1/0.8."""
+    c = controller()
+    c.observe(torch.tensor([1, 1]))
+    advance(c)
+    c.observe(torch.tensor([-1]))
+    assert [int(count) for count in c.observed()] == [1, 0, 0]
+    advance(c)
+    assert c.beta == pytest.approx(0.1 / 1.2 / 0.8)
+
+
 def test_beta_survives_json_exactly():
     c = controller()
     c.observe(torch.tensor([1, 0, -1]))

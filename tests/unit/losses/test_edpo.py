@@ -9,9 +9,9 @@ from axolotl_edpo.losses.edpo import next_beta, pair_betas, preference_loss, ste
 
 
 def test_a_step_needs_strict_monotonicity():
-    plus = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0, 1.0, 0.0])
-    minus = torch.tensor([-1.0, 1.0, 1.0, -1.0, -1.0, 0.0, 0.0])
-    assert steps(plus, minus).tolist() == [1, -1, 0, 0, 0, 0, 0]
+    plus = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0, 1.0, 0.0, 0.0, -1.0])
+    minus = torch.tensor([-1.0, 1.0, 1.0, -1.0, -1.0, 0.0, 0.0, 1.0, 0.0])
+    assert steps(plus, minus).tolist() == [1, -1, 0, 0, 0, 0, 0, 0, 0]
 
 
 def test_a_step_up_lowers_beta_and_a_step_down_raises_it():

@@ -37,6 +37,18 @@ def test_the_beta_of_a_pair_changes_its_loss_and_no_other(name):
     assert changed.tolist() == [False, True, False]
 
 
+def test_losses_per_token_divide_each_answer_by_its_own_length():
+    """Margins per token: 1.5/3 + 1/4, -0.5/5 - 0.7/1 and 0.2/2 - 0.1/2."""
+    margins = [0.75, -0.8, 0.05]
+    torch.testing.assert_close(ANSWERS.mean_margins, torch.tensor(margins))
+    # (margin - 1/(2β))², with 1/(2β) of 5, 2.5 and 1.25
+    ipo = [4.25**2, 3.3**2, 1.2**2]
+    torch.testing.assert_close(settings("ipo").losses(ANSWERS), torch.tensor(ipo))
+    norm = [math.log1p(math.exp(-x)) for x in (0.1 * 0.75, 0.2 * -0.8, 0.4 * 0.05)]
+    found = settings("sigmoid_norm").losses(ANSWERS)
+    torch.testing.assert_close(found, torch.tensor(norm))
+
+
 def test_robust_is_unbiased_under_flipped_labels():
     """Its mean over labels flipped at rate α is the loss without flips."""
     flipped = ANSWERS._replace(chosen=ANSWERS.rejected, rejected=ANSWERS.chosen)

@@ -26,13 +26,20 @@ def build():
     return AutoModelForCausalLM.from_config(LLAMA)
 
 
-def test_a_reference_takes_the_policys_embeddings_where_they_differ():
+@pytest.mark.parametrize("moved", [["head"], ["words"], ["words", "head"]])
+def test_a_reference_takes_the_policys_embeddings_where_they_differ(moved):
     policy, reference = build(), build()
     assert not copy_embeddings(policy, reference)
+    own, copied = (
+        {"words": lm.model.embed_tokens.weight, "head": lm.lm_head.weight}
+        for lm in (policy, reference)
+    )
     with torch.no_grad():
-        policy.lm_head.weight[3] += 1
+        for name in moved:
+            own[name][3] += 1
     assert copy_embeddings(policy, reference)
-    assert torch.equal(policy.lm_head.weight, reference.lm_head.weight)
+    for name in own:
+        assert torch.equal(own[name], copied[name]), name
     assert not copy_embeddings(policy, reference)
 
 

@@ -20,6 +20,7 @@ from axolotl_edpo.data.completions import Completions
 from axolotl_edpo.models.forward import (
     causal_lm,
     completion_hidden,
+    copy_to_reference_adapter,
     evaluating,
     reference_adapter,
 )
@@ -28,6 +29,7 @@ from axolotl_edpo.models.lm_head_reader import (
     check_head,
     head_modules,
     head_of,
+    shared_reference_head,
 )
 from axolotl_edpo.ops.token_stats import token_stats
 
@@ -168,6 +170,52 @@ def test_lora_on_the_head_is_the_policys_and_not_the_references(kind):
         assert head_of(lm).lora == ()
         assert_same_logits(model)
         assert len(head_modules(lm)) == 1
+
+
+HEADS = {
+    "lora": dict(target_modules=["q_proj", "lm_head"]),
+    "copy": dict(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+}
+
+
+def moved_adapter(head):
+    """A model with an adapter in body and head, of which every weight was moved."""
+    model = get_peft_model(build("llama"), LoraConfig(r=2, **HEADS[head]))
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_head_of_a_reference_without_an_adapter_is_that_of_the_base_model(head):
+    """It is asked for while the adapter is on, as the policy is scored beside it."""
+    model, base = moved_adapter(head), build("llama")
+    with torch.no_grad():
+        own = base(IDS).logits.flatten(0, 1)
+        hidden = completion_hidden(base, INPUTS, EVERY)
+        (module,), read = shared_reference_head(model)
+        torch.testing.assert_close(read.logits(hidden), own)
+        assert not torch.allclose(head_of(causal_lm(model)).logits(hidden), own)
+    assert module.weight is read.weight
+
+
+def test_the_head_of_a_reference_that_is_an_adapter_has_what_that_adapter_learnt():
+    """As with `lora_model_dir`: `ref` stays where the run began, `default` goes on."""
+    start = moved_adapter("lora").merge_and_unload().eval()
+    model = moved_adapter("lora")
+    model.add_adapter("ref", model.peft_config["default"])
+    copy_to_reference_adapter(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "default" in name:
+                parameter += 1
+        own = start(IDS).logits.flatten(0, 1)
+        hidden = completion_hidden(start, INPUTS, EVERY)
+        modules, read = shared_reference_head(model)
+        torch.testing.assert_close(read.logits(hidden), own, rtol=1e-5, atol=1e-5)
+    assert modules[1:] == [causal_lm(model).lm_head.lora_B["ref"]]
 
 
 def test_lora_on_the_head_learns_as_in_the_model_itself():

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from helpers import tiny
 from helpers.attention import VOCAB, flash_varlen, packing_model
-from transformers import AttentionInterface, MambaConfig
+from transformers import AttentionInterface, LlamaConfig, MambaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -84,6 +85,19 @@ def test_a_row_taken_for_one_sequence_is_noticed(monkeypatch):
 def causal(module, query, key, value, attention_mask, scaling=None, **_):
     """Causal over the whole row."""
     return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
+
+
+def test_a_separate_reference_takes_packed_rows_as_the_policy_does():
+    """Eager attention is renamed in the config of each of the two."""
+    models = [
+        AutoModelForCausalLM.from_config(
+            LlamaConfig(vocab_size=VOCAB, **tiny.SIZES), attn_implementation="eager"
+        )
+        for _ in range(2)
+    ]
+    prepare_models(LayoutSettings(packs=True), models)
+    for lm in models:
+        check_packing(lm, share=True)
 
 
 def test_layers_that_are_no_plain_attention_are_named():

@@ -190,6 +190,11 @@ def test_of_shards_that_are_not_wanted_no_hidden_state_is_read(cache):
     assert "checksum of a pair" in damage(cache, name)
 
 
+def test_a_shard_is_wanted_for_any_of_its_pairs(cache):
+    (name,) = cache.names()
+    assert all(cache.holds(name, [digest_of([[9]]), pair]) for pair in PAIRS)
+
+
 def test_what_a_killed_run_began_is_removed_when_it_is_old(cache):
     young, old = (cache.folder / f"{name}.partial" for name in ("young", "old"))
     for partial in (young, old):

@@ -94,6 +94,24 @@ def test_shards_hold_so_many_tokens_and_a_longer_pair_is_alone(tmp_path, monkeyp
     assert sorted(int(shard.lengths.sum()) for shard in cache.shards) == [6, 6, 18]
 
 
+def _fill_in_turn(rank: int, port: int, folder: Path) -> None:
+    """Writes the pairs of a rank's forwards, and how many pairs it can read."""
+    ranks.become(rank, 2, port)
+    precompute.SHARD_TOKENS = 8
+    data = dataset(9, 3, 1, 2)
+    cache, batches = fill(folder / "cache", data)
+    read = [cache.read(pair_digest(pair))[0] for pair in data]
+    whole = [*map(torch.equal, read, map(states, data["chosen_ids"]))]
+    (folder / f"rank{rank}").write_text(f"{batches} {whole.count(True)}")
+
+
+def test_two_ranks_take_turns_at_the_shards_and_read_all_of_them(tmp_path):
+    """Three shards, of 1, 1 and 2 pairs; for the last, rank 1 runs without pairs."""
+    processes.run(_fill_in_turn, processes.free_port(), tmp_path, count=2)
+    written = [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)]
+    assert written == ["[1, 2] 4", "[1, 0] 4"]
+
+
 def test_a_damaged_shard_is_computed_anew(tmp_path, caplog):
     cache, _ = fill(tmp_path, dataset(1, 2))
     (path,) = cache.folder.iterdir()

@@ -1,6 +1,7 @@
 """checkpointing.py: an interrupted save is never taken for a complete one."""
 
 import pytest
+from accelerate import Accelerator
 from axolotl.utils.dict import DictDefault
 
 from axolotl_edpo.training import checkpointing
@@ -43,8 +44,10 @@ def test_auto_resume_leaves_a_choice_of_the_user_alone(run):
 
 
 def test_a_save_into_an_old_directory_first_makes_it_incomplete(run):
-    checkpointing.mark_incomplete(run / "checkpoint-10")
-    checkpointing.mark_incomplete(run / "checkpoint-25")
+    accelerator = Accelerator(cpu=True)
+    for step, writes in ((5, False), (10, True), (25, True)):
+        folder = run / f"checkpoint-{step}"
+        checkpointing.begin_save(folder, accelerator, writes, moving_reference=None)
     assert checkpointing.last_complete(run).name == "checkpoint-5"
 
 

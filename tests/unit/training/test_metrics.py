@@ -19,6 +19,13 @@ def test_every_value_weighs_the_same_whatever_its_batch():
     assert means.pop(here) == {}
 
 
+def test_a_mean_is_over_the_values_since_the_last_log():
+    means = WeightedMeans()
+    for values in ([1.0, 3.0, 5.0], [7.0]):
+        means.add("x", torch.tensor(values))
+        assert means.pop(here) == {"x": sum(values) / len(values)}
+
+
 def test_nothing_to_average_is_zero_and_not_nan():
     means = WeightedMeans()
     means.add("x", torch.zeros(0))
