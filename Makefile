@@ -23,7 +23,7 @@ export AXOLOTL_DO_NOT_TRACK ?= 1
 # further. Set TORCH to another one, or to the path or URL of a wheel.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo study test test-all bench gpu gpu-wheels lint clean venv
+.PHONY: demo study test test-all test-rest bench gpu gpu-wheels lint clean venv
 
 venv:
 	@PATH="$(PATH_OUTSIDE)" tools/make-venv $(VENV) "$(PYTHON)"
@@ -64,10 +64,13 @@ PYTEST := python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 WORKERS ?= 2
 
 test: $(VENV)/installed-test
-	$(PYTEST) -m "not full"
+	$(PYTEST) -m "not rest"
 
-test-all: test
-	$(PYTEST) -m full
+test-all: test test-rest
+
+# What `make test` leaves out.
+test-rest: $(VENV)/installed-test
+	$(PYTEST) -m rest
 
 # A small model whose head is a small part of the work, as in large models.
 BODY := --vocab 4096 --hidden 512 --layers 12 --pairs 96

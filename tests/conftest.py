@@ -30,6 +30,7 @@ def pytest_unconfigure(config):
         surroundings.leave()
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """A file is a group of pytest-xdist, which runs in one process.
 

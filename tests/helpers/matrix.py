@@ -26,7 +26,7 @@ import pytest
 from axolotl.utils.schemas.config import AxolotlInputConfig
 
 from axolotl_edpo.config.json_schema import recipe_schema
-from helpers import tiny
+from helpers import tiers, tiny
 
 TESTS = Path(__file__).parent.parent
 DOCUMENT = TESTS.parent / "docs" / "compatibility.md"
@@ -101,17 +101,22 @@ def without_module(name: str) -> str:
     return "" if importlib.util.find_spec(name) else "no such key"
 
 
-def cells(all_cells: Sequence[Cell]) -> Callable:
+def cells(all_cells: Sequence[Cell], first: int | None = None) -> Callable:
     """A decorator that parametrizes a test over the cells that can run here.
 
     The test gets each as `cell`. Where there is none, the test is removed, as pytest
     would count it as skipped.
+
+    Args:
+        all_cells: The cells of the test.
+        first: `make test` runs so many of them, or all.
     """
     run = [cell for cell in all_cells if not (cell.untested or cell.missing)]
     if not run:
         return lambda test: None
     names = [cell.name.replace("`", "")[:60] for cell in run]
-    return pytest.mark.parametrize("cell", run, ids=names)
+    count = len(run) if first is None else first
+    return pytest.mark.parametrize("cell", tiers.first(run, count), ids=names)
 
 
 def assert_cell(cell: Cell, folder: Path, recipe: dict) -> Any:

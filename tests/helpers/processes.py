@@ -17,9 +17,23 @@ import psutil
 import torch
 import torch.multiprocessing as mp
 
-# What the server imports. TRL imports trackio in every run, and that takes seconds.
-PRELOAD = ["deepspeed", "axolotl.train", "axolotl.core.builders", "trackio"]
-PRELOAD += ["axolotl.cli.main", "helpers.ranks"]
+# What the server imports: commands, engines, what a run imports when it begins.
+PRELOAD = [
+    "axolotl.cli.main",
+    "axolotl.core.builders",
+    "axolotl.loaders.model",
+    "axolotl.train",
+    "axolotl_edpo.trainer",
+    "bitsandbytes.nn",
+    "deepspeed.runtime.engine",
+    "deepspeed.runtime.zero.stage3",
+    "setuptools",
+    "torch.distributed.fsdp",
+    "torch.profiler",
+    "trackio",
+    "transformers.models.llama.modeling_llama",
+    "helpers.ranks",
+]
 multiprocessing.set_forkserver_preload(PRELOAD)
 
 # Seconds; ten times what the longest run of ranks takes on an idle machine.

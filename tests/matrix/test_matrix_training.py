@@ -727,7 +727,8 @@ def shows_tensorboard(run: Any) -> None:
 
 
 def shows_wandb(run: Any) -> None:
-    wandb.finish()  # as the end of a process does
+    wandb.finish()
+    wandb.teardown()  # as the end of a process does; only then all is written
     (file,) = run.folder.glob("wandb/offline-run-*/run-*.wandb")
     content = file.read_bytes()
     assert b"train/kl/beta" in content and b"train/kl/policy_ref" in content

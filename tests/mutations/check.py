@@ -30,7 +30,7 @@ FILES = ("Makefile", "README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml")
 # from here imports the package of its copy.
 IMPORTED = ("axolotl.train", "axolotl.core.builders", "axolotl.common.datasets")
 IMPORTED += ("axolotl.cli.main", "deepspeed", "pandas", "pytest", "trackio")
-FIRST_TIER = ["-n", "2", "--dist", "loadgroup", "-m", "not full", "-x", "-q"]
+FIRST_TIER = ["-n", "2", "--dist", "loadgroup", "-m", "not rest", "-x", "-q"]
 
 
 def mutations(words: list[str]) -> list[dict]:
@@ -76,7 +76,7 @@ def noticed(entry: dict) -> str:
         folder = Path(made)
         mutate(folder, entry)
         listed = [str(Path("tests") / name) for name in entry["tests"]]
-        words = [*listed, "-x", "-q", "-m", "not full", "-p", "no:cacheprovider"]
+        words = [*listed, "-x", "-q", "-m", "not rest", "-p", "no:cacheprovider"]
         fork = multiprocessing.get_context("fork")
         process = fork.Process(target=test_here, args=(folder, words))
         process.start()

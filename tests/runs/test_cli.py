@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "axolotl", [forked, pytest.param(installed, marks=pytest.mark.full)]
+    "axolotl", [forked, pytest.param(installed, marks=pytest.mark.rest)]
 )
 def test_preprocess_train_evaluate_merge_and_inference_take_the_recipe(folder, axolotl):
     """The installed `train` goes through accelerate's launcher, its default."""
