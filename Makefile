@@ -58,8 +58,8 @@ demo: $(VENV)/installed-package
 study: $(VENV)/installed-package
 	python examples/study/run.py
 
-# Two processes of one thread each; files of tests that share much stay together.
-PYTEST := python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder \
+# Two processes of one thread each. The tests of a file run in one of them.
+PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
 	--durations 12 --durations-min 5
 WORKERS ?= 2
 

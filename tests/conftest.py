@@ -16,7 +16,7 @@ if not torch.cuda.is_available():  # Triton reads the variable when it is import
     os.environ["TRITON_INTERPRET"] = "1"
 
 # The folders of tests, those first whose files take long: two processes end together.
-ORDER = ["engines", "runs", "project", "matrix", "unit"]
+ORDER = ["engines", "runs", "unit/ops", "matrix", "project", "unit"]
 
 
 def pytest_configure(config):
@@ -30,22 +30,15 @@ def pytest_unconfigure(config):
         surroundings.leave()
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """A file is a group of pytest-xdist, which runs in one process.
-
-    So its fixtures are made once, and its ranks forked from one server.
-    """
+    """Puts the files that take long first."""
     tests = Path(__file__).parent
 
     def place(item) -> int:
-        folder = item.path.relative_to(tests).parts[0]
-        return ORDER.index(folder) if folder in ORDER else len(ORDER)
+        path = item.path.relative_to(tests)
+        return next((i for i, f in enumerate(ORDER) if path.is_relative_to(f)), 0)
 
     items.sort(key=place)
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -12,6 +12,7 @@ from axolotl.cli.config import load_cfg
 from axolotl.cli.train import ray_train_func
 from helpers import processes, ranks, tiny
 from helpers.commands import installed
+from helpers.tiers import rest
 from torch.multiprocessing import ProcessExitedException
 
 from axolotl_edpo.training.checkpointing import last_complete
@@ -107,18 +108,23 @@ def dying(keys: dict, **where) -> dict:
 
 
 @pytest.fixture(scope="module")
-def launched(shared, recipe):
-    """Rank 1 is killed after step 7; then the same command again, without that."""
+def launchable(shared, recipe):
+    """A recipe in a folder that two ranks take from a launcher."""
     folder = shared / "launched"
     keys = recipe(folder, "fsdp2")
-    keys["plugins"] = [*keys["plugins"], "helpers.ranks.CpuRanks"]
-    killed = launch(folder, dying(keys, step=7))
-    kept = last_complete(folder / "out")
-    return killed, kept, launch(folder, keys)
+    return folder, {**keys, "plugins": [*keys["plugins"], "helpers.ranks.CpuRanks"]}
 
 
-def test_a_launch_ends_when_a_rank_dies_and_names_it(launched):
-    (code, printed, ended), kept, _ = launched
+@pytest.fixture(scope="module")
+def killed(launchable):
+    """Rank 1 is killed after step 7: what came of it, and the last checkpoint."""
+    folder, keys = launchable
+    return launch(folder, dying(keys, step=7)), last_complete(folder / "out")
+
+
+@rest
+def test_a_launch_ends_when_a_rank_dies_and_names_it(killed):
+    (code, printed, ended), kept = killed
     assert code == 1, printed[-3000:]
     assert "rank      : 1 (local_rank: 1)" in printed
     assert f"exitcode  : {-signal.SIGKILL}" in printed
@@ -127,10 +133,12 @@ def test_a_launch_ends_when_a_rank_dies_and_names_it(launched):
     assert 0 < ended - saved < 30  # nobody waits for the dead rank
 
 
+@rest
 def test_the_same_command_again_ends_as_one_process_that_was_never_killed(
-    launched, alone
+    launchable, killed, alone
 ):
-    _, kept, (code, printed, _) = launched
+    kept = killed[1]
+    code, printed, _ = launch(*launchable)
     assert code == 0, printed[-3000:]
     assert printed.count("'kl/beta'") == 4  # steps 7 to 10
     assert saved_betas(kept.parent / "checkpoint-10") == alone

@@ -101,7 +101,9 @@ def without_module(name: str) -> str:
     return "" if importlib.util.find_spec(name) else "no such key"
 
 
-def cells(all_cells: Sequence[Cell], first: int | None = None) -> Callable:
+def cells(
+    all_cells: Sequence[Cell], is_first: Callable[[Cell], bool] | None = None
+) -> Callable:
     """A decorator that parametrizes a test over the cells that can run here.
 
     The test gets each as `cell`. Where there is none, the test is removed, as pytest
@@ -109,14 +111,14 @@ def cells(all_cells: Sequence[Cell], first: int | None = None) -> Callable:
 
     Args:
         all_cells: The cells of the test.
-        first: `make test` runs so many of them, or all.
+        is_first: Whether `make test` runs a cell; without it, it runs all.
     """
     run = [cell for cell in all_cells if not (cell.untested or cell.missing)]
     if not run:
         return lambda test: None
     names = [cell.name.replace("`", "")[:60] for cell in run]
-    count = len(run) if first is None else first
-    return pytest.mark.parametrize("cell", tiers.first(run, count), ids=names)
+    chosen = tiers.only(run, is_first) if is_first else run
+    return pytest.mark.parametrize("cell", chosen, ids=names)
 
 
 def assert_cell(cell: Cell, folder: Path, recipe: dict) -> Any:

@@ -1,21 +1,25 @@
 """Processes that start in milliseconds, and none of which runs for ever.
 
 A server imports axolotl, DeepSpeed and TRL once. Processes are forked from it. Each has
-a time limit; one that is still there is aborted and writes the stacks of its threads
-before it ends, as `PYTHONFAULTHANDLER` makes Python do.
+a time limit: one that is still there is aborted, and Python's faulthandler writes the
+stacks of its threads into a file before it ends.
 """
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import psutil
 import torch
 import torch.multiprocessing as mp
+
+from helpers import surroundings
 
 # What the server imports: commands, engines, what a run imports when it begins.
 PRELOAD = [
@@ -67,16 +71,14 @@ def wait(context: mp.ProcessContext, seconds: float = LIMIT) -> None:
     Raises:
         ProcessRaisedException: If one raised; it holds the traceback.
         ProcessExitedException: If one was killed.
-        TimeoutError: If one was still there after so many seconds; all are aborted.
+        TimeoutError: If one was still there after so many seconds; all are aborted, and
+            it holds their stacks.
     """
     until = time.monotonic() + seconds
     while not context.join(max(until - time.monotonic(), 0.0)):
         if time.monotonic() >= until:
-            abort(context.pids())
-            raise TimeoutError(
-                f"processes were there for {seconds:g} s and were aborted: their "
-                "stacks are in the captured stderr"
-            )
+            stacks = abort(context.pids())
+            raise TimeoutError(f"aborted after {seconds:g} s:\n{stacks}")
 
 
 def run(function: Callable, *arguments, count: int = 1, seconds: float = LIMIT) -> None:
@@ -84,16 +86,37 @@ def run(function: Callable, *arguments, count: int = 1, seconds: float = LIMIT) 
     wait(start(function, *arguments, count=count), seconds)
 
 
-def abort(pids: Iterable[int]) -> None:
-    """Ends processes; those of Python write their stacks first."""
-    processes = []
+def abort(pids: Iterable[int]) -> str:
+    """Ends processes.
+
+    Returns:
+        The stacks of those that were forked; others of Python write them to stderr.
+    """
+    pids, processes = [*pids], []
     for pid in pids:
         with contextlib.suppress(psutil.NoSuchProcess):
             processes.append(psutil.Process(pid))
             processes[-1].send_signal(signal.SIGABRT)
-    for process in psutil.wait_procs(processes, WRITING)[1]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    until = time.monotonic() + WRITING
+    while any(map(_runs, processes)) and time.monotonic() < until:
+        time.sleep(0.05)
+    for process in filter(_runs, processes):
+        process.kill()
+    written = [path for path in map(_stacks_file, pids) if path.exists()]
+    return "\n".join(path.read_text() for path in written)
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether it does; who started it may not have asked for its exit code yet."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _stacks_file(pid: int) -> Path:
+    """Where a forked process writes its stacks when it is aborted."""
+    return surroundings.folder() / f"stacks-{pid}"
 
 
 def free_port() -> int:
@@ -113,6 +136,7 @@ def _enter(number: int, environment: dict, function: Callable, arguments) -> Non
     """Gives a process the environment of the test that starts it."""
     os.environ.clear()
     os.environ.update(environment)
+    faulthandler.enable(_stacks_file(os.getpid()).open("w"))
     torch.set_num_threads(1)
     mp.set_start_method("fork", force=True)  # of data loaders; the server set its own
     function(number, *arguments)

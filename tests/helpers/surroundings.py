@@ -25,11 +25,16 @@ def variables() -> dict[str, str]:
 
     pytest-xdist's workers get the folder of the process that starts them.
     """
-    folder = os.environ.get(_FOLDER) or tempfile.mkdtemp(prefix="axolotl-edpo-tests-")
-    below = {name: str(Path(folder) / place) for name, place in FOLDERS.items()}
-    return {**VALUES, **os.environ, **below, _FOLDER: folder}
+    made = os.environ.get(_FOLDER) or tempfile.mkdtemp(prefix="axolotl-edpo-tests-")
+    below = {name: str(Path(made) / place) for name, place in FOLDERS.items()}
+    return {**VALUES, **os.environ, **below, _FOLDER: made}
+
+
+def folder() -> Path:
+    """The folder of the tests, once the variables are set."""
+    return Path(os.environ[_FOLDER])
 
 
 def leave() -> None:
     """Removes the folder."""
-    shutil.rmtree(os.environ[_FOLDER], ignore_errors=True)
+    shutil.rmtree(folder(), ignore_errors=True)

@@ -13,9 +13,9 @@ def only(values: Sequence, is_first: Callable[..., bool]) -> list[Any]:
 
     Args:
         values: What `pytest.mark.parametrize` takes.
-        is_first: Whether `make test` takes a value, or a tuple of values.
+        is_first: Whether `make test` takes a value; it gets a tuple as arguments.
     """
-    return [value if is_first(value) else _rest(value) for value in values]
+    return [v if is_first(*_tuple(v)) else _rest(v) for v in values]
 
 
 def first(values: Sequence, count: int = 1) -> list[Any]:
@@ -24,5 +24,8 @@ def first(values: Sequence, count: int = 1) -> list[Any]:
 
 
 def _rest(value: Any) -> Any:
-    values = value if isinstance(value, tuple) else (value,)
-    return pytest.param(*values, marks=rest)
+    return pytest.param(*_tuple(value), marks=rest)
+
+
+def _tuple(value: Any) -> tuple:
+    return value if isinstance(value, tuple) else (value,)

@@ -22,10 +22,12 @@ import yaml
 from axolotl.integrations.base import PluginManager
 from helpers import matrix, tiny
 from helpers.matrix import Cell
+from helpers.tiers import rest
 from jsonschema.validators import Draft202012Validator
 
 from axolotl_edpo.config.json_schema import recipe_schema
 
+pytestmark = rest
 TITLE = "axolotl's own examples"
 INTRO = """
 Each recipe in axolotl's `examples/` that has `rl: dpo`, after the change of the word,

@@ -38,6 +38,8 @@ class Model(Cell):
     unpackable: str = ""
 
 
+# With heads, windows, routers and layers that differ.
+SOON = ("llama", "mistral", "gemma2", "cohere", "mixtral", "gpt_oss", "falcon_h1")
 CELLS = [
     Model("Llama", kind="llama"),
     Model("Mistral", kind="mistral", config=WINDOW),
@@ -81,7 +83,7 @@ CELLS = [
 ]
 
 
-@matrix.cells(CELLS)
+@matrix.cells(CELLS, lambda cell: cell.kind in SOON)
 def test_a_model_trains_padded_and_packed_alike(cell, recipe, tmp_path):
     model = tiny.save_model(tmp_path / "model", cell.kind, **cell.config)
     # one micro-batch, as a router loss is one of a micro-batch

@@ -30,7 +30,7 @@ FILES = ("Makefile", "README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml")
 # from here imports the package of its copy.
 IMPORTED = ("axolotl.train", "axolotl.core.builders", "axolotl.common.datasets")
 IMPORTED += ("axolotl.cli.main", "deepspeed", "pandas", "pytest", "trackio")
-FIRST_TIER = ["-n", "2", "--dist", "loadgroup", "-m", "not rest", "-x", "-q"]
+FIRST_TIER = ["-n", "2", "--dist", "loadfile", "-m", "not rest", "-x", "-q"]
 
 
 def mutations(words: list[str]) -> list[dict]:

@@ -20,6 +20,7 @@ import pytest
 import yaml
 from helpers import ranks, tiny
 from helpers.paths import ROOT
+from helpers.tiers import rest
 from transformers import AutoTokenizer
 
 from axolotl_edpo.trainer import EDPOTrainer
@@ -153,6 +154,7 @@ def test_recipe_trains_two_steps_of_edpo(path, shrink, tmp_path):
     "path",
     selected(RECIPES, rl="edpo", deepspeed=True) + selected(RECIPES, fsdp_version=2),
 )
+@rest
 def test_recipe_of_a_cluster_trains_on_two_ranks(path, shrink, tmp_path):
     recipe = read(path)
     engine = {key: recipe[key] for key in ENGINE if key in recipe}

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from helpers.paths import ROOT
+from helpers.tiers import rest
 
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -111,6 +112,7 @@ def test_a_section_that_fails_is_recorded_and_the_next_one_runs(start, tmp_path)
     assert "raises: failed" in output and "answer: 42" in output
 
 
+@rest
 def test_a_section_that_is_longer_than_the_budget_is_stopped(start, tmp_path):
     began = time.monotonic()
     assert start("slow,quick", budget=25).wait() == 0
@@ -174,6 +176,7 @@ def toy(tmp_path_factory):
     return json.loads((out / "gpu.json").read_text()), time.monotonic() - began
 
 
+@rest
 def test_at_toy_sizes_every_section_runs_or_needs_a_gpu(toy):
     found, seconds = toy
     assert seconds < TOY_BUDGET
@@ -189,6 +192,7 @@ def test_at_toy_sizes_every_section_runs_or_needs_a_gpu(toy):
     assert "### sync\n\nNot measured: needs a GPU." in text
 
 
+@rest
 def test_the_head_is_right_at_toy_sizes(toy):
     numbers = toy[0]["sections"]["numbers"]["found"]
     rows = [value for name, value in numbers.items() if name.startswith("distance")]
@@ -205,6 +209,7 @@ def test_the_head_is_right_at_toy_sizes(toy):
     assert len(drifts) == 5
 
 
+@rest
 def test_all_contenders_train_the_same_from_the_same_start(toy):
     found = toy[0]["sections"]["train"]["found"]
     rows = {name: row for name, row in found.items() if isinstance(row, dict)}
@@ -218,6 +223,7 @@ def test_all_contenders_train_the_same_from_the_same_start(toy):
     assert rows["cached"]["cache, s"] > 0 == rows["shared"]["cache, s"]
 
 
+@rest
 def test_attention_of_a_packed_row_is_what_sdpa_says(toy):
     found = toy[0]["sections"]["attention"]["found"]
     rows = {name: row for name, row in found.items() if isinstance(row, dict)}

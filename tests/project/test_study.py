@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers.paths import ROOT
+from helpers.tiers import rest
 
 STUDY = ROOT / "examples" / "study"
 sys.path.insert(0, str(STUDY))
@@ -71,12 +72,14 @@ def result(work, edpo):
     return json.loads(cell.run(work, edpo).read_text())
 
 
+@rest
 def test_the_reference_is_no_distance_from_itself(reference):
     assert reference["kl"] == reference["kl_per_token"] == 0
     assert reference["accuracy"] == 0.5
     assert reference["answers"] == 50 * TINY.answers
 
 
+@rest
 def test_a_cell_learns_what_the_world_rewards(result, reference):
     assert result["reward"] > reference["reward"] + 2 * reference["reward_error"]
     assert result["accuracy"] > 0.55
@@ -86,6 +89,7 @@ def test_a_cell_learns_what_the_world_rewards(result, reference):
     )
 
 
+@rest
 def test_beta_stays_within_what_its_steps_allow(result):
     betas = result["series"]["kl/beta"]
     assert len(betas) == result["steps"] == TINY.steps == 28
@@ -95,6 +99,7 @@ def test_beta_stays_within_what_its_steps_allow(result):
         assert after / before <= 1 / (1 - grid.EPSILON) * (1 + 1e-9)
 
 
+@rest
 def test_our_steps_are_exact_where_the_released_formula_is_not(result):
     stages = result["decisions"]
     assert [stage["step"] for stage in stages] == [5, 10, 25, 28]
@@ -103,6 +108,7 @@ def test_our_steps_are_exact_where_the_released_formula_is_not(result):
         assert stage["released, bfloat16"] < stage["ours"]
 
 
+@rest
 def test_a_trace_holds_every_visit_and_knows_the_flipped_pairs(work, edpo, result):
     visits = flips.read_trace(cell.trace_folder(cell.result_file(work, edpo)))
     assert len(visits) == TINY.epochs * TINY.world.train_pairs
@@ -117,6 +123,7 @@ def test_a_trace_holds_every_visit_and_knows_the_flipped_pairs(work, edpo, resul
     assert classes["1"]["margin"][-1] > 0 > classes["-1"]["margin"][-1]
 
 
+@rest
 def test_a_killed_study_runs_what_is_missing_and_finds_the_same(
     work, edpo, result, short
 ):
@@ -153,6 +160,7 @@ def test_a_changed_cell_has_another_result(edpo, tmp_path, changed):
     assert cell.result_file(tmp_path, other) != cell.result_file(tmp_path, edpo)
 
 
+@rest
 def test_a_cell_that_fails_names_its_recipe(work, short):
     wrong = replace(short, keys={**short.keys, "edpo_epsilon": 2})
     file = cell.result_file(work, wrong)
@@ -171,6 +179,7 @@ def test_the_grids_are_what_the_readme_says():
         assert f"| {method} |" in readme
 
 
+@rest
 def test_the_kl_of_an_answer_is_summed_by_hand(work, result):
     folder = cell.world_folder(work, TINY.world)
     model, tokenizer = lm.load(folder / "model")
@@ -192,6 +201,7 @@ def test_the_kl_of_an_answer_is_summed_by_hand(work, result):
         )
 
 
+@rest
 def test_an_answer_ends_with_its_first_end_token(work, result):
     model, tokenizer = lm.load(cell.world_folder(work, TINY.world) / "model")
     sampled = lm.sample(model, tokenizer, world.all_prompts()[:20])

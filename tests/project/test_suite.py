@@ -37,9 +37,8 @@ def test_a_test_that_hangs_fails_with_the_stacks_of_all_its_processes(tmp_path):
         capture_output=True,
     )
     assert done.returncode == 1 and time.monotonic() - began < 60
-    assert "test_hangs.py::test_hangs hangs: stacks of its 1 processes" in done.stdout
-    assert "in never_ends" in done.stdout  # of the process
-    assert "in test_hangs" in done.stdout and "1 failed" in done.stdout
+    assert "test_hangs.py::test_hangs hangs, with 1 processes:" in done.stdout
+    assert "in never_ends" in done.stdout and "1 failed" in done.stdout
 
 
 def sleep(rank: int) -> None:
@@ -48,10 +47,9 @@ def sleep(rank: int) -> None:
         time.sleep(600)
 
 
-def test_ranks_that_hang_are_aborted_and_write_their_stacks(capfd):
-    with pytest.raises(TimeoutError, match="there for 3 s and were aborted"):
-        processes.run(sleep, count=2, seconds=3)
-    assert f"in {sleep.__name__}" in capfd.readouterr().err
+def test_ranks_that_hang_are_aborted_and_their_stacks_are_in_the_error():
+    with pytest.raises(TimeoutError, match=r"aborted after 2 s:(.|\n)* in sleep\n"):
+        processes.run(sleep, count=2, seconds=2)
 
 
 def test_an_aborted_process_is_gone():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from axolotl.integrations.base import BasePlugin
 from helpers import tiny
+from helpers.tiers import first
 from helpers.tiny import CACHED, DPO, LORA
 from helpers.weights import weights
 from safetensors.torch import load_file
@@ -178,7 +179,7 @@ def test_the_filter_leaves_out_the_pairs_that_it_draws_and_no_others(train):
         assert entry["loss"] == pytest.approx(loss, abs=1e-5)
 
 
-@pytest.mark.parametrize("adapter", [{}, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("adapter", first([{}, LORA]), ids=["full", "lora"])
 @pytest.mark.parametrize("cut", [name for name in CUTS if name != "whole"])
 def test_no_cut_of_a_step_changes_what_batch_margin_does(train, cut, adapter):
     keys = dict(**FILTERED, num_epochs=2, adam_epsilon=1e-4, **adapter)

@@ -14,6 +14,7 @@ import weakref
 import pytest
 import torch
 from helpers import ranks, tiny
+from helpers.tiers import first, only, rest
 from helpers.tiny import LLAMA_8M
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -270,7 +271,8 @@ def calculated(
 
 PARTS = ("weights", "gradients", "optimizer", "reference")
 FULL = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
-CACHING = ("ddp", "zero2", "zero3", "fsdp2")
+LARGE = ("zero3", "fsdp2")  # those that share out the weights
+CACHING = ("zero3", "fsdp2", "ddp", "zero2")
 RECIPES = [
     *((engine, False, False, False) for engine in FULL),
     ("zero3", False, True, False),
@@ -281,7 +283,11 @@ RECIPES = [
 ]
 
 
-@pytest.mark.parametrize("engine, lora, bf16, cached", RECIPES)
+def is_large(engine: str, lora: bool, bf16: bool, cached: bool) -> bool:
+    return engine in LARGE and not (lora or bf16)
+
+
+@pytest.mark.parametrize("engine, lora, bf16, cached", only(RECIPES, is_large))
 def test_every_part_is_as_calculated(used, engine, lora, bf16, cached):
     recipe = (engine, lora, bf16, cached)
     parts, need = used(*recipe), calculated(used, *recipe)
@@ -295,16 +301,21 @@ def test_every_part_is_as_calculated(used, engine, lora, bf16, cached):
     assert 0.65 * need.total < parts["peak"] < 1.03 * need.total
 
 
-@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", LARGE)
 def test_no_rank_ever_holds_all_weights(used, engine):
     sizes = sizes_of(LlamaConfig(**LLAMA_8M))
     for most in used(engine)["whole"]:  # of the policy, of the reference
         print(f"\n{engine}: at most {most / sizes.all:.0%} of the weights are whole")
         assert 0 < most <= sizes.root + sizes.layer < sizes.all / 2
+
+
+@rest
+def test_every_rank_of_ddp_holds_all_weights(used):
+    sizes = sizes_of(LlamaConfig(**LLAMA_8M))
     assert used("ddp")["whole"] == [sizes.all, sizes.all]
 
 
-@pytest.mark.parametrize("engine", CACHING)
+@pytest.mark.parametrize("engine", first(CACHING))
 def test_a_cache_lets_go_of_the_reference(used, engine):
     """From live bytes: whatever else held its weights would count."""
     own, cached = used(engine), used(engine, cached=True)
@@ -322,6 +333,7 @@ def test_a_cache_lets_go_of_the_reference(used, engine):
     assert cached["whole"] == own["whole"]  # in the pass, too
 
 
+@rest
 def test_peak_falls_from_engine_to_engine(used):
     peaks = {engine: used(engine)["peak"] for engine in FULL}
     ratios = {engine: peak / peaks["ddp"] for engine, peak in peaks.items()}

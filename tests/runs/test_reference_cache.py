@@ -12,6 +12,7 @@ import pytest
 import torch
 from axolotl.evaluate import evaluate
 from helpers import tiny
+from helpers.tiers import first
 from helpers.tiny import CACHED, LORA, NF4
 from helpers.weights import assert_same_weights
 from safetensors import safe_open
@@ -128,7 +129,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("adapter", [{}, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("adapter", first([{}, LORA]), ids=["full", "lora"])
 def test_other_heads_and_bodies(runs, tmp_path, kind, adapter):
     name, config = KINDS[kind]
     model = tiny.save_model(tmp_path / kind, name, **config)
@@ -171,7 +172,7 @@ def test_an_adapter_that_is_trained_further_is_compared_with_its_start(runs):
     runs.same(**LORA, lora_model_dir=start)
 
 
-@pytest.mark.parametrize("adapter", [{}, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("adapter", first([{}, LORA]), ids=["full", "lora"])
 @pytest.mark.parametrize("cache", ["there", "lost"])
 def test_a_resumed_run_goes_on(runs, adapter, cache):
     """Its policy is another; the reference of the pass is not."""
