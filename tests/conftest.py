@@ -66,9 +66,17 @@ def what_a_test_left_is_never_garbage():
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """With tiny matrices a second thread would only wait for the first."""
+def nothing_is_left_to_the_next_test():
+    """Sets the number of threads; puts the environment back.
+
+    Recipes set variables, and later runs obey them: after one with `torch_compile`,
+    accelerate would compile every model of the process.
+    """
     torch.set_num_threads(1)
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
