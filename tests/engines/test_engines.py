@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import ranks, tiny
 from helpers.engines import ENGINES, engine, series
-from helpers.tiers import first, only
+from helpers.tiers import first, only, rest
 from helpers.tiny import CACHED, LORA, NF4
 from helpers.weights import weights
 from torch.multiprocessing import ProcessRaisedException
@@ -121,7 +121,7 @@ def assert_same_weights(pair: list[dict], single: list[dict], atol: float) -> No
 
 
 @pytest.mark.parametrize("adapter", first([{}, LORA]), ids=["full", "lora"])
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", only(ENGINES, lambda name: "-" not in name))
 def test_two_ranks_train_as_one_process(runs, name, adapter):
     """Packed, prompts shared, pairs dealt."""
     single = runs.single(**PACKED, **adapter)
@@ -145,7 +145,7 @@ def kept(train):
             *((name, {}) for name in ENGINES),
             *((name, adapter) for name in SHARDING for adapter in (LORA, HEAD_LORA)),
         ],
-        lambda name, adapter: name in SHARDING and adapter != LORA,
+        lambda name, adapter: name in ("zero3", "fsdp2") and not adapter,
     ),
 )
 def test_a_cache_changes_nothing(runs, name, adapter, tmp_path):
@@ -194,12 +194,15 @@ HEADS = {
 }
 
 
+SOON = ("tied", "saved", "adapter", "unreadable")
+
+
 @pytest.mark.parametrize(
     ("name", "option"),
     # test_recipe.py: FSDP2 refuses modules that are saved beside an adapter
     only(
         [(n, o) for n in SHARDING for o in HEADS if (n, o) != ("fsdp2", "saved")],
-        lambda name, _: name == "zero3",
+        lambda name, option: name == "zero3" and option in SOON,
     ),
 )
 def test_every_head_is_gathered_and_trained(runs, name, option):
@@ -343,6 +346,7 @@ def test_a_run_goes_on_with_more_ranks_and_with_fewer(runs, adapter):
     assert_same_run(runs.double("ddp", **PACKED, **adapter, **more), whole)
 
 
+@rest
 def test_fsdp2_goes_on_with_more_ranks_and_with_fewer(runs):
     whole = runs.single(**PACKED)
     start = dict(resume_from_checkpoint=half(runs, 2, "fsdp2"))

@@ -95,6 +95,7 @@ def wait_until(condition, seconds=30):
         time.sleep(0.05)
 
 
+@rest
 def test_a_section_that_fails_is_recorded_and_the_next_one_runs(start, tmp_path):
     output = start("raises,dies,quick").communicate()[0]
     sections, text = results(tmp_path)
@@ -141,6 +142,7 @@ def test_a_section_that_needs_more_than_is_left_does_not_start(monkeypatch):
     assert gpu.unrun("quick", section, ["quick"], 70.0) == {"status": "needs a GPU"}
 
 
+@rest
 def test_a_run_that_is_killed_has_left_what_it_found(start, tmp_path):
     process = start("quick,slow")
     path = tmp_path / "gpu.md"

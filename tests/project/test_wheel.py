@@ -9,6 +9,7 @@ from zipfile import ZipFile
 
 import pytest
 from helpers.paths import ROOT
+from helpers.tiers import rest
 
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
@@ -30,6 +31,7 @@ def wheel(tmp_path_factory):
     return made
 
 
+@rest
 def test_installing_it_installs_nothing_else(wheel):
     words = ["install", "--dry-run", "--no-index", "-q", "--report", "-", str(wheel)]
     done = subprocess.run([*PIP, *words], text=True, capture_output=True)
@@ -38,6 +40,7 @@ def test_installing_it_installs_nothing_else(wheel):
     assert [(p["name"], p["version"]) for p in planned] == [("axolotl-edpo", "99")]
 
 
+@rest
 def test_it_holds_the_page_the_types_and_both_entry_points(wheel):
     with ZipFile(wheel) as files:
         names = files.namelist()

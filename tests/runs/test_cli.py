@@ -43,13 +43,14 @@ def folder(tmp_path_factory):
     "axolotl", [forked, pytest.param(installed, marks=pytest.mark.rest)]
 )
 def test_preprocess_train_evaluate_merge_and_inference_take_the_recipe(folder, axolotl):
-    """The installed `train` goes through accelerate's launcher, its default."""
+    """The default launcher of `train`, accelerate, is left to the installed commands."""
     python = ("--launcher", "python")
     assert_done(axolotl(folder, "preprocess", "recipe.yml"))
     assert list((folder / "prepared").glob("*/*.arrow"))
 
     shutil.rmtree(folder / "out", ignore_errors=True)
-    printed = assert_done(installed(folder, "train", "recipe.yml"))
+    launcher = () if axolotl is installed else python
+    printed = assert_done(installed(folder, "train", "recipe.yml", *launcher))
     state = folder / "out" / "checkpoint-3" / "trainer_state.json"
     state = json.loads(state.read_text())
     assert state["stateful_callbacks"]["EDPO"]["beta"] != 0.1

@@ -7,7 +7,7 @@ formula, in the logits' dtype, decides by its own rounding.
 import pytest
 import torch
 from helpers import oracle, tiny
-from helpers.tiers import first
+from helpers.tiers import rest
 from transformers import AutoConfig
 
 from axolotl_edpo.data.completions import (
@@ -170,7 +170,8 @@ def test_decisions_equal_the_float64_oracle(distances):
     assert mean["released, bf16"] < 0.7
 
 
-@pytest.mark.parametrize("learning_rate", first([1e-4, 1e-3]))
+@rest
+@pytest.mark.parametrize("learning_rate", [1e-4, 1e-3])
 def test_a_cached_reference_decides_as_another_run_would(learning_rate):
     """bf16 rounds otherwise in other rows; a cache is no more than other rows.
 
