@@ -44,7 +44,7 @@ AREAS = (
 HEAD = """\
 # What works with `rl: edpo`
 
-Made by `python tests/matrix/record.py` from the cells that `make test` runs: tiny
+Made by `python tests/matrix/record.py` from the cells that `make test-all` runs: tiny
 models, axolotl's own config loading, data loading and train loop, one or two optimizer
 steps, two CPU cores. "Works" is a test that passed, "refused" a test that got the
 message, and "untested" says what it would take.

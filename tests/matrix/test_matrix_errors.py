@@ -1,14 +1,12 @@
 """Wrong recipes: each is refused, or trains with one warning; nothing is lost."""
 
 import json
-import os
 import re
 import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pandas
@@ -656,13 +654,6 @@ def placed(value, folder: Path):
     if isinstance(value, Mapping):
         return {key: placed(entry, folder) for key, entry in value.items()}
     return [placed(v, folder) for v in value] if isinstance(value, list) else value
-
-
-@pytest.fixture(autouse=True)
-def environment():
-    """axolotl tells accelerate and others of a recipe by variables."""
-    with mock.patch.dict(os.environ):
-        yield
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import yaml
 from axolotl.integrations.base import PluginManager
+from filelock import FileLock
 from helpers import matrix, tiny
 from helpers.matrix import Cell
 from helpers.tiers import rest
@@ -142,9 +143,10 @@ def published(pytestconfig) -> Path:
     """axolotl's folder `examples/`, of the version that is installed."""
     version = importlib.metadata.version("axolotl")
     folder = Path(pytestconfig.cache.mkdir(f"axolotl-{version}"))
-    if not (folder / "examples").is_dir():
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            unpack_examples(version, Path(temporary)).rename(folder / "examples")
+    with FileLock(folder / "lock"):  # another suite may want them at the same time
+        if not (folder / "examples").is_dir():
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                unpack_examples(version, Path(temporary)).rename(folder / "examples")
     return folder / "examples"
 
 

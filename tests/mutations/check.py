@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import multiprocessing
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -20,17 +21,19 @@ import tempfile
 import time
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent.parent
 LIST = Path(__file__).with_name("mutations.yml")
 COPIED = ("axolotl_edpo", "benchmarks", "docs", "examples", "tests", "tools")
 FILES = ("Makefile", "README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml")
+COMPILED = shutil.ignore_patterns("__pycache__")
 # What nearly all tests import, and nothing of this project: a process that is forked
 # from here imports the package of its copy.
-IMPORTED = ("axolotl.train", "axolotl.core.builders", "axolotl.common.datasets")
-IMPORTED += ("axolotl.cli.main", "deepspeed", "pandas", "pytest", "trackio")
-FIRST_TIER = ["-n", "2", "--dist", "loadfile", "-m", "not rest", "-x", "-q"]
+IMPORTED = ("axolotl.train", "trl", "deepspeed", "bitsandbytes", "pandas", "trackio")
+FIRST_TIER = ["-x", "-m", "not rest", "-p", "no:cacheprovider"]
+TWO_PROCESSES = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 def mutations(words: list[str]) -> list[dict]:
@@ -50,7 +53,7 @@ def mutations(words: list[str]) -> list[dict]:
 def mutate(folder: Path, entry: dict) -> None:
     """Makes a copy of the checkout with a mistake."""
     for name in COPIED:
-        shutil.copytree(ROOT / name, folder / name, symlinks=True)
+        shutil.copytree(ROOT / name, folder / name, ignore=COMPILED)
     for name in FILES:
         shutil.copy(ROOT / name, folder)
     file = folder / "axolotl_edpo" / entry["file"]
@@ -65,8 +68,6 @@ def test_here(folder: Path, words: list[str]) -> None:
             os.dup2(file.fileno(), descriptor)
     os.environ["PYTHONPATH"] = str(folder)
     sys.path.insert(0, str(folder))
-    import pytest
-
     sys.exit(pytest.main(words))
 
 
@@ -76,16 +77,16 @@ def noticed(entry: dict) -> str:
         folder = Path(made)
         mutate(folder, entry)
         listed = [str(Path("tests") / name) for name in entry["tests"]]
-        words = [*listed, "-x", "-q", "-m", "not rest", "-p", "no:cacheprovider"]
         fork = multiprocessing.get_context("fork")
-        process = fork.Process(target=test_here, args=(folder, words))
+        arguments = (folder, [*listed, *FIRST_TIER])
+        process = fork.Process(target=test_here, args=arguments)
         process.start()
         process.join()
         if process.exitcode:
             return failed(folder / "printed")
         with (folder / "printed").open("w") as file:
             done = subprocess.run(
-                [sys.executable, "-m", "pytest", *FIRST_TIER],
+                [sys.executable, "-m", "pytest", *FIRST_TIER, *TWO_PROCESSES],
                 cwd=folder,
                 env={**os.environ, "PYTHONPATH": str(folder)},
                 stdout=file,
@@ -102,21 +103,30 @@ def failed(printed: Path) -> str:
     return " ".join(lines[-1:])
 
 
+def import_much() -> None:
+    """Imports what is slow, with the variables that the tests set before."""
+    variables = runpy.run_path(str(ROOT / "tests" / "helpers" / "surroundings.py"))
+    os.environ.update(variables["VALUES"])
+    if not importlib.import_module("torch").cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+    with contextlib.redirect_stdout(sys.stderr):
+        for name in IMPORTED:
+            importlib.import_module(name)
+    assert "axolotl_edpo" not in sys.modules  # each process imports that of its copy
+
+
 def main() -> int:
     """Checks the mutations that the command line names, and prints a line for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("words", nargs="*", help="parts of file names")
     asked = mutations(parser.parse_args().words)
-    with contextlib.redirect_stdout(sys.stderr):
-        for name in IMPORTED:
-            importlib.import_module(name)
+    import_much()
     escaped = 0
     for number, entry in enumerate(asked, 1):
         began = time.monotonic()
         test = noticed(entry)
         escaped += not test
-        said = test or "NOTHING NOTICED"
-        seconds = time.monotonic() - began
+        seconds, said = time.monotonic() - began, test or "NOTHING NOTICED"
         print(f"{number}/{len(asked)} {seconds:.0f} s {entry['file']}: ", end="")
         print(f"{entry['what']}: {said}", flush=True)
     print(f"{len(asked) - escaped} of {len(asked)} were noticed")

@@ -75,12 +75,8 @@ def selected(paths, **wanted):
 
 @pytest.fixture(autouse=True)
 def as_started_from_the_repository(monkeypatch):
-    """Paths in recipes are relative to it; axolotl leaves its environment behind."""
+    """Paths in recipes are relative to it."""
     monkeypatch.chdir(ROOT)
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
