@@ -148,7 +148,10 @@ def test_the_same_command_again_ends_as_one_process_that_was_never_killed(
 def test_a_checkpoint_counts_when_every_rank_has_written_its_part(
     shared, recipe, alone, engine
 ):
-    """Rank 1 dies over its part of step 6; the others have long written theirs."""
+    """Rank 1 dies over its part of step 6; the others have long written theirs.
+
+    Over 20 s where its ranks are the first: what forks them imports everything.
+    """
     folder = shared / engine
     keys = recipe(folder, engine)
     with pytest.raises(ProcessExitedException, match=r"process 1 .*SIGKILL"):

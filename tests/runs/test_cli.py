@@ -43,7 +43,10 @@ def folder(tmp_path_factory):
     "axolotl", [forked, pytest.param(installed, marks=pytest.mark.rest)]
 )
 def test_preprocess_train_evaluate_merge_and_inference_take_the_recipe(folder, axolotl):
-    """The default launcher, of accelerate, is left to the installed `train`."""
+    """The default launcher, of accelerate, is left to the installed commands.
+
+    Over 20 s: `train` is the installed command, whose process imports everything.
+    """
     python = ("--launcher", "python")
     assert_done(axolotl(folder, "preprocess", "recipe.yml"))
     assert list((folder / "prepared").glob("*/*.arrow"))
