@@ -1,14 +1,17 @@
-"""Two things that each recipe repeats for seconds, in a way that is quick and the same.
+"""Three things that each recipe repeats, in a way that is quick and the same.
 
 `datasets` saves prepared data, however small, from a pool of processes that it spawns,
 which import for seconds: here a pool of one process is this process. axolotl merges its
 schema with the keys of the loaded plugins for each recipe: here once for all recipes
-with the same plugins.
+with the same plugins. accelerate reads in each step which packages are installed, from
+files: here once.
 """
 
+from functools import cache
 from typing import Any
 
 import axolotl.utils.config
+from accelerate.utils import imports
 from axolotl.integrations.base import PluginManager
 from datasets import Dataset
 
@@ -18,7 +21,8 @@ _merged: dict[tuple[str, ...], Any] = {}
 
 
 def install() -> None:
-    """Replaces both in this process."""
+    """Replaces all three in this process."""
+    imports._is_package_available = cache(imports._is_package_available)
     Dataset.save_to_disk = _save_here
     axolotl.utils.config.merge_input_args = _merge_once
 

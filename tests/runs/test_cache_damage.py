@@ -389,16 +389,19 @@ def disk(tmp_path):
     """Mounts a disk of so many KiB; skipped for whoever may not."""
     folder, sudo = tmp_path / "disk", ["sudo", "-n"] if os.geteuid() else []
     folder.mkdir()
+    mounted = []
 
     def mount(options: str) -> Path:
         command = [*sudo, "mount", *options.split(), str(folder)]
         if subprocess.run(command, capture_output=True).returncode:
             pytest.skip("needs the right to mount a disk: root, or sudo")
+        mounted.append(options)
         return folder
 
     yield mount
-    if folder.is_mount():
+    if mounted:
         subprocess.run([*sudo, "umount", "--lazy", folder], check=True)
+    assert str(folder) not in Path("/proc/mounts").read_text()
 
 
 def test_a_disk_that_is_too_small_is_refused_before_the_pass(few, disk, tmp_path):
