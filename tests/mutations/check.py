@@ -72,18 +72,18 @@ def test_here(folder: Path, words: list[str]) -> None:
 
 
 def noticed(entry: dict) -> str:
-    """Which tests noticed a mistake; "" if none did."""
+    """Which test noticed a mistake; "" if none did."""
     with tempfile.TemporaryDirectory(prefix="mutation-") as made:
         folder = Path(made)
         mutate(folder, entry)
-        listed = [str(Path("tests") / name) for name in entry["tests"]]
-        fork = multiprocessing.get_context("fork")
-        arguments = (folder, [*listed, *FIRST_TIER])
-        process = fork.Process(target=test_here, args=arguments)
-        process.start()
-        process.join()
-        if process.exitcode:
-            return failed(folder / "printed")
+        for name in entry["tests"]:
+            words = [str(Path("tests") / name), *FIRST_TIER]
+            fork = multiprocessing.get_context("fork")
+            process = fork.Process(target=test_here, args=(folder, words))
+            process.start()
+            process.join()
+            if process.exitcode:
+                return failed(folder / "printed")
         with (folder / "printed").open("w") as file:
             done = subprocess.run(
                 [sys.executable, "-m", "pytest", *FIRST_TIER, *TWO_PROCESSES],
