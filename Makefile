@@ -59,9 +59,9 @@ study: $(VENV)/installed-package
 	python examples/study/run.py
 
 # Two processes of one thread each. The tests of a file run in one of them.
+WORKERS ?= 2
 PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
 	--durations 12 --durations-min 5
-WORKERS ?= 2
 
 test: $(VENV)/installed-test
 	$(PYTEST) -m "not rest"
