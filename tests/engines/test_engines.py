@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import traceback
 from itertools import chain
 from pathlib import Path
@@ -129,6 +130,7 @@ def test_two_ranks_train_as_one_process(runs, name, adapter):
     assert len(series(single[0], "loss")) == 10 and single[0]["beta"] != 0.1
     assert_same_run(pair, single)
     assert_same_weights(pair, single, atol=1e-6)
+    assert not Path(os.environ["TORCH_EXTENSIONS_DIR"]).exists()  # nothing was compiled
 
 
 def kept(train):
