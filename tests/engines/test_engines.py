@@ -194,8 +194,7 @@ HEADS = {
     "checkpointing": dict(gradient_checkpointing=True),
     "checkpointing-lora": dict(**LORA, gradient_checkpointing=True),
 }
-
-
+# Those that `make test` gathers, under ZeRO-3.
 SOON = ("tied", "saved", "adapter", "unreadable")
 
 
