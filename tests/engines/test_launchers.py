@@ -144,7 +144,7 @@ def test_the_same_command_again_ends_as_one_process_that_was_never_killed(
     assert saved_betas(kept.parent / "checkpoint-10") == alone
 
 
-@pytest.mark.parametrize("engine", first(["zero3", "ddp"]))
+@pytest.mark.parametrize("engine", first(["ddp", "zero3"]))
 def test_a_checkpoint_counts_when_every_rank_has_written_its_part(
     shared, recipe, alone, engine
 ):

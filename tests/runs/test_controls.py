@@ -61,7 +61,7 @@ def train(recipe, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("adapter", [{}, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("adapter", first([{}, LORA]), ids=["full", "lora"])
 def test_fixed_is_plain_dpo_for_twenty_steps(recipe, tmp_path, adapter):
     """Both begin with the same weights: axolotl draws an adapter without a seed."""
     keys = dict(num_epochs=4, adam_epsilon=1e-4, **adapter)

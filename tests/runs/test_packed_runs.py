@@ -107,7 +107,7 @@ def assert_same_run(run: Watched, padded: Watched) -> None:
 
 
 @pytest.mark.parametrize("adapter", first([{}, LORA]), ids=["full", "lora"])
-@pytest.mark.parametrize("kind", first([*MODELS], 2))
+@pytest.mark.parametrize("kind", first([*MODELS]))
 def test_twenty_steps_are_the_same_in_every_mode(watch, parts, tmp_path, kind, adapter):
     model = tiny.save_model(tmp_path / "model", kind, **MODELS[kind])
 

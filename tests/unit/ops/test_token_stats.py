@@ -11,7 +11,7 @@ from time import process_time
 import pytest
 import torch
 from helpers.paths import ROOT
-from helpers.tiers import first
+from helpers.tiers import first, only
 from helpers.token_stats import (
     NAMES,
     assert_as_exact_as_pytorch,
@@ -169,9 +169,9 @@ def assert_exact(ours, a, b, y, epsilon, error):
 def test_differences_of_any_spread_cost_no_digits(backend, spread):
     """The policy's favourite changes from tile to tile, and with it d there."""
     g = torch.Generator().manual_seed(0)
-    a = 3 * torch.randn(9, 700, generator=g)
-    b = a - spread * torch.randn(9, 700, generator=g)
-    y = torch.randint(700, (9,), generator=g)
+    a = 3 * torch.randn(5, 500, generator=g)
+    b = a - spread * torch.randn(5, 500, generator=g)
+    y = torch.randint(500, (5,), generator=g)
     a, b, y = (x.to(device(backend)) for x in (a, b, y))
     ours = logits_stats(a, b, y, 0.05, backend=backend)
     assert_exact(ours, a, b, y, 0.05, error=1e-6)
@@ -240,9 +240,18 @@ def keeps(request, monkeypatch):
     return request.param == "kept"
 
 
+# The case and dtype that `make test` takes beside float32.
+ROUNDED = ("lora", torch.bfloat16)
+
+
 @pytest.mark.parametrize("trained", ["hidden", "all"])
-@pytest.mark.parametrize("dtype", first(DTYPES, 2))
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    only(
+        [(case, dtype) for case in CASES for dtype in DTYPES],
+        lambda case, dtype: dtype == torch.float32 or (case, dtype) == ROUNDED,
+    ),
+)
 def test_gradients_are_as_exact_as_pytorch_in_that_dtype(
     backend, case, dtype, trained, keeps
 ):
