@@ -41,6 +41,7 @@ from .upstream import (
     keep_adapter_in_float32,
     loss_watchdog,
     named_plugins,
+    prepare_pairs_with,
     recipe_keys,
 )
 
@@ -79,6 +80,7 @@ class EDPOPlugin(BasePlugin):
             beta = check_recipe(cfg)
             _warn(cfg)
             _lower(cfg, beta)
+            prepare_pairs_with(_prepare, lambda cfg: cfg.trainer_cls == TRAINER)
         elif not cfg.get("inference"):  # axolotl removes `rl` for inference
             check_foreign_recipe(cfg)
 
@@ -101,20 +103,6 @@ class EDPOPlugin(BasePlugin):
         arguments = {"padding_free": False, "precompute_ref_log_probs": False}
         arguments |= handed_on(cfg)
         return arguments if _has_accelerator() else arguments | {"use_cpu": True}
-
-    def load_datasets(self, cfg, preprocess: bool = False):
-        """Loads the pairs with axolotl, and refuses wrong ones before a model loads.
-
-        Does nothing for `axolotl preprocess`, which can print rows.
-
-        Raises:
-            ValueError: Names the data set and what it lacks.
-        """
-        if preprocess or cfg.trainer_cls != TRAINER:
-            return None
-        from .data.checks import load
-
-        return load(cfg)
 
     def pre_model_load(self, cfg) -> None:
         """Refuses what this machine or this model cannot do, and sets the seed.
@@ -175,6 +163,13 @@ class EDPOPlugin(BasePlugin):
             from .training.checkpointing import name_as_peft
 
             name_as_peft(Path(cfg.output_dir))
+
+
+def _prepare(load, cfg, tokenizer):
+    """Prepares pairs; see `data/preparation.py`, which imports much."""
+    from .data.preparation import prepare
+
+    return prepare(load, cfg, tokenizer)
 
 
 def _check_registration(cfg: Mapping) -> None:

@@ -8,8 +8,9 @@ Supported: axolotl 0.19, 0.20 and 0.21, with torch 2.11 to 2.14, transformers 5.
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Collection
-from functools import cache
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,38 @@ def recipe_keys() -> set[str]:
     return {*fields, *(field.alias for field in fields.values() if field.alias)}
 
 
+def entry_keys() -> set[str]:
+    """Keys of an entry of `datasets:` that axolotl reads with `rl: dpo`.
+
+    axolotl 0.19 to 0.21 remove all others, without a word.
+    """
+    from axolotl.utils.schemas.datasets import DPODataset
+
+    return {*DPODataset.model_fields}
+
+
+def text_type_keys() -> set[str]:
+    """Keys of a `type` that names columns and formats; axolotl removes all others."""
+    from axolotl.utils.schemas.datasets import UserDefinedDPOType
+
+    return {*UserDefinedDPOType.model_fields}
+
+
+def pair_types() -> set[str]:
+    """First words of axolotl's types of preference data, such as `chatml`."""
+    from axolotl.prompt_strategies import dpo
+
+    return {module.name for module in pkgutil.iter_modules(dpo.__path__)}
+
+
+def file_type(path: str) -> str:
+    """The format of a data file, which axolotl infers from its name with `rl`."""
+    from axolotl.utils.data.shared import get_dataset_type
+    from axolotl.utils.dict import DictDefault
+
+    return get_dataset_type(DictDefault(path=path))
+
+
 def keep_adapter_in_float32(model: Any) -> None:
     """Casts the trainable weights of an adapter to float32, in place.
 
@@ -79,14 +112,62 @@ def default_fsdp_version() -> int:
     return fields["fsdp_version"].default or 1
 
 
-def cuts_answers() -> bool:
-    """Whether `chat_template` types cut an answer out by searching for its text.
+def prepare_pairs_with(prepare: Callable[..., Any], is_ours: Callable) -> None:
+    """Lets a function prepare the pairs of our recipes, for every command of axolotl.
 
-    True up to axolotl 0.20. In 0.21 the answer is what follows the rendered prompt.
+    A plugin's hook `load_datasets` is not called by `axolotl evaluate`. All commands of
+    axolotl 0.19 to 0.21 find `prepare_preference_datasets` in this Python module.
+
+    Args:
+        prepare: Takes axolotl's function, a config and a tokenizer.
+        is_ours: Whether a config is one of `rl: edpo`.
     """
-    from axolotl.prompt_strategies.dpo import chat_template
+    from axolotl.common import datasets
 
-    return not hasattr(chat_template, "_completion_after_prompt")
+    load: Any = datasets.prepare_preference_datasets
+    load = getattr(load, "of_axolotl", load)
+
+    def call(cfg: Any, tokenizer: Any) -> Any:
+        return prepare(load, cfg, tokenizer) if is_ours(cfg) else load(cfg, tokenizer)
+
+    call.of_axolotl = load  # type: ignore[attr-defined]
+    datasets.prepare_preference_datasets = call
+
+
+@contextmanager
+def preparing_with(preparation: Any) -> Iterator[None]:
+    """Puts methods of a `Preparation` in the place of functions of axolotl.
+
+    Private names of `axolotl.utils.data.rl` in 0.19 to 0.21, called there by name.
+    """
+    from axolotl.utils.data import rl
+
+    is_kept = preparation.is_kept()
+    new = {
+        "load_dpo": partial(preparation.load_type, rl.load_dpo),
+        "_load_split": partial(preparation.load_split, rl._load_split),
+        "generate_dataset_hash_from_config": preparation.folder_name,
+        "_drop_long_sequences": is_kept,
+        "_truncate_long_sequences_rl": preparation.truncate,
+    }
+    before = {name: getattr(rl, name) for name in new}
+    vars(rl).update(new)
+    try:
+        yield
+    finally:
+        vars(rl).update(before)
+
+
+def prepared_root(cfg: Any) -> Path:
+    """The folder in which axolotl keeps prepared data."""
+    return Path(cfg.dataset_prepared_path or default_prepared_path())
+
+
+def prepared_path(cfg: Any, name: str) -> Path:
+    """Where prepared data are, of which the folder has this name."""
+    from axolotl.utils.data.shared import get_prepared_dataset_path
+
+    return get_prepared_dataset_path(cfg, name)
 
 
 def leave_losses_as_they_are(trainer: Any) -> None:

@@ -386,7 +386,8 @@ def test_axolotl_keeps_of_an_entry_of_datasets_what_dpo_datasets_have():
     assert "DPODataset(**ds_cfg)" in source(validate_config), (
         "dataset_entries.py: IGNORED"
     )
-    fields = DPODataset.model_fields.keys()
+    fields = upstream.entry_keys()
+    assert fields == DPODataset.model_fields.keys(), "upstream.py: entry_keys"
     assert not IGNORED.keys() & fields, "dataset_entries.py: IGNORED"
     assert FIELDS.keys() <= fields, "dataset_entries.py: FIELDS"
 
@@ -537,7 +538,6 @@ def test_releases_of_axolotl_differ_where_upstream_says_so():
     release = tuple(map(int, importlib.metadata.version("axolotl").split(".")[:2]))
     found = upstream.default_fsdp_version()
     assert found == (1 if release == (0, 19) else 2), "upstream.py: fsdp_version"
-    assert upstream.cuts_answers() == (release < (0, 21)), "upstream.py: answers"
     assert upstream.patches_adapters_late() == (release >= (0, 21)), "rules.py: kernels"
 
 
@@ -600,3 +600,38 @@ def test_every_function_of_upstream_is_pinned_here():
     ]
     assert len(functions) > 20
     assert [name for name in functions if not re.search(rf"\b{name}\b", text)] == []
+
+
+def test_axolotl_prepares_pairs_with_functions_that_are_replaced(recipe, tmp_path):
+    """By name, in these Python modules; `preparing_with` puts each back."""
+    from axolotl.common import datasets
+    from axolotl.utils.data import rl
+
+    load = source(datasets.load_preference_datasets)
+    assert "= prepare_preference_datasets(cfg, tokenizer)" in load
+    split, data = source(rl._load_or_create_dataset_split), source(rl._load_split)
+    assert "= _load_split(cfg, split=split)" in split
+    assert "= load_dpo(_type, cfg, dataset_idx=i)" in data
+    assert "_drop_long_sequences,\n" in data and "_truncate_long_sequences_rl," in data
+    for text in (split, data):
+        assert "= generate_dataset_hash_from_config(\n" in text
+    whole = rl.load_dpo
+    tiny.load_data(tiny.load_config(tmp_path, recipe()))
+    assert rl.load_dpo is whole, "upstream.py: preparing_with"
+    assert datasets.prepare_preference_datasets.of_axolotl.__module__ == rl.__name__, (
+        "upstream.py: prepare_pairs_with"
+    )
+
+
+def test_entries_and_prepared_data(tmp_path):
+    assert upstream.text_type_keys() == {
+        *("field_system", "field_prompt", "field_chosen", "field_rejected"),
+        *("prompt_format", "chosen_format", "rejected_format"),
+    }
+    assert {"chat_template", "chatml", "llama3", "zephyr"} <= upstream.pair_types()
+    assert [*map(upstream.file_type, ("a.jsonl", "a.csv"))] == ["json", "csv"]
+    cfg = DictDefault(dataset_prepared_path=str(tmp_path))
+    assert upstream.prepared_root(cfg) == tmp_path
+    assert upstream.prepared_path(cfg, "a") == tmp_path / "a"
+    unset = upstream.prepared_root(DictDefault())
+    assert unset == Path(upstream.default_prepared_path())

@@ -5,25 +5,36 @@ and would train on other pairs than the recipe says.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..data.columns import has_chat_template
 from ..errors import as_yaml, quote, refuse
+from ..upstream import entry_keys, file_type, pair_types, text_type_keys
 
-# Options of an entry that would change its pairs but that axolotl ignores with `rl` ->
-# what to do instead. Those before `shards` belong to chat templates.
-IGNORED = {
+# Options of an entry that axolotl ignores with `rl` -> what to do instead. For others
+# that it ignores, it is to remove them.
+TEMPLATE_OPTIONS = {
     "chat_template": "set it for the whole recipe",
     "chat_template_jinja": "set it for the whole recipe",
     "message_property_mappings": "name them `role` and `content` in the data",
     "message_field_role": "name it `role` in the data",
     "message_field_content": "name it `content` in the data",
     "roles": "name them `system`, `user`, `assistant` and `tool` in the data",
+}
+IGNORED = {
+    **TEMPLATE_OPTIONS,
+    "drop_system_message": "remove system messages from the data",
+    "field_tools": "name the column `tools` in the data",
+    "field_thinking": "name it as the chat template does in the data",
     "shards": "set `split: train[:10%]`",
     "preprocess_shards": "remove it",
     "weight": "set `split: train[:50%]`",
+    "name": "save that part of the data in a file",
+    "ds_type": "give the file the extension of its format",
 }
+# Without effect on pairs.
+HARMLESS = {"trust_remote_code"}
 # Options of chat templates that axolotl does read -> their defaults.
 FIELDS = {
     "field_messages": "messages",
@@ -65,9 +76,41 @@ def _check_form(recipe: Mapping[str, Any]) -> None:
 def _check_options(recipe: Mapping[str, Any]) -> None:
     for name in ("datasets", "test_datasets"):
         for entry in _entries(recipe, name):
-            for key, remedy in IGNORED.items():
-                if entry.get(key) and not _is_default(key, entry, recipe):
-                    refuse(f"{name}: {key}", entry[key], f"it is ignored, {remedy}")
+            for key, remedy in _ignored(entry, recipe):
+                refuse(f"{name}: {key}", entry[key], f"it is ignored, {remedy}")
+            if isinstance(entry.get("type"), Mapping):
+                _check_text_type(name, entry["type"])
+
+
+def _ignored(
+    entry: Mapping[str, Any], recipe: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+    """Yields the options of an entry that axolotl ignores, and what to do instead."""
+    read = entry_keys() | HARMLESS
+    for key in entry:
+        if key not in read and entry[key] and not _is_default(key, entry, recipe):
+            yield key, IGNORED.get(key, "remove it")
+    if _is_text_type(entry):
+        for key, default in FIELDS.items():
+            if entry.get(key) not in (None, default):
+                yield key, "only `chat_template` types read it: name the column so"
+
+
+def _is_text_type(entry: Mapping[str, Any]) -> bool:
+    """Whether the type is one of axolotl without a chat template."""
+    kind = entry.get("type")
+    if not kind or isinstance(kind, Mapping):
+        return True
+    module = str(kind).partition(".")[0]
+    return module in pair_types() and not has_chat_template(entry)
+
+
+def _check_text_type(name: str, options: Mapping[str, Any]) -> None:
+    """Refuses unknown keys of a `type` with `field_*` and `*_format`."""
+    for key in options:
+        if key not in text_type_keys():
+            known = ", ".join(sorted(text_type_keys()))
+            refuse(f"{name}: type: {key}", options[key], f"its keys are {known}")
 
 
 def _entries(recipe: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
@@ -79,6 +122,10 @@ def _is_default(key: str, entry: Mapping[str, Any], recipe: Mapping[str, Any]) -
     value = entry[key]
     if key in ("shards", "preprocess_shards", "weight"):
         return value == 1
+    if key == "ds_type":
+        return value == file_type(str(entry["path"]))
+    if key not in TEMPLATE_OPTIONS:
+        return False
     if not has_chat_template(entry):
         return True
     if key in ("roles", "message_property_mappings"):

@@ -1,75 +1,45 @@
 """Checks the data: refuses pairs that cannot be trained on, warns of useless ones."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pyarrow
 import pyarrow.compute as pc
-from axolotl.common.datasets import TrainDatasetMeta, load_preference_datasets
-from axolotl.utils.data.shared import load_dataset_with_config
 from axolotl.utils.logging import get_logger
-from datasets import Dataset, Value
+from datasets import Dataset
 
-from ..errors import quote
-from .columns import IDS, arrow_tables, has_chat_template, long_pairs
+from .columns import IDS, arrow_tables, long_pairs
 
 LOG = get_logger(__name__)
 
 ANSWERS = ("chosen", "rejected")
 # Column names from which axolotl and TRL infer that the data has pictures.
 PICTURES = ("image", "images")
-# axolotl's `chat_template` types put this text before an answer and later cut it off.
-# If the answer is empty, it is not cut off.
-DUMMY = "[[dummy_message]]"
-# How axolotl's error begins if a text is missing, or empty, in some row.
-NO_TEXT = "Prompt, chosen and rejected keys are required"
 
 
-def load(cfg: Any) -> TrainDatasetMeta:
-    """Loads the data sets of a recipe with axolotl, and checks them.
+def check_loaded(key: str, dataset: Dataset, sequence_len: int) -> None:
+    """Refuses data with pictures, without pairs or without answers.
 
     Args:
-        cfg: axolotl's config.
+        key: `datasets` or `test_datasets`.
+        dataset: What axolotl prepared of it.
+        sequence_len: Most tokens of a sequence.
 
     Raises:
-        ValueError: If the data cannot be trained on. One line names the data set and
-            the problem, unless axolotl's error does.
+        ValueError: Names the data set, what it lacks and the remedy.
     """
-    try:
-        meta = load_preference_datasets(cfg=cfg)
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        if isinstance(error, ValueError) and not str(error).startswith(NO_TEXT):
-            raise
-        cause = f"{type(error).__name__}: {error}"
-        raise ValueError(_wrong_type(cfg, cause)) from error
-    for key, dataset in (
-        ("datasets", meta.train_dataset),
-        ("test_datasets", meta.eval_dataset),
-    ):
-        if dataset is not None:
-            _check_pictures(key, dataset)
-            _check_texts(key, dataset, cfg)
-    return meta
-
-
-def _wrong_type(cfg: Any, cause: str) -> str:
-    """The message for data whose rows do not fit their `type`."""
-    sets = []
-    for entry in _entries(cfg):
-        columns = load_dataset_with_config(entry, cfg.hf_use_auth_token).column_names
-        sets.append(
-            f"{entry.path} ({quote('type', entry.type)}) has {', '.join(columns)}"
+    _check_pictures(key, dataset)
+    if not len(dataset):
+        raise ValueError(
+            f"`{key}` leaves no pair to train on: every one is longer than "
+            f"`sequence_len: {sequence_len}` (raise it), or there was none"
         )
-    return (
-        f"`datasets`: a row is not as its `type` takes it ({cause}); "
-        f"{'; '.join(sets)}: set another `type`, or its `field_*` keys"
-    )
-
-
-def _entries(cfg: Any) -> list[Any]:
-    """All entries of `datasets:` and `test_datasets:`."""
-    return [*(cfg.datasets or []), *(cfg.test_datasets or [])]
+    absent = [name for name in ANSWERS if name not in dataset.column_names]
+    if absent:
+        raise ValueError(
+            f"`{key}`: there is no column `{absent[0]}`, only "
+            f"{', '.join(dataset.column_names)}: set a `type` that makes it"
+        )
 
 
 def _check_pictures(key: str, dataset: Dataset) -> None:
@@ -80,67 +50,6 @@ def _check_pictures(key: str, dataset: Dataset) -> None:
                 f"`{key}`: there is a column `{name}`, and `rl: edpo` trains on text "
                 "only: remove the column from the data, or use `rl: dpo`"
             )
-
-
-def _check_texts(key: str, dataset: Dataset, cfg: Any) -> None:
-    """Refuses data without pairs, without answer columns or with empty answers."""
-    if not len(dataset):
-        raise ValueError(
-            f"`{key}` leaves no pair to train on: every one is longer than "
-            f"`sequence_len: {cfg.sequence_len}` (raise it), or there was none"
-        )
-    absent = [name for name in ANSWERS if name not in dataset.column_names]
-    if absent:
-        raise ValueError(
-            f"`{key}`: there is no column `{absent[0]}`, only "
-            f"{', '.join(dataset.column_names)}: set a `type` that makes it"
-        )
-    for name in ANSWERS:
-        _warn_of_cut_answers(key, dataset, name, cfg)
-        rows = _rows(dataset, name, lambda texts: pc.match_substring(texts, DUMMY))
-        if len(rows):
-            raise ValueError(
-                f"`{key}`: {len(rows)} of {len(dataset)} pairs have no text in "
-                f"`{name}`, where axolotl's chat template puts {DUMMY}: remove them. "
-                f"{_start(dataset, rows[0])}"
-            )
-
-
-def _warn_of_cut_answers(key: str, dataset: Dataset, column: str, cfg: Any) -> None:
-    """Warns of answers that axolotl, up to 0.20, cut to their last character.
-
-    Its `chat_template` types search for the answer in the output of the template. They
-    do not find it if the template trimmed white space around it.
-    """
-    if not any(map(has_chat_template, _entries(cfg))):
-        return
-    rows = _rows(dataset, column, lambda texts: pc.equal(pc.utf8_length(texts), 1))
-    if len(rows):
-        LOG.warning(
-            f"`{key}`: of {len(rows)} of {len(dataset)} answers in `{column}` axolotl "
-            f"left one character, as the chat template trims white space around them: "
-            f"remove it from the data. {_start(dataset, rows[0])}"
-        )
-
-
-def _rows(dataset: Dataset, column: str, test: Callable[[Any], Any]) -> np.ndarray:
-    """The rows whose text in a column passes a test; none if the column has no texts.
-
-    Args:
-        dataset: The data set.
-        column: Name of the column.
-        test: Function from an Arrow array of texts to an array of booleans.
-
-    Returns:
-        Indices of the rows, ascending.
-    """
-    if dataset.features[column] != Value("string"):
-        return np.empty(0, int)
-    flags = [
-        test(table[column]).to_numpy(zero_copy_only=False)
-        for table in arrow_tables(dataset, [column])
-    ]
-    return np.flatnonzero(np.concatenate(flags))
 
 
 def check_tokens(dataset_name: str, dataset: Dataset) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import axolotl.prompt_strategies.dpo as shipped
+import axolotl.prompt_strategies.dpo.chat_template as shipped_chat
 import pytest
 import torch
 from axolotl.utils.schemas.datasets import SFTDataset
@@ -25,13 +26,15 @@ from tokenizers.processors import TemplateProcessing
 
 from axolotl_edpo.data.completions import completions_of
 from axolotl_edpo.trainer import EDPOTrainer
-from axolotl_edpo.upstream import cuts_answers
 
 TITLE = "Data sets"
 INTRO = """
 "Works" means: the pairs that axolotl prepares, and the tokens and scored tokens in the
 batches of an epoch, are those of the same recipe with `rl: dpo`.
 """
+
+# Up to 0.20, `chat_template` types find an answer by searching for its text.
+CUTS_ANSWERS = not hasattr(shipped_chat, "_completion_after_prompt")
 
 # system, question, chosen, rejected
 TALKS = [
@@ -110,6 +113,8 @@ class Data(Cell):
         pairs: How many pairs an epoch has.
         evals: How many pairs an evaluation has.
         trains: Whether the recipe is also trained.
+        differs: Whether `rl: dpo` of this axolotl trains other tokens, wrong ones.
+        dpo_refuses: What `rl: dpo` says, if it is not `refused`.
     """
 
     files: Mapping[str, Any] = field(default_factory=dict)
@@ -119,6 +124,8 @@ class Data(Cell):
     pairs: int = len(TALKS)
     evals: int = 0
     trains: bool = False
+    differs: bool = False
+    dpo_refuses: str = ""
 
 
 @dataclass(frozen=True)
@@ -244,8 +251,9 @@ OTHERS = [
         "messages without `skip_prepare_dataset: true`",
         {"skip_prepare_dataset": None},
         files={"a.jsonl": CONVERSATIONS},
-        refused="text input must be of type `str`",
-        note="axolotl measures text only",
+        dpo_refuses="text input must be of type `str`",
+        first=LONG_CHAT,
+        note="`rl: dpo` measures text only, and fails",
     ),
     Data(
         "`tools` beside messages",
@@ -301,9 +309,8 @@ OTHERS = [
         files={"a.jsonl": MESSAGES, "own.jinja": JINJA},
         options={"type": "chat_template.default"},
         # it knows no `add_generation_prompt`
-        first="<user>Is red a colour?</user>"
-        + ("" if cuts_answers() else "<assistant>")
-        + "It is.</assistant></s>",
+        first="<user>Is red a colour?</user><assistant>It is.</assistant></s>",
+        differs=CUTS_ANSWERS,
     ),
     Data(
         "a tokenizer that begins a text with `<s>`, a template that does too",
@@ -313,8 +320,9 @@ OTHERS = [
             "own": with_template("{{ bos_token }}" + tiny.CHAT_TEMPLATE, begins=True),
         },
         options={"type": "chat_template.default"},
-        first="<s><s>" + OWN_CHAT + "</s>",
-        note="`<s>` is there twice: axolotl's cure is not called by TRL",
+        first="<s>" + OWN_CHAT + "</s>",
+        note="`rl: dpo` has `<s>` twice",
+        differs=True,
     ),
     Data(
         "`field_messages`, `field_chosen`, `field_rejected`",
@@ -422,8 +430,9 @@ OTHERS = [
             "skip_prepare_dataset": None,
         },
         **PLAIN,
-        refused="Sample exceeds configured sequence_len",
-        note="by axolotl, if a pair is longer",
+        refused=r"row 1 of `a.jsonl` .*: it has 93 tokens, more than `sequence_len: 64",
+        dpo_refuses="Sample exceeds configured sequence_len",
+        note="if a pair is longer",
     ),
     Data(
         "`skip_prepare_dataset: true`, pairs longer than `sequence_len`",
@@ -468,14 +477,15 @@ OTHERS = [
         **PLAIN,
         first=FIRST,
         pairs=9,  # a prompt of 116 tokens has no room for an answer
-        note="a folder prepared with another strategy is read as it is",
+        note="`rl: dpo` trains `eos_token` at the end of a truncated answer",
+        differs=True,
     ),
     Data(
         "an empty answer",
         {"skip_prepare_dataset": None},
         files={"a.jsonl": [*TEXT, {**TEXT[0], "rejected": ""}]},
-        refused="Prompt, chosen and rejected keys are required",
-        note="by axolotl, where it prepares the data",
+        refused="row 11 of `a.jsonl`: `rejected` has no text: remove the row",
+        dpo_refuses="Prompt, chosen and rejected keys are required",
     ),
     Data(
         "`dpo_padding_free: true`",
@@ -790,16 +800,24 @@ def chosen_text(trainer, pair: int) -> str:
 def test_the_pairs_are_those_of_dpo(cell, recipe, tmp_path):
     write(cell.files)
     keys = keys_of(cell, recipe)
-    if cell.refused:  # by axolotl, so whatever `rl` is
-        for given in (keys, as_dpo(keys)):
-            with pytest.raises(ValueError, match=cell.refused):
-                tiny.load_data(tiny.load_config(tmp_path, given))
+    if cell.refused:
+        with pytest.raises(ValueError, match=cell.refused):
+            tiny.load_data(tiny.load_config(tmp_path, keys))
+    if dpo_refuses := cell.dpo_refuses or cell.refused:
+        with pytest.raises(ValueError, match=dpo_refuses):
+            tiny.load_data(tiny.load_config(tmp_path, as_dpo(keys)))
+    if cell.refused:
         return
     run = matrix.assert_cell if cell.trains else _built
     ours = run(cell, tmp_path, {**keys, **cell.ours})
-    dpo = tiny.build(tmp_path, as_dpo(keys))
-    assert assert_same_pairs(ours, dpo) == (cell.pairs, cell.evals)
     assert chosen_text(ours, 0) == cell.first
+    if dpo_refuses:
+        return
+    dpo = tiny.build(tmp_path, as_dpo(keys))
+    if cell.differs:
+        assert ids_of(ours.train_dataset) != ids_of(dpo.train_dataset)
+    else:
+        assert assert_same_pairs(ours, dpo) == (cell.pairs, cell.evals)
 
 
 @matrix.cells([EVERY_TYPE])
@@ -828,18 +846,18 @@ def test_a_column_of_no_pair_changes_nothing(cell, recipe, tmp_path):
     assert_same_pairs(ours, dpo)
 
 
-def test_prepared_data_knows_no_strategy(recipe, tmp_path):
+def test_prepared_data_knows_its_strategy(recipe, tmp_path):
     cell = Data("", {"sequence_len": 110, "skip_prepare_dataset": None}, **PLAIN)
     write(cell.files)
-    dropped, read, anew = (
+    dropped, truncated, again = (
         tiny.load_data(tiny.load_config(tmp_path, {**keys_of(cell, recipe), **keys}))
         for keys in (
             {},
             {"excess_length_strategy": "truncate"},
-            {"excess_length_strategy": "truncate", "dataset_prepared_path": "other"},
+            {},
         )
     )
-    assert [len(m.train_dataset) for m in (dropped, read, anew)] == [6, 6, 9]
+    assert [len(m.train_dataset) for m in (dropped, truncated, again)] == [6, 9, 6]
 
 
 @matrix.cells(IGNORED)

@@ -25,7 +25,6 @@ from transformers import (
 
 from axolotl_edpo.training.checkpointing import last_complete
 from axolotl_edpo.training.finite_checks import Diverged
-from axolotl_edpo.upstream import cuts_answers
 
 TITLE = "Wrong recipes"
 INTRO = """
@@ -76,8 +75,8 @@ def warned(name: str, warned: str, note: str = "", **keys):
     return Wrong(name, keys, note=note, warned=warned)
 
 
-def works(name: str, *_, note: str = "", **keys):
-    """What an earlier axolotl got wrong."""
+def works(name: str, **keys):
+    """What axolotl got wrong up to 0.20."""
     return Wrong(name, keys)
 
 
@@ -398,46 +397,43 @@ CELLS = [
     ),
     ours(
         "no column `rejected`",
-        r"`datasets`.*KeyError: 'rejected'.*no-rejected.jsonl .*has prompt, chosen:",
+        r"`datasets`: row 1 of `.*no-rejected.jsonl` .*: `rejected` is absent; the "
+        "columns are chosen, prompt: remove",
         "data",
         datasets=data("no-rejected.jsonl"),
     ),
     ours(
         "no column `rejected`, no `type`",
-        r"no column `rejected`, only prompt, chosen: set a `type`",
+        r"row 1 of `.*no-rejected.jsonl`: `rejected` is absent, not a text; the",
         "data",
         **texts("no-rejected.jsonl"),
     ),
     ours(
         "`field_chosen: good`, no such column",
-        r"`datasets`.*KeyError: 'good'.*has prompt, chosen, rejected:.*`field_\*`",
+        r"`datasets`: row 1 of .*: `good` is absent; .* chosen, rejected, .*`field_\*`",
         "data",
         datasets=data("pairs.jsonl", field_chosen="good"),
     ),
     ours(
         "`rejected: null` in a row",
-        r"`datasets`.*NoneType.*null.jsonl",
+        r"`datasets`: row \d+ of `.*null.jsonl` .*: `rejected` is empty.*remove",
         "data",
         datasets=data("null.jsonl"),
     ),
     ours(
         "an answer without text, no `type`",
-        r"a row is not as its `type`.*Prompt, chosen and rejected.*no-text.jsonl",
+        r"`datasets`: row 4 of `.*no-text.jsonl`: `rejected` has no text: remove",
         "data",
         datasets=texts("no-text.jsonl")["datasets"],
     ),
-    (ours if cuts_answers() else works)(
+    ours(
         "an answer without text, `type: chat_template.default`",
-        r"2 of 40 pairs have no text in `rejected`.*remove them\. The first begins '\[",
+        r"`datasets`: row \d+ of `.*no-answer.jsonl` .*: `rejected` has no text",
         "data",
-        note="axolotl trains on its template's dummy message instead",
         datasets=data("no-answer.jsonl"),
-        skip_prepare_dataset=True,
     ),
-    (warned if cuts_answers() else works)(
+    works(
         "white space around answers, and a chat template that trims it",
-        r"of 2 of 40 answers in `chosen` axolotl left one character.*first begins '<",
-        note="axolotl leaves the last character of such an answer, also for `rl: dpo`",
         datasets=data("spaced.jsonl"),
         chat_template="llama3",
         sequence_len=1024,
@@ -743,7 +739,7 @@ def test_the_command_ends_with_the_message_and_a_status_of_failure(
     tiny.write(tmp_path, keys)
     done = forked(tmp_path, "train", "recipe.yml", "--launcher", "python")
     assert done.returncode != 0
-    assert "ValueError: `datasets`: there is no column `rejected`" in done.stdout
+    assert "ValueError: `datasets`: row 1 of " in done.stdout
 
 
 def rank(number: int, port: int, folder: Path, keys: dict) -> None:

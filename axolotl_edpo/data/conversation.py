@@ -1,0 +1,215 @@
+"""Reads a row of messages: the context of two answers, and the answers."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Message = dict[str, Any]
+
+# Roles that axolotl's `chat_template` types accept.
+ROLES = ("system", "user", "assistant", "tool")
+ANSWERS = ("chosen", "rejected")
+
+
+class PairError(ValueError):
+    """A row that cannot be trained on as it is written: the reason and a remedy."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Two answers to one context.
+
+    Attributes:
+        context: All messages before the answer.
+        answers: The message chosen and the message rejected.
+        tools: The functions that the model may call, as JSON schemas.
+        keywords: Further variables of the chat template, such as `enable_thinking`.
+    """
+
+    context: list[Message]
+    answers: tuple[Message, Message]
+    tools: list[Any] | None
+    keywords: dict[str, Any]
+
+    def whole(self) -> list[list[Message]]:
+        """The two conversations, each with its answer."""
+        return [[*self.context, answer] for answer in self.answers]
+
+
+def from_messages(row: Mapping[str, Any], fields: Mapping[str, str]) -> Conversation:
+    """Reads a row of `chat_template.default`: messages, and an answer or a list of it.
+
+    Args:
+        row: A row of the data.
+        fields: Column names of `messages`, `chosen` and `rejected`.
+
+    Raises:
+        PairError: If a message is missing or would be left out.
+    """
+    found = _column(row, fields["messages"])
+    if isinstance(found, str):
+        found = [{"role": "user", "content": found}]
+    context, answers = _messages(found, fields["messages"]), []
+    for column in (fields["chosen"], fields["rejected"]):
+        answer = _column(row, column)
+        if isinstance(answer, str):
+            answer = {"role": "assistant", "content": answer}
+        *before, last = _messages(
+            [answer] if isinstance(answer, Mapping) else answer, column
+        )
+        if before and _said(before) != _said(context):
+            raise PairError(
+                f"`{column}` has {len(before) + 1} messages, and those before the last "
+                f"are not those of `{fields['messages']}`: put them there, or set "
+                "`type: chat_template.argilla_chat` for whole conversations"
+            )
+        answers.append(_answer(last, column))
+    return _conversation(row, context, answers)
+
+
+def from_whole(row: Mapping[str, Any], fields: Mapping[str, str]) -> Conversation:
+    """Reads a row of `chat_template.argilla_chat`: two whole conversations.
+
+    Args:
+        row: A row of the data.
+        fields: Column names of `chosen` and `rejected`.
+
+    Raises:
+        PairError: If a message is missing, or the two contexts differ.
+    """
+    columns = [fields[name] for name in ANSWERS]
+    whole = [_messages(_column(row, column), column) for column in columns]
+    require_same_context(whole[0][:-1], whole[1][:-1], columns)
+    answers = [_answer(m[-1], name) for m, name in zip(whole, columns, strict=True)]
+    return _conversation(row, whole[0][:-1], answers)
+
+
+def require_same_context(
+    chosen: Sequence[Message], rejected: Sequence[Message], columns: Sequence[str]
+) -> None:
+    """Refuses answers to different contexts: one of them would be scored after both.
+
+    Raises:
+        PairError: Names the first message that differs.
+    """
+    a, b = _said(chosen), _said(rejected)
+    if a == b:
+        return
+    number = next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y),
+        min(len(a), len(b)),
+    )
+    raise PairError(
+        f"`{columns[0]}` and `{columns[1]}` answer different conversations: message "
+        f"{number + 1} is {_quoted(a, number)} in one and {_quoted(b, number)} in the "
+        "other. ε-DPO compares two answers to the same messages: remove the row"
+    )
+
+
+def _quoted(said: Sequence[tuple], number: int) -> str:
+    return repr(str(said[number][1])[:40]) if number < len(said) else "absent"
+
+
+def _conversation(
+    row: Mapping[str, Any], context: list[Message], answers: list[Message]
+) -> Conversation:
+    keywords = without_none(row.get("chat_template_kwargs") or {})
+    return Conversation(context, (answers[0], answers[1]), _tools(row), keywords)
+
+
+def _column(row: Mapping[str, Any], name: str) -> Any:
+    """Value of a column, which must not be empty."""
+    value = row.get(name)
+    if value is None or value in ("", [], {}):
+        raise PairError(
+            f"`{name}` is {'absent' if name not in row else 'empty'}; the columns are "
+            f"{', '.join(row)}: remove the row, or set `field_*` of the entry"
+        )
+    return value
+
+
+def _messages(found: Any, column: str) -> list[Message]:
+    """Cleans messages: Arrow fills keys that only other rows have with None."""
+    if isinstance(found, str) or not isinstance(found, Sequence):
+        raise PairError(
+            f"`{column}` is a {type(found).__name__}, not a list of messages: set "
+            "another `type`; `chat_template.default` takes a list and two texts"
+        )
+    if not found:
+        raise PairError(f"`{column}` is an empty list: remove the row")
+    return [_message(message, column) for message in found]
+
+
+def _message(message: Any, column: str) -> Message:
+    if not isinstance(message, Mapping) or message.get("role") is None:
+        raise PairError(
+            f"`{column}`: a message has no `role`: {str(message)[:60]}: name the keys "
+            "of messages `role` and `content`"
+        )
+    clean = {k: v for k, v in message.items() if v is not None and v != []}
+    if clean["role"] not in ROLES:
+        raise PairError(
+            f"`{column}`: a message has `role: {clean['role']}`: name the roles "
+            f"{', '.join(ROLES)}"
+        )
+    if "tool_calls" in clean:
+        clean["tool_calls"] = [_tool_call(call) for call in clean["tool_calls"]]
+    elif "content" not in clean:
+        raise PairError(
+            f"`{column}`: a message of the {clean['role']} has no `content`: name the "
+            "keys of messages `role` and `content`, or remove the row"
+        )
+    clean.setdefault("content", "")
+    return clean
+
+
+def _tool_call(call: Any) -> Any:
+    """A call with its arguments read from JSON text, as axolotl's SFT types do."""
+    call = without_none(call)
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
+        arguments = _json(function["arguments"], "arguments of a tool call")
+        return {**call, "function": {**function, "arguments": arguments}}
+    return call
+
+
+def _answer(message: Message, column: str) -> Message:
+    if message["role"] != "assistant":
+        raise PairError(
+            f"the last message of `{column}` is of the {message['role']}, and only "
+            "answers of the assistant are trained: remove the row"
+        )
+    if not (str(message["content"]).strip() or message.get("tool_calls")):
+        raise PairError(f"`{column}` has no text: remove the row")
+    return message
+
+
+def _tools(row: Mapping[str, Any]) -> list[Any] | None:
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        tools = _json(tools, "`tools`") if tools.strip() else None
+    if tools is not None and not isinstance(tools, list):
+        raise PairError(
+            "`tools` is not a list of functions: see axolotl's `field_tools`"
+        )
+    return without_none(tools) or None
+
+
+def _json(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PairError(f"{name} is not JSON ({error}): {text[:60]!r}") from None
+
+
+def without_none(value: Any) -> Any:
+    """Removes keys without a value, at any depth."""
+    if isinstance(value, Mapping):
+        return {k: without_none(v) for k, v in value.items() if v is not None}
+    return [*map(without_none, value)] if isinstance(value, list) else value
+
+
+def _said(messages: Sequence[Message]) -> list[tuple]:
+    """What distinguishes messages: role, text and calls."""
+    return [(m["role"], m["content"], m.get("tool_calls")) for m in messages]

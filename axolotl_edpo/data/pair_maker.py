@@ -1,0 +1,250 @@
+"""Makes the texts of a pair of a row, and refuses rows that would lose something.
+
+axolotl's dataset types do the reading. For `chat_template` types, the chat template
+renders the two whole conversations, and their text is what counts.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .boundary import divide, repeated_start
+from .conversation import (
+    ANSWERS,
+    Conversation,
+    PairError,
+    from_messages,
+    from_whole,
+    require_same_context,
+)
+from .rendering import ChatTemplate, PairText, left_out, render_pair
+
+# Columns of the texts of a pair.
+TEXTS = ("prompt", *ANSWERS)
+# Columns that a row gets beside them: lines "kind: detail" on what is not as under
+# `rl: dpo`; tokens of the prompt, and of the longer sequence.
+NOTES, LENGTHS = "edpo_notes", "edpo_lengths"
+# Kinds of notes.
+TEMPLATE, MERGED, LEFT_OUT = "template", "merged", "left out"
+# Columns of pictures, which no text is made of.
+PICTURES = ("image", "images")
+# Types whose rows are one question and one answer, each a message of a list.
+TWO_MESSAGES = ("argilla_chat", "ultra")
+
+MESSAGES_REMEDY = "set `type: chat_template.default` for messages, or remove the row"
+
+Read = Callable[[Mapping[str, Any], Mapping[str, str]], Conversation]
+CHAT_TYPES: dict[str, Read] = {
+    "chat_template.default": from_messages,
+    "chat_template.argilla_chat": from_whole,
+}
+
+
+@dataclass(frozen=True)
+class PairMaker:
+    """From a row of a data set to the texts of a pair.
+
+    Attributes:
+        kind: `type` of the data set's entry, such as `chat_template.default`.
+        transform: axolotl's function of that type.
+        fields: Column names of messages, chosen and rejected, for `chat_template`.
+        template: The chat template, for `chat_template` types.
+        tokenizer: A tokenizer of transformers.
+        raise_above: Most tokens of a sequence that `excess_length_strategy: raise`
+            accepts; None with another strategy.
+    """
+
+    kind: str
+    transform: Callable[[dict], Mapping[str, Any]]
+    fields: Mapping[str, str]
+    template: ChatTemplate | None
+    tokenizer: Any
+    raise_above: int | None
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The row with its texts, notes and lengths.
+
+        Raises:
+            PairError: If the row cannot be trained on as it is written.
+        """
+        row = dict(row)
+        if any(row.get(name) for name in PICTURES):  # refused later, by column
+            return {**self.transform(row), NOTES: "", LENGTHS: [0, 0]}
+        if self.template is None:
+            made = self._read(row)
+            notes: list[str] = []
+            if _is_messages(made):
+                return {**made, NOTES: "", LENGTHS: [0, 0]}
+            pair = PairText(*(made[name] for name in TEXTS))
+        else:
+            made = {}
+            pair, notes = self._render(row, self.template)
+        pair = replace(pair, prompt=pair.prompt.removeprefix(self._start))
+        divided = divide(pair, self._tokenize, self.tokenizer.eos_token)
+        if divided.moved:
+            notes.append(f"{MERGED}: {divided.moved!r}")
+        if self.raise_above is not None and divided.lengths[1] > self.raise_above:
+            raise PairError(
+                f"it has {divided.lengths[1]} tokens, more than `sequence_len: "
+                f"{self.raise_above}`: raise it, or set `excess_length_strategy` to "
+                "`drop` or `truncate`"
+            )
+        texts = vars(divided.pair)
+        return {**made, **texts, NOTES: "\n".join(notes), LENGTHS: [*divided.lengths]}
+
+    def _render(
+        self, row: dict[str, Any], template: ChatTemplate
+    ) -> tuple[PairText, list[str]]:
+        talk = CHAT_TYPES[self.kind](row, self.fields)
+        pair = render_pair(template, talk)
+        notes = [f"{LEFT_OUT}: {name}" for name in left_out(talk, pair)]
+        try:
+            made = self.transform(dict(row))
+            dpo = PairText(*(made[name] for name in TEXTS))
+        except Exception as error:  # whatever a type and a template make of it
+            return pair, [*notes, f"{TEMPLATE}: it fails with {type(error).__name__}"]
+        if pair != dpo:
+            notes.append(f"{TEMPLATE}: {_difference(pair, dpo)}")
+        return pair, notes
+
+    def _read(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row as axolotl's type makes it."""
+        if self.kind.rpartition(".")[2] in TWO_MESSAGES:
+            _require_two_messages(row)
+        seen = _Seen(row)
+        try:
+            made = dict(self.transform(seen))
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise PairError(
+                f"it is not as this type takes it ({type(error).__name__}: {error}); "
+                f"the columns are {', '.join(row)}: set another `type`, or its "
+                "`field_*` keys"
+            ) from error
+        _require_texts(made, seen.read)
+        self._require_values(row, made, seen.read)
+        return made
+
+    def _require_values(
+        self, row: dict[str, Any], made: Mapping[str, Any], read: Mapping[str, Any]
+    ) -> None:
+        """Refuses a pair in which an empty value is written as "None"."""
+        empty = [key for key, value in read.items() if value is None]
+        if not (empty and any("None" in str(made[name]) for name in TEXTS)):
+            return
+        again = self.transform({**row, **{key: _Nothing(key) for key in empty}})
+        for key in empty:
+            if any(str(_Nothing(key)) in again[name] for name in TEXTS):
+                raise PairError(f"`{key}` is empty: remove the row")
+
+    @property
+    def _start(self) -> str:
+        return repeated_start(self.tokenizer)
+
+    def _tokenize(self, text: str) -> list[int]:
+        return self.tokenizer(text)["input_ids"]
+
+
+class _Seen(dict):
+    """A row that remembers which values were read of it."""
+
+    def __init__(self, row: Mapping[str, Any]):
+        super().__init__(row)
+        self.read: dict[str, Any] = {}
+
+    def __getitem__(self, key):
+        value = super().__getitem__(key)
+        self.read.setdefault(key, value)
+        return value
+
+    def get(self, key, default=None):
+        return self[key] if key in self else default
+
+
+class _Nothing:
+    """Is false as None is, and can be found in a text."""
+
+    def __init__(self, key: str):
+        self._key = key
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return f"\0{self._key}\0"
+
+
+def _require_texts(made: Mapping[str, Any], read: Mapping[str, Any]) -> None:
+    """Refuses what is no text, text that Python made of a list, and empty answers."""
+    if _is_messages(made):
+        return _require_messages(made)
+    for name in sorted(TEXTS, key=lambda name: made.get(name) is not None):
+        text = made.get(name)
+        if not isinstance(text, str):
+            found = "absent" if text is None else f"a {type(text).__name__}"
+            raise PairError(
+                f"`{name}` is {found}, not a text; the columns are "
+                f"{', '.join(made)}: {MESSAGES_REMEDY}"
+            )
+        for key, value in read.items():
+            if isinstance(value, list | dict) and value and str(value) in text:
+                raise PairError(
+                    f"`{key}` is a {type(value).__name__}, and this type would train "
+                    f"what Python prints of it: {MESSAGES_REMEDY}"
+                )
+        if name in ANSWERS and not text.strip():
+            raise PairError(f"`{name}` has no text: remove the row")
+
+
+def _is_messages(made: Mapping[str, Any]) -> bool:
+    """Whether a row without a type has messages: TRL renders them."""
+    return all(isinstance(made.get(name), list) for name in TEXTS)
+
+
+def _require_messages(made: Mapping[str, Any]) -> None:
+    """Refuses answers that begin with the prompt, which would be there twice."""
+    for name in ANSWERS:
+        roles = [message.get("role") for message in made[name]]
+        if roles != ["assistant"]:
+            raise PairError(
+                f"`{name}` has messages of {', '.join(map(str, roles))}, and after a "
+                "`prompt` of messages one answer is due: set `type: "
+                "chat_template.default` and `field_messages: prompt`"
+            )
+
+
+def _require_two_messages(row: Mapping[str, Any]) -> None:
+    """Refuses conversations of which a type would take two messages only."""
+    for name in ANSWERS:
+        messages = row.get(name)
+        if not isinstance(messages, list):
+            continue  # the type fails with what is there
+        roles = [message.get("role") for message in messages]
+        if roles != ["user", "assistant"]:
+            raise PairError(
+                f"`{name}` has {len(roles)} messages, of {', '.join(map(str, roles))}; "
+                "this type takes one question and one answer, and would leave out the "
+                "rest: set `type: chat_template.argilla_chat`"
+            )
+        if any(message.get("tool_calls") for message in messages):
+            raise PairError(
+                f"`{name}` calls a tool, which this type leaves out: set `type: "
+                "chat_template.argilla_chat`"
+            )
+    if all(isinstance(row.get(name), list) for name in ANSWERS):
+        questions = [row[name][:1] for name in ANSWERS]
+        for question in questions:
+            question[0] = dict(question[0])
+        require_same_context(questions[0], questions[1], ANSWERS)
+
+
+def _difference(pair: PairText, dpo: PairText) -> str:
+    """Both texts around the first character that differs."""
+    ours, theirs = (p.prompt + "|" + p.chosen for p in (pair, dpo))
+    if ours == theirs:
+        ours, theirs = pair.rejected, dpo.rejected
+    place = next(
+        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
+        min(len(ours), len(theirs)),
+    )
+    around = slice(max(place - 20, 0), place + 20)
+    return f"{theirs[around]!r} instead of {ours[around]!r}"

@@ -1,0 +1,286 @@
+"""Prepares the pairs of a recipe with axolotl, checks every one, says what it found.
+
+`axolotl preprocess`, `train` and `evaluate` all come through here.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import pyarrow.compute as pc
+from axolotl.utils.chat_templates import get_chat_template_from_config
+from axolotl.utils.data.shared import load_dataset_with_config
+from axolotl.utils.logging import get_logger
+from datasets import Dataset, DatasetDict
+from datasets.exceptions import DatasetGenerationError
+from pyarrow import ArrowInvalid
+
+from .. import upstream
+from ..errors import quote
+from . import prepared
+from .checks import check_loaded
+from .columns import arrow_tables, has_chat_template
+from .conversation import PairError
+from .pair_maker import (
+    CHAT_TYPES,
+    LEFT_OUT,
+    LENGTHS,
+    MERGED,
+    NOTES,
+    TEMPLATE,
+    PairMaker,
+)
+from .rendering import ChatTemplate
+
+LOG = get_logger(__name__)
+
+FIELDS = {
+    "messages": "field_messages",
+    "chosen": "field_chosen",
+    "rejected": "field_rejected",
+}
+# Kind of note -> what it means, and a remedy if there is one.
+MEANINGS = {
+    TEMPLATE: "are trained as the chat template writes the whole conversation, where "
+    "`rl: dpo` of this axolotl trains another text",
+    MERGED: "have a prompt whose last characters the tokenizer merges with the answer: "
+    "they are scored with it",
+    LEFT_OUT: "have something that the chat template leaves out or rewrites",
+}
+
+# axolotl's type that leaves rows as they are.
+UNTYPED = "passthrough"
+
+Prepare = Callable[[Any, Any], tuple[Dataset, Dataset | None]]
+
+
+def prepare(load: Prepare, cfg: Any, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
+    """Loads the train set and the evaluation set of a recipe.
+
+    Args:
+        load: axolotl's function, of the same arguments and results.
+        cfg: axolotl's config.
+        tokenizer: The recipe's tokenizer.
+
+    Raises:
+        ValueError: If the data cannot be trained on as they are. One line names data
+            set, file, row and remedy.
+    """
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            f"the tokenizer of `{cfg.tokenizer_config or cfg.base_model}` has no end "
+            "of text: set `special_tokens: {eos_token: ...}`"
+        )
+    cfg = with_types(cfg)
+    preparation = Preparation(cfg, tokenizer)
+    with upstream.preparing_with(preparation):
+        sets = load(cfg, tokenizer)
+    found = zip(("datasets", "test_datasets"), sets, strict=True)
+    train, evaluation = (
+        None if data is None else _checked(key, data, cfg) for key, data in found
+    )
+    assert train is not None
+    return train, evaluation
+
+
+def with_types(cfg: Any) -> Any:
+    """A copy of the config whose entries without a type have axolotl's `passthrough`.
+
+    It leaves rows as they are, and lets `PairMaker` see them.
+    """
+    kind = type(cfg)
+    typed = {
+        key: [kind({**e, "type": e.get("type") or UNTYPED}) for e in cfg[key]]
+        for key in ("datasets", "test_datasets")
+        if cfg.get(key)
+    }
+    return kind({**cfg, **typed})
+
+
+@dataclass
+class Preparation:
+    """Takes the place of some functions of axolotl while it prepares data.
+
+    Attributes:
+        cfg: axolotl's config.
+        tokenizer: The recipe's tokenizer.
+        key: What is loaded: `datasets` or `test_datasets`.
+        makers: Number of an entry -> what makes its pairs.
+    """
+
+    cfg: Any
+    tokenizer: Any
+    key: str = "datasets"
+    makers: dict[int, PairMaker] = field(default_factory=dict)
+    _parts: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def load_split(self, load: Callable, cfg: Any, split: str) -> Dataset:
+        """Loads one set; a row that is refused is looked for, to name it.
+
+        Raises:
+            ValueError: Names the file, the row and the remedy.
+        """
+        self.key = "datasets" if split == "train" else "test_datasets"
+        self.makers, parts = {}, self._made_of(cfg[self.key])
+        changed = prepared.changes(upstream.prepared_root(cfg), parts)
+        if changed:
+            LOG.info(
+                f"`{self.key}`: prepared anew, as {' and '.join(changed)} changed."
+            )
+        try:
+            dataset = load(cfg, split=split)
+        except PairError as error:
+            raise ValueError(self._where(cfg) + str(error)) from None
+        except (DatasetGenerationError, ArrowInvalid) as error:
+            raise ValueError(_unreadable(cfg, self.key, error)) from error
+        if not cfg.skip_prepare_dataset:
+            name = prepared.folder_name(upstream.prepared_root(cfg), parts)
+            prepared.write(upstream.prepared_path(cfg, name), parts)
+        return dataset
+
+    def _where(self, cfg: Any) -> str:
+        """Names data set, row, file and type of the row that was refused."""
+        number = max(self.makers)
+        entry = cfg[self.key][number]
+        row = _first_refused(entry, self.makers[number], cfg)
+        kind = "" if _is_untyped(entry) else f" ({quote('type', entry['type'])})"
+        return f"`{self.key}`: row {row} of `{entry['path']}`{kind}: "
+
+    def load_type(self, load: Callable, kind: str, cfg: Any, dataset_idx: int) -> Any:
+        """What axolotl applies to each row of an entry: its type, and then `PairMaker`.
+
+        Returns:
+            A function and keywords of `Dataset.map`; None for a type that is not there.
+        """
+        found = load(kind, cfg, dataset_idx=dataset_idx)
+        if found is None:
+            return None
+        transform, keywords = found if isinstance(found, tuple) else (found, {})
+        if "tokenizer" in signature(transform).parameters:
+            transform = partial(transform, tokenizer=self.tokenizer)
+        entry = cfg[self.key][dataset_idx]
+        kind = "chat_template.default" if kind == "chat_template" else kind
+        strict = (cfg.excess_length_strategy or "").lower() == "raise"
+        maker = PairMaker(
+            kind,
+            transform,
+            {name: entry.get(key) or name for name, key in FIELDS.items()},
+            self._template() if kind in CHAT_TYPES else None,
+            self.tokenizer,
+            cfg.sequence_len if strict else None,
+        )
+        self.makers[dataset_idx] = maker
+        return maker, keywords
+
+    def folder_name(self, cfg: Any, entries: Any, tokenizer_name: str) -> str:
+        """Names the folder of prepared data; takes what axolotl's function takes."""
+        root = upstream.prepared_root(cfg)
+        return prepared.folder_name(root, self._made_of(entries))
+
+    @staticmethod
+    def truncate(sample: Any, **_: Any) -> Any:
+        """A pair that is too long, as it is: the collator truncates its tokens.
+
+        axolotl would turn the tokens that are left into text, which has other tokens,
+        and TRL would end it with an end of text.
+        """
+        return sample
+
+    def is_kept(self) -> Callable[..., bool]:
+        """The function that tells pairs that are short enough."""
+        strategy = (self.cfg.excess_length_strategy or "drop").lower()
+        return partial(_is_kept, truncates=strategy == "truncate")
+
+    def _made_of(self, entries: Any) -> dict[str, str]:
+        key = json.dumps(entries, default=str)
+        if key not in self._parts:
+            template = self._template()
+            source = template.source if template else ""
+            self._parts[key] = prepared.made_of(
+                self.cfg, entries, self.tokenizer, source
+            )
+        return self._parts[key]
+
+    def _template(self) -> ChatTemplate | None:
+        """The chat template of the recipe; None if no entry needs one."""
+        every = [*(self.cfg.datasets or ()), *(self.cfg.test_datasets or ())]
+        if not any(map(has_chat_template, every)):
+            return None
+        source = get_chat_template_from_config(self.cfg, None, self.tokenizer)
+        keywords = dict(self.cfg.chat_template_kwargs or {})
+        return ChatTemplate(self.tokenizer, source, keywords)
+
+
+def _is_kept(
+    sample: Mapping[str, Any],
+    rl: Any = None,
+    tokenizer: Any = None,
+    sequence_len: int = 0,
+    truncates: bool = False,
+) -> bool:
+    """Whether a pair is short enough, in tokens as they are trained."""
+    prompt, longest = sample[LENGTHS]
+    return prompt < sequence_len if truncates else longest <= sequence_len
+
+
+def _first_refused(entry: Any, maker: PairMaker, cfg: Any) -> int:
+    """Number of the first row that is refused; the first row is 1."""
+    for number, row in enumerate(_rows_of(entry, cfg), 1):
+        try:
+            maker(row)
+        except PairError:
+            return number
+    raise AssertionError("a row was refused, and now none is")
+
+
+def _rows_of(entry: Any, cfg: Any) -> Dataset:
+    loaded = load_dataset_with_config(entry, cfg.hf_use_auth_token)
+    return loaded["train"] if isinstance(loaded, DatasetDict) else loaded
+
+
+def _unreadable(cfg: Any, key: str, error: Exception) -> str:
+    """The message for a file that cannot be read: which one, and why."""
+    cause = error.__cause__ or error
+    for entry in cfg[key]:
+        try:
+            _rows_of(entry, cfg)
+        except (DatasetGenerationError, ArrowInvalid):
+            return f"`{key}`: `{entry['path']}` cannot be read: {cause}"
+    return f"`{key}` cannot be read: {cause}"
+
+
+def _is_untyped(entry: Mapping[str, Any]) -> bool:
+    return entry["type"] == UNTYPED
+
+
+def _checked(key: str, dataset: Dataset, cfg: Any) -> Dataset:
+    """Says what was noted of the pairs, and refuses sets that teach nothing."""
+    check_loaded(key, dataset, cfg.sequence_len)
+    if NOTES not in dataset.column_names:
+        return dataset
+    for line in notes_in_words(key, dataset):
+        LOG.warning(line)
+    return dataset.remove_columns([NOTES, LENGTHS])
+
+
+def notes_in_words(key: str, dataset: Dataset) -> list[str]:
+    """A line for each kind of note: how many pairs, why, and the first of them."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for table in arrow_tables(dataset, [NOTES]):
+        column = table[NOTES]
+        for notes in column.filter(pc.not_equal(column, "")).to_pylist():
+            lines = [note.partition(": ") for note in notes.split("\n")]
+            counts.update({kind for kind, _, _ in lines})
+            for kind, _, detail in lines:
+                examples.setdefault(kind, detail)
+    return [
+        f"`{key}`: {counts[kind]} of {len(dataset)} pairs {meaning}. The first: "
+        f"{examples[kind]}. `axolotl edpo-inspect` shows them."
+        for kind, meaning in MEANINGS.items()
+        if counts[kind]
+    ]
