@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .boundary import divide, repeated_start
+from .boundary import divide
 from .conversation import (
     ANSWERS,
     Conversation,
@@ -50,6 +50,7 @@ class PairMaker:
         fields: Column names of messages, chosen and rejected, for `chat_template`.
         template: The chat template, for `chat_template` types.
         tokenizer: A tokenizer of transformers.
+        start: What it adds to the start of every text, as text.
         raise_above: Most tokens of a sequence that `excess_length_strategy: raise`
             accepts; None with another strategy.
     """
@@ -59,6 +60,7 @@ class PairMaker:
     fields: Mapping[str, str]
     template: ChatTemplate | None
     tokenizer: Any
+    start: str
     raise_above: int | None
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,7 +81,7 @@ class PairMaker:
         else:
             made = {}
             pair, notes = self._render(row, self.template)
-        pair = replace(pair, prompt=pair.prompt.removeprefix(self._start))
+        pair = replace(pair, prompt=pair.prompt.removeprefix(self.start))
         divided = divide(pair, self._tokenize, self.tokenizer.eos_token)
         if divided.moved:
             notes.append(f"{MERGED}: {divided.moved!r}")
@@ -135,10 +137,6 @@ class PairMaker:
         for key in empty:
             if any(str(_Nothing(key)) in again[name] for name in TEXTS):
                 raise PairError(f"`{key}` is empty: remove the row")
-
-    @property
-    def _start(self) -> str:
-        return repeated_start(self.tokenizer)
 
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text)["input_ids"]

@@ -22,6 +22,7 @@ from pyarrow import ArrowInvalid
 from .. import upstream
 from ..errors import quote
 from . import prepared
+from .boundary import repeated_start
 from .checks import check_loaded
 from .columns import arrow_tables, has_chat_template
 from .conversation import PairError
@@ -171,6 +172,7 @@ class Preparation:
             {name: entry.get(key) or name for name, key in FIELDS.items()},
             self._template() if kind in CHAT_TYPES else None,
             self.tokenizer,
+            repeated_start(self.tokenizer),
             cfg.sequence_len if strict else None,
         )
         self.makers[dataset_idx] = maker
