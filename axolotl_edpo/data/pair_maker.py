@@ -28,9 +28,12 @@ NOTES, LENGTHS = "edpo_notes", "edpo_lengths"
 TEMPLATE, MERGED, LEFT_OUT = "template", "merged", "left out"
 # Columns of pictures, which no text is made of.
 PICTURES = ("image", "images")
+# Columns of messages without a type.
+WITHOUT_TYPE = {"messages": "prompt", "chosen": "chosen", "rejected": "rejected"}
 # Types whose rows are one question and one answer, each a message of a list.
 TWO_MESSAGES = ("argilla_chat", "ultra")
 
+MESSAGES_TYPE = "set `type: chat_template.default` and `field_messages: prompt`"
 MESSAGES_REMEDY = "set `type: chat_template.default` for messages, or remove the row"
 
 Read = Callable[[Mapping[str, Any], Mapping[str, str]], Conversation]
@@ -48,8 +51,7 @@ class PairMaker:
         kind: `type` of the data set's entry, such as `chat_template.default`.
         transform: axolotl's function of that type.
         fields: Column names of messages, chosen and rejected, for `chat_template`.
-        template: The chat template, for `chat_template` types.
-        tokenizer: A tokenizer of transformers.
+        template: The chat template of the recipe.
         start: What it adds to the start of every text, as text.
         raise_above: Most tokens of a sequence that `excess_length_strategy: raise`
             accepts; None with another strategy.
@@ -58,8 +60,7 @@ class PairMaker:
     kind: str
     transform: Callable[[dict], Mapping[str, Any]]
     fields: Mapping[str, str]
-    template: ChatTemplate | None
-    tokenizer: Any
+    template: ChatTemplate
     start: str
     raise_above: int | None
 
@@ -72,33 +73,49 @@ class PairMaker:
         row = dict(row)
         if any(row.get(name) for name in PICTURES):  # refused later, by column
             return {**self.transform(row), NOTES: "", LENGTHS: [0, 0]}
-        if self.template is None:
-            made = self._read(row)
-            notes: list[str] = []
-            if _is_messages(made):
-                return {**made, NOTES: "", LENGTHS: [0, 0]}
-            pair = PairText(*(made[name] for name in TEXTS))
+        made: dict[str, Any] = {}
+        if self.kind in CHAT_TYPES:
+            pair, notes = self._render(row)
         else:
-            made = {}
-            pair, notes = self._render(row, self.template)
+            made, notes = self._read(row), []
+            if _is_messages(made):
+                return self._left_to_trl(made)
+            pair = PairText(*(made[name] for name in TEXTS))
         pair = replace(pair, prompt=pair.prompt.removeprefix(self.start))
-        divided = divide(pair, self._tokenize, self.tokenizer.eos_token)
+        divided = divide(pair, self._tokenize, self.template.tokenizer.eos_token)
+        self._require_length(divided.lengths[1])
         if divided.moved:
             notes.append(f"{MERGED}: {divided.moved!r}")
-        if self.raise_above is not None and divided.lengths[1] > self.raise_above:
-            raise PairError(
-                f"it has {divided.lengths[1]} tokens, more than `sequence_len: "
-                f"{self.raise_above}`: raise it, or set `excess_length_strategy` to "
-                "`drop` or `truncate`"
-            )
         texts = vars(divided.pair)
         return {**made, **texts, NOTES: "\n".join(notes), LENGTHS: [*divided.lengths]}
 
-    def _render(
-        self, row: dict[str, Any], template: ChatTemplate
-    ) -> tuple[PairText, list[str]]:
+    def _require_length(self, tokens: int) -> None:
+        if self.raise_above is not None and tokens > self.raise_above:
+            raise PairError(
+                f"it has {tokens} tokens, more than `sequence_len: "
+                f"{self.raise_above}`: raise it, or set `excess_length_strategy` to "
+                "`drop` or `truncate`"
+            )
+
+    def _left_to_trl(self, made: dict[str, Any]) -> dict[str, Any]:
+        """A row of messages without a type, which TRL renders and divides."""
+        talk = from_messages(made, WITHOUT_TYPE)
+        prompt = self.template.tokens(talk.context, talk, prompt=True)
+        whole = [self.template.tokens(messages, talk) for messages in talk.whole()]
+        if any(tokens[: len(prompt)] != prompt for tokens in whole):
+            raise PairError(
+                "the chat template writes the prompt in another way if an answer "
+                f"follows, and TRL would cut the answer: {MESSAGES_TYPE}"
+            )
+        longest = max(map(len, whole))
+        self._require_length(longest)
+        keywords = {**self.template.keywords, **talk.keywords}
+        more = {"chat_template_kwargs": keywords} if keywords else {}
+        return {**made, **more, NOTES: "", LENGTHS: [len(prompt), longest]}
+
+    def _render(self, row: dict[str, Any]) -> tuple[PairText, list[str]]:
         talk = CHAT_TYPES[self.kind](row, self.fields)
-        pair = render_pair(template, talk)
+        pair = render_pair(self.template, talk)
         notes = [f"{LEFT_OUT}: {name}" for name in left_out(talk, pair)]
         try:
             made = self.transform(dict(row))
@@ -139,7 +156,7 @@ class PairMaker:
                 raise PairError(f"`{key}` is empty: remove the row")
 
     def _tokenize(self, text: str) -> list[int]:
-        return self.tokenizer(text)["input_ids"]
+        return self.template.tokenizer(text)["input_ids"]
 
 
 class _Seen(dict):
@@ -205,8 +222,7 @@ def _require_messages(made: Mapping[str, Any]) -> None:
         if roles != ["assistant"]:
             raise PairError(
                 f"`{name}` has messages of {', '.join(map(str, roles))}, and after a "
-                "`prompt` of messages one answer is due: set `type: "
-                "chat_template.default` and `field_messages: prompt`"
+                f"`prompt` of messages one answer is due: {MESSAGES_TYPE}"
             )
 
 

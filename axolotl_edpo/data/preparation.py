@@ -27,7 +27,6 @@ from .checks import check_loaded
 from .columns import arrow_tables, has_chat_template
 from .conversation import PairError
 from .pair_maker import (
-    CHAT_TYPES,
     LEFT_OUT,
     LENGTHS,
     MERGED,
@@ -170,8 +169,7 @@ class Preparation:
             kind,
             transform,
             {name: entry.get(key) or name for name, key in FIELDS.items()},
-            self._template() if kind in CHAT_TYPES else None,
-            self.tokenizer,
+            self._template(),
             repeated_start(self.tokenizer),
             cfg.sequence_len if strict else None,
         )
@@ -200,20 +198,20 @@ class Preparation:
     def _made_of(self, entries: Any) -> dict[str, str]:
         key = json.dumps(entries, default=str)
         if key not in self._parts:
-            template = self._template()
-            source = template.source if template else ""
+            source = self._template().source or self.tokenizer.chat_template
             self._parts[key] = prepared.made_of(
-                self.cfg, entries, self.tokenizer, source
+                self.cfg, entries, self.tokenizer, source or ""
             )
         return self._parts[key]
 
-    def _template(self) -> ChatTemplate | None:
-        """The chat template of the recipe; None if no entry needs one."""
+    def _template(self) -> ChatTemplate:
+        """The chat template of the recipe; without a type that needs it, that of the
+        tokenizer, which may have none."""
         every = [*(self.cfg.datasets or ()), *(self.cfg.test_datasets or ())]
-        if not any(map(has_chat_template, every)):
-            return None
-        source = get_chat_template_from_config(self.cfg, None, self.tokenizer)
         keywords = dict(self.cfg.chat_template_kwargs or {})
+        if not any(map(has_chat_template, every)):
+            return ChatTemplate(self.tokenizer, None, keywords)
+        source = get_chat_template_from_config(self.cfg, None, self.tokenizer)
         return ChatTemplate(self.tokenizer, source, keywords)
 
 

@@ -33,12 +33,12 @@ class ChatTemplate:
 
     Attributes:
         tokenizer: A tokenizer of transformers.
-        source: The template.
+        source: The template; None for that of the tokenizer.
         keywords: `chat_template_kwargs` of the recipe.
     """
 
     tokenizer: Any
-    source: str
+    source: str | None
     keywords: Mapping[str, Any]
 
     def render(
@@ -54,13 +54,25 @@ class ChatTemplate:
         Raises:
             PairError: Says what the template says.
         """
+        return self._apply(messages, talk, prompt, tokenize=False)
+
+    def tokens(
+        self, messages: list[Message], talk: Conversation, prompt: bool = False
+    ) -> list[int]:
+        """The tokens of some messages, as TRL makes them; see `render`."""
+        made = self._apply(messages, talk, prompt, tokenize=True, return_dict=True)
+        return made["input_ids"]
+
+    def _apply(
+        self, messages: list[Message], talk: Conversation, prompt: bool, **how: bool
+    ) -> Any:
         try:
             return self.tokenizer.apply_chat_template(
                 messages,
                 tools=talk.tools,
                 chat_template=self.source,
                 add_generation_prompt=prompt,
-                tokenize=False,
+                **how,
                 **{**self.keywords, **talk.keywords},
             )
         except (

@@ -30,6 +30,12 @@ def asked(chosen: str, rejected: str, **keys) -> dict:
 
 THOUGHT = "<think>{0}adding.{0}</think>{1}0, good."
 CALL = {"function": {"name": "count", "arguments": '{"shelf": 0}'}, "type": "function"}
+OPENS_THOUGHTS = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{{ '\\n' if m.role == 'user' else eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: "
+    "{{ '<think>' if thinks is not defined else '' }}{% endif %}"
+)
 FORMAT = {"prompt_format": "Q: {prompt}\nA: ", "chosen_format": "{chosen}"}
 
 
@@ -250,3 +256,16 @@ def test_every_command_says_the_same(recipe, tmp_path, command):
     last = done.stdout.strip().splitlines()[-1]
     assert last.startswith("ValueError: `datasets`: row 4 of `")
     assert last.endswith("`chosen` is empty: remove the row")
+
+
+def test_messages_without_a_type_are_divided_by_trl_or_refused(load, tmp_path):
+    """TRL cuts after the prompt's tokens, whatever they are."""
+    row = {"prompt": [QUESTION], "chosen": [said("a")], "rejected": [said("b")]}
+    thinks = {"chat_template": "jinja", "chat_template_jinja": OPENS_THOUGHTS}
+    with pytest.raises(ValueError, match="row 1 .*TRL would cut the answer: set `type"):
+        load([row], None, **thinks)
+    (found,) = load([row], None, **thinks, chat_template_kwargs={"thinks": False})
+    assert found["chat_template_kwargs"] == {"thinks": False}
+    (found,) = load([row], entry={"field_messages": "prompt"}, **thinks)
+    assert found["prompt"] == "user: 0 plus 0?\nassistant: "
+    assert (found["chosen"], found["rejected"]) == ("a</s>", "b</s>")
