@@ -10,6 +10,7 @@ import inspect
 import re
 from pathlib import Path
 
+import axolotl
 import pytest
 import torch
 from accelerate import Accelerator
@@ -58,6 +59,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import disable_dropout_in_model
 
 from axolotl_edpo import upstream
+from axolotl_edpo.config import rules
 from axolotl_edpo.config.args import HANDED_ON, Moving
 from axolotl_edpo.config.dataset_entries import FIELDS, IGNORED
 from axolotl_edpo.losses.preference import LOSSES, REFUSED, SFT
@@ -635,3 +637,50 @@ def test_entries_and_prepared_data(tmp_path):
     assert upstream.prepared_path(cfg, "a") == tmp_path / "a"
     unset = upstream.prepared_root(DictDefault())
     assert unset == Path(upstream.default_prepared_path())
+
+
+# Code of axolotl that runs in supervised training only.
+SUPERVISED = (
+    "core/builders/causal.py",
+    "core/datasets.py",
+    "processing_strategies.py",
+    "prompt_strategies/",
+    "utils/collators",
+    "utils/data/sft.py",
+    "utils/data/streaming.py",
+    "utils/data/wrappers.py",
+    "utils/samplers",
+)
+# Keys that only such code reads -> what else makes them effective, or refuses them.
+ANSWERED = {
+    "chat_template_kwargs": "data/preparation.py",
+    "early_stopping_patience": "plugin.py",
+    "load_best_model_at_end": "args.py: handed_on",
+    "dataset_shard_idx": "goes with dataset_shard_num, refused",
+    "eaft_alpha": "goes with use_eaft, refused",
+    "eaft_k": "goes with use_eaft, refused",
+    "image_resize_algorithm": "goes with processor_type, refused",
+    "label_balance_window_optim_steps": "goes with balance_labels, refused",
+    "lisa_layers_attribute": "goes with lisa_step_interval, refused",
+    "lisa_n_layers": "goes with lisa_step_interval, refused",
+    "relora_prune_ratio": "goes with relora, refused",
+    "streaming": "needs max_steps, and changes nothing: see test_matrix_data.py",
+}
+
+
+def test_keys_of_supervised_training_have_an_answer():
+    """From axolotl's schema and sources: a new key fails here until it has one."""
+    root = Path(axolotl.__file__).parent
+    keys, reading = AxolotlInputConfig.model_fields.keys(), {}
+    read = re.compile(r"""cfg(?:\.get\(\s*["']|\[\s*["']|\.)(\w+)""")
+    for file in root.rglob("*.py"):
+        for key in keys & {*read.findall(file.read_text())}:
+            reading.setdefault(key, set()).add(str(file.relative_to(root)))
+    supervised = {
+        key
+        for key, files in reading.items()
+        if all(f.startswith((*SUPERVISED, "utils/schemas")) for f in files)
+        and any(f.startswith(SUPERVISED) for f in files)
+    }
+    answers = {*ANSWERED, *HANDED_ON, *rules.WITHOUT_EFFECT, *rules.UNSUPPORTED}
+    assert "train_on_inputs" in supervised and supervised <= answers

@@ -41,6 +41,8 @@ HANDED_ON = (
     "jagged_restart_steps",
     "jagged_restart_warmup_steps",
     "jagged_restart_anneal_steps",
+    "ddp_bucket_cap_mb",
+    "ddp_broadcast_buffers",
 )
 
 

@@ -362,6 +362,18 @@ WITHOUT_EFFECT = {
     "do_bench_eval": "it is for supervised training",
     "do_causal_lm_eval": "it is for supervised training",
     "generate_samples": "it is for supervised training",
+    "bench_dataset": "it is for supervised training",
+    "center_rewards_coefficient": "it is for reward models",
+    "dataset_keep_in_memory": "prepared data are read from disk as they are needed",
+    "eot_tokens": "an answer is scored as the chat template ends it",
+    "eval_sequence_len": "`sequence_len` holds in evaluation, too",
+    "pad_to_sequence_len": "rows are as long as their pairs",
+    "pretrain_multipack_attn": "it is for pretraining",
+    "pretraining_sample_concatenation": "it is for pretraining",
+    "streaming_multipack_buffer_size": "it is for pretraining",
+    "role_boundaries": "answers alone are scored",
+    "train_on_inputs": "answers alone are scored",
+    "fa_varlen_kwargs_in_collator": "`sample_packing: true` packs pairs",
 }
 # Keys that need a GPU -> what to set without one.
 NEEDS_GPU = {
