@@ -78,6 +78,10 @@ class EDPOPlugin(BasePlugin):
             check_versions()
             _check_registration(cfg)
             beta = check_recipe(cfg)
+            if cfg.get("merge_lora"):
+                from .models.merging import check_merge
+
+                check_merge(cfg)
             _warn(cfg)
             _lower(cfg, beta)
             prepare_pairs_with(_prepare, lambda cfg: cfg.trainer_cls == TRAINER)
@@ -117,11 +121,13 @@ class EDPOPlugin(BasePlugin):
             return
         from transformers import set_seed
 
+        from .models.merging import check_recipe_adapter
         from .models.packing_support import check_recipe_model
 
         if not (cfg.merge_lora or _has_accelerator()):
             check_without_gpu(cfg)
         check_recipe_model(cfg)
+        check_recipe_adapter(cfg)
         set_seed(DEFAULT_SEED if cfg.seed is None else cfg.seed)
 
     def add_callbacks_post_trainer(self, cfg, trainer) -> list:

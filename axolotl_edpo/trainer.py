@@ -87,11 +87,12 @@ class EDPOTrainer(AxolotlDPOTrainer):
         forward = CompletionForward(self.accelerator)
         reference = assembly.make_reference(self, forward, settings.cache)
         scorer = assembly.make_scorer(self, forward, reference, controller, loss)
-        records = assembly.make_records(self, settings.log_pairs, controller)
-        self.controller, self.loss, self.forward = controller, loss, forward
-        self.reference, self.scorer, self.records = reference, scorer, records
+        mean = assembly.make_mean(self, loss)
+        records = assembly.make_records(self, settings.log_pairs, controller, mean)
+        self.controller, self.loss, self.mean = controller, loss, mean
+        self.forward, self.reference = forward, reference
+        self.scorer, self.records = scorer, records
         self.batcher = assembly.make_batcher(self, settings.layout)
-        self.mean = assembly.make_mean(self, loss)
         self.margin_filter = assembly.make_margin_filter(
             self, controller, scorer, loss, records.finite
         )

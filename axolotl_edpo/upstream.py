@@ -186,6 +186,16 @@ def patches_adapters_late() -> bool:
     return "hook_post_create_trainer" in vars(HFRLTrainerBuilder)
 
 
+def merges_token_rows() -> bool:
+    """Whether `merge_method: memory_efficient` merges trained rows of tokens.
+
+    From axolotl 0.21 on. Before, it leaves them out.
+    """
+    from axolotl.cli.utils import lora_merge
+
+    return hasattr(lora_merge, "adapter_has_trainable_token_deltas")
+
+
 @cache
 def varlen_shares_heads() -> dict[str, Any]:
     """Keywords that let `varlen_attn` have fewer key heads than query heads.

@@ -541,6 +541,7 @@ def test_releases_of_axolotl_differ_where_upstream_says_so():
     found = upstream.default_fsdp_version()
     assert found == (1 if release == (0, 19) else 2), "upstream.py: fsdp_version"
     assert upstream.patches_adapters_late() == (release >= (0, 21)), "rules.py: kernels"
+    assert upstream.merges_token_rows() == (release >= (0, 21)), "merging.py: rows"
 
 
 def test_plugins_of_a_recipe_may_be_named_with_a_colon():

@@ -133,7 +133,7 @@ def make_scorer(
 
 
 def make_records(
-    trainer: Any, log_pairs: int | None, controller: BetaController
+    trainer: Any, log_pairs: int | None, controller: BetaController, mean: MeanOverStep
 ) -> StepRecords:
     """Builds what logs, traces and counts the pairs of a run.
 
@@ -141,6 +141,7 @@ def make_records(
         trainer: TRL's trainer.
         log_pairs: Pairs are traced every so many optimizer steps; None: never.
         controller: The run's controller of β.
+        mean: Averages losses.
     """
     accelerator, output_dir = trainer.accelerator, Path(trainer.args.output_dir)
     perturbed, trace = controller.epsilon is not None, None
@@ -154,7 +155,7 @@ def make_records(
             decode=partial(decode, skip_special_tokens=True),
         )
     counts = StepCounts(accelerator, controller, FiniteCheck(output_dir))
-    return StepRecords(accelerator, PairMetrics(perturbed), counts, trace)
+    return StepRecords(accelerator, PairMetrics(perturbed, mean), counts, trace)
 
 
 def make_margin_filter(

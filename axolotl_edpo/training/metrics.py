@@ -14,7 +14,7 @@ from ..background import on_device
 from ..data.completions import sum_per_sequence
 from ..data.layout import Batch
 from ..ops.token_stats import TokenStats
-from .pair_outcomes import PairOutcomes
+from .pair_outcomes import MeanOverStep, PairOutcomes
 
 Mode = Literal["train", "eval"]
 
@@ -66,10 +66,11 @@ class PairMetrics:
 
     Args:
         perturbed: Whether ε-DPO computes a step s for each pair.
+        mean: Makes the loss of an evaluation of its means.
     """
 
-    def __init__(self, perturbed: bool):
-        self._perturbed = perturbed
+    def __init__(self, perturbed: bool, mean: MeanOverStep):
+        self._perturbed, self._mean = perturbed, mean
         self._means: dict[Mode, WeightedMeans] = {
             "train": WeightedMeans(),
             "eval": WeightedMeans(),
@@ -137,6 +138,9 @@ class PairMetrics:
         add("logits/rejected", stats.mean_logit[chosen:])
         if router_loss is not None:
             add("aux_loss", router_loss.expand(len(pairs.steps)))
+        if mode == "eval":
+            add("loss/pairs", pairs.losses)
+            add("loss/sft", -stats.policy_logp[:chosen])
 
     def pop(
         self,
@@ -161,6 +165,16 @@ class PairMetrics:
         if means:
             means["num_tokens"] = self.tokens
             if mode == "eval":
-                means["kl/beta"] = beta
+                means |= {"kl/beta": beta, "loss": self._loss_of(means)}
             values |= {name: [value] for name, value in means.items()}
         return values
+
+    def _loss_of(self, means: dict[str, float]) -> float:
+        """Takes the parts of an evaluation's loss out of the means.
+
+        transformers averages the losses of micro-batches, as if all had the same number
+        of pairs and of tokens. This value replaces its `eval_loss`.
+        """
+        aux_loss = means.get("aux_loss", 0.0)
+        losses, sft = means.pop("loss/pairs"), means.pop("loss/sft")
+        return self._mean.of_whole_set(losses, sft, aux_loss)

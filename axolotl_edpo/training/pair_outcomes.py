@@ -137,7 +137,7 @@ class MeanOverStep:
             batch: The micro-batch.
             counts: Shape (2,), both above 0: pairs of the step and tokens of their
                 chosen answers, on all ranks. None in evaluation: the loss is then the
-                mean over this micro-batch.
+                mean over this micro-batch, of which nothing is logged.
             router_loss: The micro-batch's router loss, shape (); or None.
 
         Returns:
@@ -154,6 +154,16 @@ class MeanOverStep:
         if router_loss is not None:
             loss = loss + self.router_weight * (size / whole_pairs) * router_loss
         return loss
+
+    def of_whole_set(self, losses: float, sft: float, router_loss: float) -> float:
+        """The loss of an evaluation: that of one step with all pairs of the set.
+
+        Args:
+            losses: Mean over pairs of their losses.
+            sft: Mean over the tokens of chosen answers of -log π_θ.
+            router_loss: Mean over pairs of the router loss of their micro-batch.
+        """
+        return losses + self.sft_weight * sft + self.router_weight * router_loss
 
 
 def traced_values(

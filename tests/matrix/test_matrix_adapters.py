@@ -221,9 +221,17 @@ CELLS = [
     Adapter(
         "LoRA on a tied `embed_tokens`",
         CHOSEN | {"lora_target_modules": ["q_proj", "embed_tokens"]},
-        trains=(LOW_RANK, r"\.lora_embedding_[AB]\."),
+        refused="`lora_target_modules: .*one weight.*`peft_ensure_weight_tying: true`",
         config=TIED,
-        note="the head stays as it was",
+        note="no merged model would equal it; `rl: dpo` trains it",
+    ),
+    Adapter(
+        "`lora_modules_to_save: [embed_tokens, lm_head]`, tied",
+        LORA | {"lora_modules_to_save": ["embed_tokens", "lm_head"]},
+        refused="`lora_modules_to_save: .*one weight.*`peft_ensure_weight_tying: true`",
+        config=TIED,
+        note="trained as two weights, merged as one; `merge_method: legacy` unties "
+        "the merged model",
     ),
     Adapter(
         "DoRA on `lm_head`",

@@ -14,6 +14,7 @@ from axolotl_edpo.run_files import CONTROLLER
 from axolotl_edpo.training.callbacks import EDPOCallback
 from axolotl_edpo.training.finite_checks import FiniteCheck
 from axolotl_edpo.training.metrics import PairMetrics
+from axolotl_edpo.training.pair_outcomes import MeanOverStep
 from axolotl_edpo.training.records import StepRecords
 from axolotl_edpo.training.step_counts import StepCounts
 
@@ -26,7 +27,8 @@ def start(tmp_path):
         accelerator = Accelerator(cpu=True)
         controller = make_controller(ControllerSettings(0.1, 0.01))
         counts = StepCounts(accelerator, controller, FiniteCheck(tmp_path))
-        records = StepRecords(accelerator, PairMetrics(True), counts, None)
+        metrics = PairMetrics(True, MeanOverStep())
+        records = StepRecords(accelerator, metrics, counts, None)
         reference = AdapterReference(CompletionForward(accelerator))
         return controller, records, EDPOCallback(controller, reference, records)
 

@@ -85,6 +85,14 @@ def test_a_micro_batch_is_its_share_of_the_step(stats, controller):
     torch.testing.assert_close(share, expected)
 
 
+def test_the_loss_of_a_set_is_that_of_one_step_with_all_its_pairs(stats, controller):
+    pairs = pair_outcomes(stats, LENGTHS, controller, PreferenceLoss())
+    mean, router = MeanOverStep(1, 0.5, 0.1), torch.tensor(1.5)
+    step = mean(pairs, {"chosen_tokens": 3}, torch.tensor([2, 3]), router).item()
+    whole = mean.of_whole_set(pairs.losses.mean().item(), 7 / 3, 1.5)
+    assert whole == pytest.approx(step)
+
+
 def test_a_batch_without_pairs_adds_nothing(controller):
     empty = torch.zeros(0, requires_grad=True)
     stats = TokenStats(*[empty] * 9)
