@@ -269,3 +269,18 @@ def test_messages_without_a_type_are_divided_by_trl_or_refused(load, tmp_path):
     (found,) = load([row], entry={"field_messages": "prompt"}, **thinks)
     assert found["prompt"] == "user: 0 plus 0?\nassistant: "
     assert (found["chosen"], found["rejected"]) == ("a</s>", "b</s>")
+
+
+def test_sequence_len_counts_tokens_as_they_are_trained(load):
+    """With `eos_token`; axolotl counts texts without it."""
+    rows = [{"prompt": "a", "chosen": "b" * n, "rejected": "c"} for n in (8, 9, 20)]
+    rows.append({"prompt": "a" * 10, "chosen": "b", "rejected": "c"})
+
+    def kept(**keys) -> list[int]:
+        found = load(rows, None, sequence_len=10, **keys)
+        return [len(row["chosen"]) for row in found]
+
+    assert kept() == [8]
+    assert kept(excess_length_strategy="truncate") == [8, 9, 20]
+    with pytest.raises(ValueError, match="row 2 of `a.jsonl`: it has 11 tokens, more"):
+        kept(excess_length_strategy="raise")
