@@ -99,8 +99,8 @@ def load(recipe: str, key: str) -> PairSet:
         cfg = load_cfg(recipe, output_dir=folder)
         if cfg.trainer_cls != TRAINER:
             raise ValueError(
-                f"{quote('rl', cfg.rl)}: `axolotl edpo-inspect` shows the pairs of "
-                "recipes with `rl: edpo`"
+                "`axolotl edpo-inspect` shows the pairs of recipes with `rl: edpo`, "
+                "and this is another one"
             )
         return _pair_set(cfg, key)
 
