@@ -4,6 +4,7 @@ axolotl's config → `data/preparation.py` → the tokenization of `EDPOTrainer`
 """
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def load(recipe: str, key: str) -> PairSet:
             recipe is not one of `rl: edpo`, or has no such set.
     """
     # axolotl would write its log into the folder of a finished run
-    with TemporaryDirectory() as folder, _quietly():
+    with TemporaryDirectory() as folder, _quietly(), _without_engine():
         cfg = load_cfg(recipe, output_dir=folder)
         if cfg.trainer_cls != TRAINER:
             raise ValueError(
@@ -166,6 +167,18 @@ def _quietly() -> Iterator[None]:
     finally:
         for handler in handlers:
             handler.removeFilter(_is_news)
+
+
+@contextmanager
+def _without_engine() -> Iterator[None]:
+    """Keeps axolotl from starting DeepSpeed, as `axolotl preprocess` does."""
+    before = dict(os.environ)
+    os.environ["AXOLOTL_IS_PREPROCESS"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

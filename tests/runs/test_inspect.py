@@ -126,14 +126,14 @@ def test_tokens_are_those_of_the_trainer(keys, tmp_path, kind):
 @pytest.mark.parametrize(
     ("kind", "kept"),
     [
-        ("chat_template.default", {"drop": 3, "truncate": 5}),
+        ("chat_template.default", {"drop": 4, "truncate": 5}),
         ("messages that TRL renders", {"drop": 5, "truncate": 5}),
     ],
 )
 def test_pairs_that_are_too_long_are_those_of_the_trainer(
     keys, tmp_path, kind, kept, strategy
 ):
-    """Prompts have 25 tokens, and answers of n letters n + 1."""
+    """Prompts have 24 tokens, and answers of n letters n + 1."""
     rows, of_entry = KINDS[kind]
     long = {"sequence_len": 29, "excess_length_strategy": strategy}
     made = keys(rows, of_entry, **long)
