@@ -97,7 +97,9 @@ def load(recipe: str, key: str) -> PairSet:
     """
     # axolotl would write its log into the folder of a finished run
     with TemporaryDirectory() as folder, _quietly(), _without_engine():
-        cfg = load_cfg(recipe, output_dir=folder)
+        # a machine without the GPUs of the run will do
+        cfg = load_cfg(recipe, output_dir=folder, is_preprocess=True)
+        cfg.is_preprocess = None  # data that are prepared already are not prepared anew
         if cfg.trainer_cls != TRAINER:
             raise ValueError(
                 "`axolotl edpo-inspect` shows the pairs of recipes with `rl: edpo`, "

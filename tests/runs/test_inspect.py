@@ -280,6 +280,17 @@ def test_colours_can_be_asked_for(keys, tmp_path):
     assert "⟦" not in result.stdout
 
 
+def test_prepared_data_are_left_to_training(keys, tmp_path):
+    made = keys(TEXTS)
+    shown(tmp_path, made)
+    (file,) = (tmp_path / "prepared").glob("*/*.arrow")
+    before = file.stat().st_mtime_ns
+    shown(tmp_path, made)
+    tiny.load_data(tiny.load_config(tmp_path, made))
+    assert [*(tmp_path / "prepared").glob("*/*.arrow")] == [file]
+    assert file.stat().st_mtime_ns == before
+
+
 def test_the_folder_of_a_finished_run_is_left_alone(keys, tmp_path):
     log = tmp_path / "out" / "debug.log"
     log.parent.mkdir()
@@ -333,9 +344,12 @@ def test_other_recipes_and_sets_that_are_not_there_are_named(keys, tmp_path):
 # --- the command -------------------------------------------------------------------
 
 
-def test_axolotl_has_the_command(keys, tmp_path):
+def test_axolotl_has_the_command_and_it_needs_neither_engine_nor_gpu(keys, tmp_path):
     """Needs the package installed with its entry points."""
-    path = tiny.write(tmp_path, keys(TEXTS))
+    stage = {"zero_optimization": {"stage": 3}, "train_batch_size": "auto"}
+    (tmp_path / "zero.json").write_text(json.dumps(stage))
+    made = keys(TEXTS, deepspeed=str(tmp_path / "zero.json"), bf16=True)
+    path = tiny.write(tmp_path, made)
     done = forked(tmp_path, "edpo-inspect", str(path), "--pairs", "1")
     assert done.returncode == 0, done.stdout
     lines = done.stdout.splitlines()
