@@ -283,11 +283,11 @@ def test_colours_can_be_asked_for(keys, tmp_path):
 def test_prepared_data_are_left_to_training(keys, tmp_path):
     made = keys(TEXTS)
     shown(tmp_path, made)
-    (file,) = (tmp_path / "prepared").glob("*/*.arrow")
+    (file,) = (tmp_path / "prepared").glob("*/data-*.arrow")
     before = file.stat().st_mtime_ns
     shown(tmp_path, made)
     tiny.load_data(tiny.load_config(tmp_path, made))
-    assert [*(tmp_path / "prepared").glob("*/*.arrow")] == [file]
+    assert [*(tmp_path / "prepared").glob("*/data-*.arrow")] == [file]
     assert file.stat().st_mtime_ns == before
 
 
