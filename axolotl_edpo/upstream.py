@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -124,14 +125,56 @@ def prepare_pairs_with(prepare: Callable[..., Any], is_ours: Callable) -> None:
     """
     from axolotl.common import datasets
 
-    load: Any = datasets.prepare_preference_datasets
-    load = getattr(load, "of_axolotl", load)
+    load = pairs_loader()
 
     def call(cfg: Any, tokenizer: Any) -> Any:
         return prepare(load, cfg, tokenizer) if is_ours(cfg) else load(cfg, tokenizer)
 
     call.of_axolotl = load  # type: ignore[attr-defined]
     datasets.prepare_preference_datasets = call
+
+
+def pairs_loader() -> Callable[[Any, Any], Any]:
+    """axolotl's function that prepares pairs, without what `prepare_pairs_with` adds.
+
+    It takes a config and a tokenizer, and returns two data sets.
+    """
+    from axolotl.common import datasets
+
+    load: Any = datasets.prepare_preference_datasets
+    return getattr(load, "of_axolotl", load)
+
+
+def tokenize_pairs(
+    trainer_class: Any,
+    dataset: Any,
+    tokenizer: Any,
+    name: str,
+    max_length: int,
+    num_proc: int | None,
+) -> Any:
+    """Tokenizes pairs as a trainer does when it is made, without its model.
+
+    Of itself, the trainer of TRL 1.9 to 1.14 uses nothing but the tokenizer for this.
+
+    Args:
+        trainer_class: TRL's `DPOTrainer`, or a class that is derived from it.
+        dataset: What axolotl prepared.
+        tokenizer: The recipe's tokenizer.
+        name: `train` or `eval`, for messages.
+        max_length: Most tokens of a sequence.
+        num_proc: Number of processes; None: this one.
+    """
+    from trl import DPOConfig
+
+    trainer = object.__new__(trainer_class)
+    trainer._tokenizer = tokenizer
+    arguments = SimpleNamespace(
+        max_length=max_length,
+        truncation_mode=DPOConfig.truncation_mode,
+        dataset_num_proc=num_proc,
+    )
+    return trainer._prepare_dataset(dataset, tokenizer, arguments, name)
 
 
 @contextmanager

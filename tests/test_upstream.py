@@ -33,6 +33,7 @@ from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from axolotl.utils.schemas.datasets import DPODataset
 from axolotl.utils.schemas.validation import RLValidationMixin
+from datasets import Dataset
 from helpers import tiny
 from peft import LoraConfig, LoraModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -624,6 +625,23 @@ def test_axolotl_prepares_pairs_with_functions_that_are_replaced(recipe, tmp_pat
     assert datasets.prepare_preference_datasets.of_axolotl.__module__ == rl.__name__, (
         "upstream.py: prepare_pairs_with"
     )
+
+
+def test_the_loader_of_pairs_is_axolotls_own(recipe, tmp_path):
+    tiny.load_config(tmp_path, recipe())  # with ours around it
+    assert upstream.pairs_loader().__module__ == "axolotl.utils.data.rl"
+
+
+def test_a_trainer_tokenizes_pairs_with_its_tokenizer_and_three_arguments():
+    tokenizes = source(DPOTrainer._prepare_dataset)
+    used = {*re.findall(r"\bself\.(\w+)", tokenizes)}
+    assert used == {"_tokenizer"}, "upstream.py: tokenize_pairs"
+    arguments = {*re.findall(r"\bargs\.(\w+)", tokenizes)}
+    assert arguments == {"dataset_num_proc", "max_length", "truncation_mode"}
+    rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    tokenizer = tiny.byte_tokenizer()
+    made = upstream.tokenize_pairs(DPOTrainer, rows, tokenizer, "train", 9, None)
+    assert made["chosen_ids"][:] == [tokenizer("b</s>")["input_ids"]]
 
 
 def test_entries_and_prepared_data(tmp_path):

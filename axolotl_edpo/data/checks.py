@@ -86,6 +86,19 @@ def check_tokens(dataset_name: str, dataset: Dataset) -> None:
         )
 
 
+def same_answers(dataset: Dataset) -> np.ndarray:
+    """Which pairs have the same tokens as chosen and as rejected.
+
+    Args:
+        dataset: Tokenized, with `prompt_ids`, `chosen_ids` and `rejected_ids`.
+
+    Returns:
+        Shape (pairs,), bool.
+    """
+    tables = arrow_tables(dataset, IDS)
+    return np.concatenate([_empty_and_same(table)[1] for table in tables])
+
+
 def _start(dataset: Dataset, row: int) -> str:
     """Quotes the start of a prompt, to find the pair: axolotl shuffles the rows."""
     pair = dataset[int(row)]

@@ -35,6 +35,18 @@ def _lengths(table: Any) -> list[np.ndarray]:
     return [pc.list_value_length(table[name]).to_numpy() for name in IDS]
 
 
+def token_counts(dataset: Dataset) -> np.ndarray:
+    """Numbers of tokens of each prompt, chosen and rejected answer.
+
+    Args:
+        dataset: Tokenized, with `prompt_ids`, `chosen_ids` and `rejected_ids`.
+
+    Returns:
+        Shape (3, pairs).
+    """
+    return np.concatenate([*map(_lengths, arrow_tables(dataset, IDS))], axis=1)
+
+
 def long_pairs(dataset: Dataset, max_length: int) -> int:
     """Number of pairs in which TRL's collator truncates a sequence.
 

@@ -5,7 +5,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
@@ -13,7 +13,10 @@ from typing import Any
 
 import pyarrow.compute as pc
 from axolotl.utils.chat_templates import get_chat_template_from_config
-from axolotl.utils.data.shared import load_dataset_with_config
+from axolotl.utils.data.shared import (
+    datasets_with_name_generator,
+    load_dataset_with_config,
+)
 from axolotl.utils.logging import get_logger
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetGenerationError
@@ -70,6 +73,15 @@ def prepare(load: Prepare, cfg: Any, tokenizer: Any) -> tuple[Dataset, Dataset |
         ValueError: If the data cannot be trained on as they are. One line names data
             set, file, row and remedy.
     """
+    train, evaluation = load_noted(load, cfg, tokenizer)
+    said = None if evaluation is None else _said("test_datasets", evaluation)
+    return _said("datasets", train), said
+
+
+def load_noted(
+    load: Prepare, cfg: Any, tokenizer: Any
+) -> tuple[Dataset, Dataset | None]:
+    """As `prepare`, and says nothing: the sets have the columns NOTES and LENGTHS."""
     if tokenizer.eos_token is None:
         raise ValueError(
             f"the tokenizer of `{cfg.tokenizer_config or cfg.base_model}` has no end "
@@ -78,12 +90,10 @@ def prepare(load: Prepare, cfg: Any, tokenizer: Any) -> tuple[Dataset, Dataset |
     cfg = with_types(cfg)
     preparation = Preparation(cfg, tokenizer)
     with upstream.preparing_with(preparation):
-        sets = load(cfg, tokenizer)
-    found = zip(("datasets", "test_datasets"), sets, strict=True)
-    train, evaluation = (
-        None if data is None else _checked(key, data, cfg) for key, data in found
-    )
-    assert train is not None
+        train, evaluation = load(cfg, tokenizer)
+    for key, data in (("datasets", train), ("test_datasets", evaluation)):
+        if data is not None:
+            check_loaded(key, data, cfg.sequence_len)
     return train, evaluation
 
 
@@ -237,6 +247,12 @@ def _first_refused(entry: Any, maker: PairMaker, cfg: Any) -> int:
     raise AssertionError("a row was refused, and now none is")
 
 
+def count_rows(entries: Iterable[Any], cfg: Any) -> int:
+    """Number of rows of entries of `datasets:`, before any is dropped."""
+    each = datasets_with_name_generator(entries)
+    return sum(len(_rows_of(entry, cfg)) for entry in each)
+
+
 def _rows_of(entry: Any, cfg: Any) -> Dataset:
     loaded = load_dataset_with_config(entry, cfg.hf_use_auth_token)
     return loaded["train"] if isinstance(loaded, DatasetDict) else loaded
@@ -257,13 +273,12 @@ def _is_untyped(entry: Mapping[str, Any]) -> bool:
     return entry["type"] == UNTYPED
 
 
-def _checked(key: str, dataset: Dataset, cfg: Any) -> Dataset:
-    """Says what was noted of the pairs, and refuses sets that teach nothing."""
-    check_loaded(key, dataset, cfg.sequence_len)
+def _said(key: str, dataset: Dataset) -> Dataset:
+    """Says what was noted of the pairs, and removes the notes."""
     if NOTES not in dataset.column_names:
         return dataset
     for line in notes_in_words(key, dataset):
-        LOG.warning(line)
+        LOG.warning(f"{line} `axolotl edpo-inspect` shows them.")
     return dataset.remove_columns([NOTES, LENGTHS])
 
 
@@ -280,7 +295,7 @@ def notes_in_words(key: str, dataset: Dataset) -> list[str]:
                 examples.setdefault(kind, detail)
     return [
         f"`{key}`: {counts[kind]} of {len(dataset)} pairs {meaning}. The first: "
-        f"{examples[kind]}. `axolotl edpo-inspect` shows them."
+        f"{examples[kind]}."
         for kind, meaning in MEANINGS.items()
         if counts[kind]
     ]
