@@ -4,14 +4,16 @@ Nothing here uses `axolotl_edpo.data.rendering`: what a pair should be is read f
 `apply_chat_template` alone.
 """
 
-from collections.abc import Mapping, Sequence
+import ast
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from axolotl.utils.data.rl import load_dpo
 from axolotl.utils.dict import DictDefault
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from axolotl_edpo.data.pair_maker import PairMaker
@@ -96,6 +98,79 @@ def trained(tokenizer: Any, pair: Mapping[str, Any], name: str) -> tuple[list, l
     whole = prompt + answer + ("" if answer.endswith(end) else end)
     prompt_ids, ids = (tokenizer(text)["input_ids"] for text in (prompt, whole))
     return prompt_ids, ids[len(prompt_ids) :]
+
+
+def scored(tokenizer: Any, template: str, talk: Talk, pair: dict) -> list[str]:
+    """Asserts that a pair is what a template writes, divided where answers begin.
+
+    Its tokens are those of both conversations, up to white space at their end and an
+    end of text. Scored is what follows the prompt of generation, if both conversations
+    begin with it; if not, what follows the last message or a part of the marks after
+    it. What the tokenizer merges with an answer is scored, too.
+
+    Returns:
+        The text of each answer's scored tokens.
+    """
+    write = partial(written, tokenizer, template, tools=talk.tools)
+    texts = [write(talk.whole(answer)) for answer in talk.answers]
+    opened = write(talk.whole(), prompt=True)
+    begin = all(text.startswith(opened) for text in texts)
+    low, high = (len(opened),) * 2 if begin else _marks(write, talk)
+    found = []
+    for name, text in zip(("chosen", "rejected"), texts, strict=True):
+        prompt, answer = trained(tokenizer, pair, name)
+        assert prompt + answer in _tokens(tokenizer, text)
+        begins = pair["prompt"] + moved(pair)
+        if repeats_start(tokenizer) and text.startswith(tokenizer.bos_token):
+            begins = tokenizer.bos_token + begins
+        assert text.startswith(begins)
+        assert low <= len(begins) <= high
+        found.append(tokenizer.decode(answer))
+        assert found[-1].startswith(moved(pair))
+    return found
+
+
+def _marks(write: Callable, talk: Talk) -> tuple[int, int]:
+    """Where what is between the last message and a plain answer begins and ends."""
+    probe, (*before, last) = said("assistant", "(answer)"), talk.context
+    end = write([*talk.context, probe]).index("(answer)")
+    other = write([*before, {**last, "content": "(last)"}, probe])
+    _, is_written, after = other.partition("(last)")
+    return (end - after.index("(answer)") if is_written else 0), end
+
+
+def _tokens(tokenizer: Any, text: str) -> list[list[int]]:
+    """Tokens of a conversation up to white space, and those with an end of text."""
+    text = text.rstrip()
+    begins = repeats_start(tokenizer) and not text.startswith(tokenizer.bos_token)
+    start = [tokenizer.bos_token_id] if begins else []
+    ended = (text, text + tokenizer.eos_token)
+    return [start + tokenizer(t, add_special_tokens=False)["input_ids"] for t in ended]
+
+
+def repeats_start(tokenizer: Any) -> bool:
+    """Whether a tokenizer begins every text with its bos token."""
+    return tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
+
+
+def notes(pair: Mapping[str, Any], kind: str) -> list[str]:
+    """Details of the notes of a kind."""
+    lines = [note.partition(": ") for note in pair["edpo_notes"].split("\n")]
+    return [detail for found, _, detail in lines if found == kind]
+
+
+def moved(pair: Mapping[str, Any]) -> str:
+    """What of a prompt is scored, as the tokenizer merges it with the answer."""
+    return "".join(map(ast.literal_eval, notes(pair, "merged")))
+
+
+def beginning(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A copy of a tokenizer that begins every text with <s>."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
 
 
 @cache

@@ -5,9 +5,7 @@ token; what is scored must be the answer. What is refused must be impossible. Al
 told from `apply_chat_template`, as in `helpers/templates.py`.
 """
 
-import ast
 import copy
-import functools
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from helpers import matrix, templates, tiny
 from helpers.matrix import Cell
 from helpers.templates import DEFAULT, WHOLE, Talk, said
 
-from axolotl_edpo.data.conversation import ANSWERS, PairError
+from axolotl_edpo.data.conversation import PairError
 
 # What templates may lack.
 SYSTEM, TOOLS, CALLS = "system messages", "`tools`", "calls of tools"
@@ -288,55 +286,6 @@ def words(message: dict) -> Iterator[str]:
         yield made["function"]["arguments"]["town"]
 
 
-def assert_trained(tokenizer, source: str, talk: Talk, pair: dict) -> None:
-    """Both sequences are what the template writes, and scored from the answer on."""
-    writes = [
-        templates.written(tokenizer, source, talk.whole(last), talk.tools)
-        for last in talk.answers
-    ]
-    low, high = header(tokenizer, source, talk)
-    opened = templates.written(tokenizer, source, talk.context, talk.tools, True)
-    begun = all(text.startswith(opened) for text in writes)
-    for name, text, last in zip(ANSWERS, writes, talk.answers, strict=True):
-        prompt, scored = templates.trained(tokenizer, pair, name)
-        assert prompt + scored in as_template(tokenizer, text)
-        moved = moved_by(pair)
-        start = len(pair["prompt"]) + len(moved)
-        assert start == len(opened) if begun else low <= start <= high
-        assert pair["prompt"] + moved == text[:start]
-        answered = tokenizer.decode(scored)
-        assert answered.startswith(moved)
-        assert all(part in answered for part in words(last))
-
-
-def as_template(tokenizer, text: str) -> list[list[int]]:
-    """The tokens of a conversation up to white space, and those with an end of text."""
-    end = tokenizer.eos_token
-    texts = (text.rstrip(), text.rstrip() + end)
-    return [tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
-
-
-def header(tokenizer, source: str, talk: Talk) -> tuple[int, int]:
-    """Where what is between the last message and a plain answer begins and ends."""
-    *before, last = talk.context
-    write = functools.partial(templates.written, tokenizer, source, tools=talk.tools)
-    end = write([*talk.context, answer("(answer)")]).index("(answer)")
-    other = write([*before, {**last, "content": "(last)"}, answer("(answer)")])
-    _, written, after = other.partition("(last)")
-    return (end - after.index("(answer)") if written else 0), end
-
-
-def notes(pair: dict, kind: str) -> list[str]:
-    """Details of the notes of a kind."""
-    lines = [note.partition(": ") for note in pair["edpo_notes"].split("\n")]
-    return [detail for found, _, detail in lines if found == kind]
-
-
-def moved_by(pair: dict) -> str:
-    """What of a prompt is scored, as the tokenizer merges it with the answer."""
-    return "".join(map(ast.literal_eval, notes(pair, "merged")))
-
-
 @pytest.mark.parametrize("kind", [DEFAULT, WHOLE])
 @matrix.cells(CELLS, lambda cell: cell.shipped in REPRESENTATIVE)
 def test_what_is_trained_is_what_the_template_writes(cell, kind, tokenizer):
@@ -349,8 +298,10 @@ def test_what_is_trained_is_what_the_template_writes(cell, kind, tokenizer):
         except PairError as error:
             refusals[name] = refused(tokenizer, source, talk, str(error))
             continue
-        assert_trained(tokenizer, source, talk, pair)
-        left_out |= {LEFT_OUT[detail] for detail in notes(pair, "left out")}
+        scored = templates.scored(tokenizer, source, talk, pair)
+        for text, last in zip(scored, talk.answers, strict=True):
+            assert all(word in text for word in words(last))
+        left_out |= {LEFT_OUT[detail] for detail in templates.notes(pair, "left out")}
     assert refusals == cell.refusals
     assert left_out == {*cell.leaves}
 
@@ -362,5 +313,5 @@ def test_every_template_that_axolotl_ships_has_a_cell():
 def test_tokens_are_merged_across_the_start_of_answers():
     tokenizer = templates.merging_tokenizer()
     make = templates.maker(DEFAULT, tokenizer, get_chat_template("phi_3"))
-    moved = {moved_by(make(TALKS[name].row(DEFAULT))) for name in ("one turn", "code")}
-    assert moved == {"", "|>\n"}
+    pairs = [make(TALKS[name].row(DEFAULT)) for name in ("one turn", "code")]
+    assert {templates.moved(pair) for pair in pairs} == {"", "|>\n"}
