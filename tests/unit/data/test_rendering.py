@@ -78,6 +78,17 @@ def test_one_question(source, pair):
     assert texts(source, CATS) == pair
 
 
+def test_words_that_both_answers_begin_with_are_scored():
+    alike = talk(user("Cats?"), chosen="Yes, they do.", rejected="Yes, all.")
+    other = EACH + "{% if add_generation_prompt %}<assistant> {% endif %}"
+    for source in (EACH + DUE, other):
+        assert texts(source, alike) == (
+            "<user>Cats?</s><assistant>",
+            "Yes, they do.</s>",
+            "Yes, all.</s>",
+        )
+
+
 def test_answers_with_thoughts_and_without():
     opened = "<user>Cats?</s><assistant><think>\n"
     written = ("Hm.\n</think>\n\nYes.</s>", "\n</think>\n\nNo.\n</s>")
