@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 Message = dict[str, Any]
@@ -10,6 +11,8 @@ Message = dict[str, Any]
 # Roles that axolotl's `chat_template` types accept.
 ROLES = ("system", "user", "assistant", "tool")
 ANSWERS = ("chosen", "rejected")
+# Keys of the thoughts of an answer; templates know one of them.
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
 class PairError(ValueError):
@@ -93,22 +96,27 @@ def require_same_context(
     Raises:
         PairError: Names the first message that differs.
     """
-    a, b = _said(chosen), _said(rejected)
-    if a == b:
-        return
-    number = next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y),
-        min(len(a), len(b)),
-    )
-    raise PairError(
-        f"`{columns[0]}` and `{columns[1]}` answer different conversations: message "
-        f"{number + 1} is {_quoted(a, number)} in one and {_quoted(b, number)} in the "
-        "other. ε-DPO compares two answers to the same messages: remove the row"
-    )
+    both = zip_longest(_said(chosen), _said(rejected), fillvalue=())
+    for number, (a, b) in enumerate(both, 1):
+        if a != b:
+            one, other = _difference(a, b)
+            raise PairError(
+                f"`{columns[0]}` and `{columns[1]}` answer different conversations: "
+                f"message {number} is {one} in one and {other} in the other. ε-DPO "
+                "compares two answers to the same messages: remove the row"
+            )
 
 
-def _quoted(said: Sequence[tuple], number: int) -> str:
-    return repr(str(said[number][1])[:40]) if number < len(said) else "absent"
+def _difference(one: tuple, other: tuple) -> tuple[str, str]:
+    """What differs in two messages, of which one may be absent."""
+    if not (one and other):
+        return _quoted(one), _quoted(other)
+    place = next(i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
+    return _quoted(one[place:]), _quoted(other[place:])
+
+
+def _quoted(said: tuple) -> str:
+    return repr(str(said[0])[:40]) if said else "absent"
 
 
 def _conversation(
@@ -136,8 +144,6 @@ def _messages(found: Any, column: str) -> list[Message]:
             f"`{column}` is a {type(found).__name__}, not a list of messages: set "
             "another `type`; `chat_template.default` takes a list and two texts"
         )
-    if not found:
-        raise PairError(f"`{column}` is an empty list: remove the row")
     return [_message(message, column) for message in found]
 
 
@@ -154,7 +160,7 @@ def _message(message: Any, column: str) -> Message:
             f"{', '.join(ROLES)}"
         )
     if "tool_calls" in clean:
-        clean["tool_calls"] = [_tool_call(call) for call in clean["tool_calls"]]
+        clean["tool_calls"] = _tool_calls(clean["tool_calls"], column)
     elif "content" not in clean:
         raise PairError(
             f"`{column}`: a message of the {clean['role']} has no `content`: name the "
@@ -164,14 +170,32 @@ def _message(message: Any, column: str) -> Message:
     return clean
 
 
-def _tool_call(call: Any) -> Any:
+def _tool_calls(calls: Any, column: str) -> list[Message]:
+    """Calls, which may be JSON text as their arguments may."""
+    if isinstance(calls, str):
+        calls = _json(calls, "`tool_calls`")
+    if not isinstance(calls, list) or not all(map(_is_call, calls)):
+        raise PairError(
+            f"`{column}`: `tool_calls` of a message is no list of calls with a "
+            f"`function`: {str(calls)[:60]}: write them as the chat template takes them"
+        )
+    return [_tool_call(call) for call in calls]
+
+
+def _is_call(call: Any) -> bool:
+    return isinstance(call, Mapping) and isinstance(
+        call.get("function") or call, Mapping
+    )
+
+
+def _tool_call(call: Mapping[str, Any]) -> Message:
     """A call with its arguments read from JSON text, as axolotl's SFT types do."""
     call = without_none(call)
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
+    function = call.get("function") or {}
+    if isinstance(function.get("arguments"), str):
         arguments = _json(function["arguments"], "arguments of a tool call")
         return {**call, "function": {**function, "arguments": arguments}}
-    return call
+    return dict(call)
 
 
 def _answer(message: Message, column: str) -> Message:
@@ -180,7 +204,8 @@ def _answer(message: Message, column: str) -> Message:
             f"the last message of `{column}` is of the {message['role']}, and only "
             "answers of the assistant are trained: remove the row"
         )
-    if not (str(message["content"]).strip() or message.get("tool_calls")):
+    has_text = any(text.strip() for text in texts_of(message))
+    if not (has_text or message.get("tool_calls")):
         raise PairError(f"`{column}` has no text: remove the row")
     return message
 
@@ -210,6 +235,26 @@ def without_none(value: Any) -> Any:
     return [*map(without_none, value)] if isinstance(value, list) else value
 
 
+def texts_of(message: Message) -> list[str]:
+    """The texts of a message, whose content may be a list of parts."""
+    content = message["content"]
+    if not isinstance(content, list):
+        return [str(content)]
+    return [
+        str(part.get("text") or "") if isinstance(part, Mapping) else str(part)
+        for part in content
+    ]
+
+
 def _said(messages: Sequence[Message]) -> list[tuple]:
-    """What distinguishes messages: role, text and calls."""
-    return [(m["role"], m["content"], m.get("tool_calls")) for m in messages]
+    """What distinguishes messages: text, role, calls and thoughts."""
+    keys = ("content", "role", "tool_calls", *THOUGHTS)
+    return [tuple(map(message.get, keys)) for message in messages]
+
+
+def roles_of(messages: Sequence[Any]) -> list[str]:
+    """The role of each message; "None" of what is no message."""
+    return [
+        str(message.get("role") if isinstance(message, Mapping) else None)
+        for message in messages
+    ]

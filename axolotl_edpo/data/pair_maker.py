@@ -16,6 +16,7 @@ from .conversation import (
     from_messages,
     from_whole,
     require_same_context,
+    roles_of,
 )
 from .rendering import ChatTemplate, PairText, left_out, render_pair
 
@@ -218,11 +219,11 @@ def _is_messages(made: Mapping[str, Any]) -> bool:
 def _require_messages(made: Mapping[str, Any]) -> None:
     """Refuses answers that begin with the prompt, which would be there twice."""
     for name in ANSWERS:
-        roles = [message.get("role") for message in made[name]]
+        roles = roles_of(made[name])
         if roles != ["assistant"]:
             raise PairError(
-                f"`{name}` has messages of {', '.join(map(str, roles))}, and after a "
-                f"`prompt` of messages one answer is due: {MESSAGES_TYPE}"
+                f"`{name}` has messages of {', '.join(roles)}, and after a `prompt` of "
+                f"messages one answer is due: {MESSAGES_TYPE}"
             )
 
 
@@ -232,10 +233,10 @@ def _require_two_messages(row: Mapping[str, Any]) -> None:
         messages = row.get(name)
         if not isinstance(messages, list):
             continue  # the type fails with what is there
-        roles = [message.get("role") for message in messages]
+        roles = roles_of(messages)
         if roles != ["user", "assistant"]:
             raise PairError(
-                f"`{name}` has {len(roles)} messages, of {', '.join(map(str, roles))}; "
+                f"`{name}` has {len(roles)} messages, of {', '.join(roles)}; "
                 "this type takes one question and one answer, and would leave out the "
                 "rest: set `type: chat_template.argilla_chat`"
             )
@@ -246,8 +247,6 @@ def _require_two_messages(row: Mapping[str, Any]) -> None:
             )
     if all(isinstance(row.get(name), list) for name in ANSWERS):
         questions = [row[name][:1] for name in ANSWERS]
-        for question in questions:
-            question[0] = dict(question[0])
         require_same_context(questions[0], questions[1], ANSWERS)
 
 

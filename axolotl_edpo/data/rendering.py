@@ -8,10 +8,19 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from .conversation import ANSWERS, Conversation, Message, PairError
+from .conversation import (
+    ANSWERS,
+    THOUGHTS,
+    Conversation,
+    Message,
+    PairError,
+    texts_of,
+)
 
 # Answers that begin differently: the texts around them are equal up to the answer.
 PROBES = [{"role": "assistant", "content": text} for text in ("A probe.", "Z probe.")]
+# Marks the end of a message's text: no text has this character.
+MARK = "\ue0ed"
 
 
 @dataclass(frozen=True)
@@ -98,13 +107,10 @@ def render_pair(template: ChatTemplate, talk: Conversation) -> PairText:
         PairError: If the template leaves out an answer, or changes the context with it.
     """
     whole = [template.render(messages, talk) for messages in talk.whole()]
-    prompt = template.render(talk.context, talk, prompt=True) if talk.context else ""
-    start = len(prompt)
-    if not all(text.startswith(prompt) for text in whole):
-        start = _answer_start(template, talk, whole)
+    start = _prompt_end(template, talk, whole)
     pair = PairText(whole[0][:start], *(text[start:].rstrip() for text in whole))
     for name, message, text in zip(ANSWERS, talk.answers, pair.answers, strict=True):
-        lost = [part for part in _parts(message) if not _is_in(part, text)]
+        lost = _lost(message, text)
         if lost:
             raise PairError(
                 f"the chat template leaves out a part of `{name}`: {lost[0][:60]!r}: "
@@ -113,22 +119,59 @@ def render_pair(template: ChatTemplate, talk: Conversation) -> PairText:
     return pair
 
 
-def _answer_start(template: ChatTemplate, talk: Conversation, whole: list[str]) -> int:
-    """Where the answers begin, if the prompt is not how both conversations begin.
+def _prompt_end(template: ChatTemplate, talk: Conversation, whole: list[str]) -> int:
+    """How long the prompt is, with which both conversations begin.
 
     A template may write the start of an answer otherwise than its prompt does: with an
     open `<think>`, for example. The texts up to any answer tell where answers begin.
     """
+    if talk.context:
+        prompt = template.render(talk.context, talk, prompt=True)
+        if all(text.startswith(prompt) for text in whole):
+            return len(prompt)
     probes = [template.render([*talk.context, probe], talk) for probe in PROBES]
     start = len(commonprefix([*probes, *whole]))
-    last = _parts(talk.context[-1]) if talk.context else []
-    if not all(_is_in(part, whole[0][:start]) for part in last):
+    if start < _context_end(template, talk, probes[0]):
         raise PairError(
             "the chat template writes earlier messages in another way if other answers "
             "follow, so the two conversations have no common prompt: set another "
             "`chat_template`"
         )
     return start
+
+
+def _context_end(template: ChatTemplate, talk: Conversation, probe: str) -> int:
+    """Where the text of the last message before a probe ends; 0 if none is written."""
+    for last in reversed(range(len(talk.context))):
+        context = [*talk.context]
+        context[last] = _marked(context[last])
+        marked = template.render([*context, PROBES[0]], talk)
+        if marked != probe:
+            return len(commonprefix([marked, probe]))
+    return 0
+
+
+def _marked(message: Message) -> Message:
+    """A message whose text ends with MARK, after which a template may trim."""
+    content = message["content"]
+    if isinstance(content, list):
+        return {**message, "content": [*content, {"type": "text", "text": MARK}]}
+    return {**message, "content": str(content).rstrip() + MARK}
+
+
+def _lost(message: Message, text: str) -> list[str]:
+    """Parts of an answer that a text has not, each in a place of its own.
+
+    The longest is looked for first, as it may have the others in it.
+    """
+    lost = []
+    for part in sorted(_parts(message), key=len, reverse=True):
+        found = next((form for form in _forms(part) if form in text), None)
+        if found is None:
+            lost.append(part)
+        else:
+            text = text.replace(found, "\0", 1)
+    return lost
 
 
 def left_out(talk: Conversation, pair: PairText) -> Iterator[str]:
@@ -138,7 +181,8 @@ def left_out(talk: Conversation, pair: PairText) -> Iterator[str]:
     """
     text = pair.prompt + pair.chosen
     for message in talk.context:
-        if not all(_is_in(part, text) for part in _parts(message, thoughts=False)):
+        parts = [*_parts(message, thoughts=False), *_arguments(message)]
+        if not all(_is_in(part, text) for part in parts):
             yield f"a message of the {message['role']}"
     for tool in talk.tools or ():
         name = (tool.get("function") or tool).get("name") if tool else None
@@ -149,38 +193,33 @@ def left_out(talk: Conversation, pair: PairText) -> Iterator[str]:
 
 def _parts(message: Message, thoughts: bool = True) -> list[str]:
     """The texts of a message that a template should write."""
-    content = message["content"]
-    texts = [content] if isinstance(content, str) else _texts(content)
+    halves = [text.rpartition("</think>") for text in texts_of(message)]
     # a template may write the thoughts in front of the answer in another way
-    parts = [text.rpartition("</think>")[2].strip() for text in texts]
+    parts = [answer.strip() for _, _, answer in halves]
     calls = message.get("tool_calls") or ()
     parts += [str((call.get("function") or call).get("name", "")) for call in calls]
     if thoughts:
-        parts += [str(message.get(key) or "").strip() for key in THOUGHTS]
-        parts += [
-            line.strip()
-            for text in texts
-            for line in text.rpartition("</think>")[0].split("<think>")
-        ]
+        # data have the same thoughts under several keys, and templates write one
+        told = {str(message.get(key) or "").strip() for key in THOUGHTS}
+        told |= {line.strip() for head, *_ in halves for line in head.split("<think>")}
+        parts += sorted(told)
     return [part for part in parts if part]
 
 
-# Keys of the thoughts of an answer; templates know one of them.
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+def _arguments(message: Message) -> Iterator[str]:
+    """Texts that a message hands to functions, whose names `tools` may have, too."""
+    for call in message.get("tool_calls") or ():
+        given = (call.get("function") or call).get("arguments")
+        values = given.values() if isinstance(given, Mapping) else ()
+        yield from (value for value in values if isinstance(value, str))
 
 
-def _texts(content: Any) -> list[str]:
-    """Texts of a content that is a list of parts."""
-    if not isinstance(content, list):
-        return [str(content)]
-    return [
-        str(part.get("text") or "") if isinstance(part, Mapping) else str(part)
-        for part in content
-    ]
+def _forms(part: str) -> Iterator[str]:
+    """A text as it is, and as JSON."""
+    yield part
+    for ascii_only in (True, False):
+        yield json.dumps(part, ensure_ascii=ascii_only)[1:-1]
 
 
 def _is_in(part: str, text: str) -> bool:
-    """Whether a text has a part, as it is or as JSON."""
-    return part in text or any(
-        json.dumps(part, ensure_ascii=ascii)[1:-1] in text for ascii in (True, False)
-    )
+    return any(form in text for form in _forms(part))

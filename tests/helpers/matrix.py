@@ -37,6 +37,7 @@ AREAS = (
     "adapters",
     "losses",
     "data",
+    "templates",
     "training",
     "examples",
     "errors",

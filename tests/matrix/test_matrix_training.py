@@ -1253,15 +1253,29 @@ REFUSED = [
         name="`expert_parallel_size: 2`, `expert_parallel_backend`",
     ),
 ]
+# Values of keys without effect that are not true or false.
+VALUES = {
+    "bench_dataset": "bench.json",
+    "center_rewards_coefficient": 0.1,
+    "eot_tokens": ["</s>"],
+    "eval_sequence_len": 64,
+    "role_boundaries": [{"role": "user", "start": "[user]"}],
+    "streaming_multipack_buffer_size": 8,
+}
 HARMLESS = [
-    Cell(f"`{key}`", {key: True}, note="Ignored as in `rl: dpo`, and a line says so.")
+    Cell(
+        f"`{key}`",
+        {key: VALUES.get(key, True)},
+        note="Ignored as in `rl: dpo`, and a line says so.",
+    )
     for key in WITHOUT_EFFECT
 ]
 
 
 @matrix.cells(HARMLESS)
 def test_what_does_nothing_is_said_in_one_line(cell, recipe, tmp_path, caplog):
-    line = f"{cell.name[:-1]}: true` has no effect beside `rl`: "
+    ((key, value),) = cell.keys.items()
+    line = f"{quote(key, value)} has no effect beside `rl`: "
     cfg = tiny.load_config(tmp_path, recipe(**cell.keys, eval_steps=2))
     assert len([r for r in caplog.records if r.message.startswith(line)]) == 1
     assert cfg.rl == "dpo" and cfg.trainer_cls == plugin.TRAINER

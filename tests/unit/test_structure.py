@@ -52,6 +52,7 @@ OF_THE_STACK: dict[tuple[str, str], str] = {}
 
 # Tests below tests/unit that have no module of their name, and why.
 OF_NO_MODULE = {
+    "data/test_random_templates.py": "about all of how pairs are made of messages",
     "test_structure.py": "about all modules",
 }
 
