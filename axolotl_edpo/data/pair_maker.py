@@ -26,7 +26,8 @@ TEXTS = ("prompt", *ANSWERS)
 # `rl: dpo`; tokens of the prompt, and of the longer sequence.
 NOTES, LENGTHS = "edpo_notes", "edpo_lengths"
 # Kinds of notes.
-TEMPLATE, MERGED, LEFT_OUT = "template", "merged", "left out"
+TEMPLATE, MERGED, REPEATED = "template", "merged", "repeated"
+LEFT_OUT = "left out"
 # Columns of pictures, which no text is made of.
 PICTURES = ("image", "images")
 # Columns of messages without a type.
@@ -53,7 +54,7 @@ class PairMaker:
         transform: axolotl's function of that type.
         fields: Column names of messages, chosen and rejected, for `chat_template`.
         template: The chat template of the recipe.
-        start: What it adds to the start of every text, as text.
+        start: The text that its tokenizer adds to the start of every text.
         raise_above: Most tokens of a sequence that `excess_length_strategy: raise`
             accepts; None with another strategy.
     """
@@ -82,7 +83,9 @@ class PairMaker:
             if _is_messages(made):
                 return self._left_to_trl(made)
             pair = PairText(*(made[name] for name in TEXTS))
-        pair = replace(pair, prompt=pair.prompt.removeprefix(self.start))
+        if self.start and pair.prompt.startswith(self.start):
+            pair = replace(pair, prompt=pair.prompt.removeprefix(self.start))
+            notes.append(f"{REPEATED}: {self.start!r}")
         divided = divide(pair, self._tokenize, self.template.tokenizer.eos_token)
         self._require_length(divided.lengths[1])
         if divided.moved:

@@ -34,6 +34,7 @@ from .pair_maker import (
     LENGTHS,
     MERGED,
     NOTES,
+    REPEATED,
     TEMPLATE,
     PairMaker,
 )
@@ -52,6 +53,8 @@ MEANINGS = {
     "`rl: dpo` of this axolotl trains another text",
     MERGED: "have a prompt whose last characters the tokenizer merges with the answer: "
     "they are scored with it",
+    REPEATED: "have a prompt that begins as the tokenizer begins every text: the start "
+    "is there once, and twice under `rl: dpo`",
     LEFT_OUT: "have something that the chat template leaves out or rewrites",
 }
 

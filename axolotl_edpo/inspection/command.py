@@ -6,7 +6,7 @@ import sys
 import click
 
 # Notes that a pair may have; `pair_set.py` finds the pairs.
-NOTES = ("any", "template", "merged", "left out", "truncated", "same")
+NOTES = ("any", "template", "merged", "repeated", "left out", "truncated", "same")
 
 
 @click.command("edpo-inspect")
@@ -22,8 +22,9 @@ NOTES = ("any", "template", "merged", "left out", "truncated", "same")
     "--note",
     type=click.Choice(NOTES),
     help="Show pairs that have this note only: the chat template writes another text "
-    "than `rl: dpo` trains, prompt and answer share a token, the template leaves "
-    "something out, `sequence_len` truncates an answer, both answers are the same.",
+    "than `rl: dpo` trains, prompt and answer share a token, the prompt began with "
+    "what the tokenizer adds, the template leaves something out, `sequence_len` "
+    "truncates an answer, both answers are the same.",
 )
 @click.option(
     "--split",

@@ -54,7 +54,8 @@ def test_lengths_count_the_end_of_text_that_trl_adds():
 
 def test_a_start_that_the_tokenizer_adds_is_not_in_the_text():
     begins = templates.beginning(TOKENIZER)
-    assert chat("{{ bos_token }}" + OWN, begins)(ROW)["prompt"] == PROMPT
+    made = chat("{{ bos_token }}" + OWN, begins)(ROW)
+    assert made["prompt"] == PROMPT and made[NOTES] == "repeated: '<s>'"
     assert chat("{{ bos_token }}" + OWN)(ROW)["prompt"] == "<s>" + PROMPT
     alone = chat("{{ bos_token }}" + OWN, begins, WHOLE)(
         {"chosen": [YES], "rejected": [NO]}
@@ -113,7 +114,8 @@ def test_pictures_are_left_to_the_check_of_columns():
 
 def test_messages_without_a_type_are_left_to_trl():
     row = {"prompt": [USER], "chosen": [YES], "rejected": [NO]}
-    assert typed("passthrough")(row) == {**row, NOTES: "", LENGTHS: [0, 0]}
+    lengths = chat()(ROW)[LENGTHS]
+    assert typed("passthrough")(row) == {**row, NOTES: "", LENGTHS: lengths}
 
 
 def test_texts_of_other_types_are_as_axolotl_makes_them():
