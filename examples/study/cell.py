@@ -116,11 +116,11 @@ def train(recipe: Path):
         The policy, and axolotl's trainer.
     """
     from axolotl.cli.config import load_cfg
-    from axolotl.integrations.base import PluginManager
+    from axolotl.common.datasets import load_preference_datasets
     from axolotl.train import train as axolotl_train
 
     cfg = load_cfg(str(recipe))
-    data = PluginManager.get_instance().load_datasets(cfg)
+    data = load_preference_datasets(cfg=cfg)
     model, _, trainer = axolotl_train(cfg=cfg, dataset_meta=data)
     return model.eval(), trainer
 

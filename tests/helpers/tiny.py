@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from axolotl.integrations.base import PluginManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
@@ -203,8 +202,7 @@ def load_data(cfg):
     from axolotl.cli.args import TrainerCliArgs
     from axolotl.common.datasets import load_preference_datasets
 
-    meta = PluginManager.get_instance().load_datasets(cfg)
-    return meta or load_preference_datasets(cfg=cfg, cli_args=TrainerCliArgs())
+    return load_preference_datasets(cfg=cfg, cli_args=TrainerCliArgs())
 
 
 def train_on(cfg, meta):
