@@ -12,13 +12,12 @@ from .columns import IDS, arrow_tables, long_pairs
 
 LOG = get_logger(__name__)
 
-ANSWERS = ("chosen", "rejected")
 # Column names from which axolotl and TRL infer that the data has pictures.
 PICTURES = ("image", "images")
 
 
 def check_loaded(key: str, dataset: Dataset, sequence_len: int) -> None:
-    """Refuses data with pictures, without pairs or without answers.
+    """Refuses data with pictures, or without pairs.
 
     Args:
         key: `datasets` or `test_datasets`.
@@ -33,12 +32,6 @@ def check_loaded(key: str, dataset: Dataset, sequence_len: int) -> None:
         raise ValueError(
             f"`{key}` leaves no pair to train on: every one is longer than "
             f"`sequence_len: {sequence_len}` (raise it), or there was none"
-        )
-    absent = [name for name in ANSWERS if name not in dataset.column_names]
-    if absent:
-        raise ValueError(
-            f"`{key}`: there is no column `{absent[0]}`, only "
-            f"{', '.join(dataset.column_names)}: set a `type` that makes it"
         )
 
 

@@ -134,6 +134,8 @@ class PairMaker:
         """The row as axolotl's type makes it."""
         if self.kind.rpartition(".")[2] in TWO_MESSAGES:
             _require_two_messages(row)
+        if self.kind.endswith(".ultra"):
+            _require_question(row)
         seen = _Seen(row)
         try:
             made = dict(self.transform(seen))
@@ -251,6 +253,18 @@ def _require_two_messages(row: Mapping[str, Any]) -> None:
     if all(isinstance(row.get(name), list) for name in ANSWERS):
         questions = [row[name][:1] for name in ANSWERS]
         require_same_context(questions[0], questions[1], ANSWERS)
+
+
+def _require_question(row: Mapping[str, Any]) -> None:
+    """Refuses a prompt that is not the question of the answer beside it."""
+    prompt, messages = row.get("prompt"), row.get("chosen")
+    if isinstance(prompt, str) and isinstance(messages, list):
+        asked = str(messages[0].get("content"))
+        if asked.strip() != prompt.strip():
+            raise PairError(
+                f"`prompt` is {prompt[:40]!r}, and `chosen` answers {asked[:40]!r}, "
+                "which this type leaves out: set `type: chat_template.argilla_chat`"
+            )
 
 
 def _difference(pair: PairText, dpo: PairText) -> str:

@@ -278,8 +278,6 @@ def _is_untyped(entry: Mapping[str, Any]) -> bool:
 
 def _said(key: str, dataset: Dataset) -> Dataset:
     """Says what was noted of the pairs, and removes the notes."""
-    if NOTES not in dataset.column_names:
-        return dataset
     for line in notes_in_words(key, dataset):
         LOG.warning(f"{line} `axolotl edpo-inspect` shows them.")
     return dataset.remove_columns([NOTES, LENGTHS])

@@ -284,3 +284,35 @@ def test_sequence_len_counts_tokens_as_they_are_trained(load):
     assert kept(excess_length_strategy="truncate") == [8, 9, 20]
     with pytest.raises(ValueError, match="row 2 of `a.jsonl`: it has 11 tokens, more"):
         kept(excess_length_strategy="raise")
+
+
+@pytest.mark.parametrize("kind", ["chatml.prompt_pairs", {"prompt_format": "{prompt}"}])
+def test_columns_that_a_type_for_text_does_not_read_are_refused(load, kind):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "good": "d"}
+    with pytest.raises(
+        ValueError, match="chosen: good`.*only `chat_template` types read"
+    ):
+        load([row], kind, entry={"field_chosen": "good"})
+    with pytest.raises(
+        ValueError, match="`datasets: type: feild_chosen: good`.*keys are"
+    ):
+        load([row], {"feild_chosen": "good"})
+
+
+def test_an_empty_value_is_refused_where_it_would_be_text(load):
+    """Not where it says that there is none: a system prompt, for example."""
+    row = {"system": None, "prompt": "a", "chosen": "None of it.", "rejected": "c"}
+    (found,) = load([row], "chatml.prompt_pairs")
+    assert found["prompt"].count("system") == 0
+    rows = [{**row, "system": ""}, {**row, "system": "", "prompt": None}]
+    with pytest.raises(ValueError, match="row 2 of `a.jsonl` .*: `prompt` is empty"):
+        load(rows, "chatml.prompt_pairs")
+
+
+def test_a_prompt_that_is_not_the_question_is_refused(load):
+    row = {"prompt": "1 plus 1?", "chosen": [QUESTION, said("0")]}
+    row["rejected"] = [QUESTION, said("1")]
+    with pytest.raises(ValueError, match="`prompt` is '1 plus 1.*answers '0 plus 0"):
+        load([row], "llama3.ultra")
+    (found,) = load([{**row, "prompt": " 0 plus 0?"}], "llama3.ultra")
+    assert found["chosen"] == "0<|eot_id|>"

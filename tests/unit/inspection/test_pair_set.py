@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 from helpers import tiny
 
-from axolotl_edpo.data.pair_maker import LEFT_OUT, MERGED, NOTES, TEMPLATE
+from axolotl_edpo.data.pair_maker import LEFT_OUT, MERGED, NOTES, REPEATED, TEMPLATE
 from axolotl_edpo.inspection import command
 from axolotl_edpo.inspection.pair_set import SAME, TRUNCATED, PairSet
 
@@ -45,5 +45,5 @@ def test_pairs_are_found_by_their_notes(note, rows, times):
 
 
 def test_the_command_knows_every_kind_of_note():
-    kinds = ("any", TEMPLATE, MERGED, LEFT_OUT, TRUNCATED, SAME)
+    kinds = ("any", TEMPLATE, MERGED, REPEATED, LEFT_OUT, TRUNCATED, SAME)
     assert command.NOTES == kinds
