@@ -51,6 +51,16 @@ def test_an_8b_model_by_hand():
     assert adapter.reference == 0 and adapter.weights / 1e9 == pytest.approx(5.9, 0.02)
 
 
+@pytest.mark.parametrize(
+    ("engine", "copies"),
+    [("ddp", 2), ("zero1", 1), ("zero2", 1 / 8), ("zero3", 1 / 8)],
+)
+def test_gradients_of_an_engine_by_hand(engine, copies):
+    """DDP has them in its buckets, too; ZeRO divides them from stage 2 on."""
+    need = memory(sizes_of(LLAMA_8B), engine, ranks=8, tokens=4096)
+    assert need.gradients == pytest.approx(copies * 2 * 8_030_261_248)
+
+
 def test_tiles_and_four_bits_are_those_in_use():
     assert TILES["cuda"] == (tile_triton.CHUNK, tile_triton.TILE, tile_triton.MATRICES)
     assert TILES["cpu"] == (tile_torch.CHUNK, tile_torch.TILE, tile_torch.MATRICES)
