@@ -2,7 +2,7 @@
 #   make demo   a first run: builds a tiny world, trains on it, shows what happened
 #   make test   the tests; `make test-all` with the rest, as docs/contributing.md says
 #   make study  ε-DPO, DPO, β-DPO and TR-DPO on a world with a known true reward
-#   make bench  head, training runs and balance, measured; writes benchmarks/RESULTS.md
+#   make bench  head, training runs, balance and data, measured; writes benchmarks/RESULTS.md
 #   make lint   what pre-commit checks
 # And with the Python that is there, in .venv or not, so that a machine without network
 # and with a GPU can run it; results are in build/gpu:
@@ -86,6 +86,7 @@ bench: $(VENV)/installed-test
 	for adapter in "" "--adapter lora"; do python benchmarks/train_step.py \
 		$(addprefix --data ,$(DATA)) $(BODY) $(PATHS) $$adapter --write || exit; done
 	python benchmarks/balance.py $(addprefix --data ,$(DATA)) --write
+	python benchmarks/prepare.py $(addprefix --data ,$(DATA)) --write
 
 BUDGET ?= 400
 OUT ?= build/gpu
