@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .boundary import divide
+from .checks import PICTURES
 from .conversation import (
     ANSWERS,
     Conversation,
@@ -28,8 +29,6 @@ NOTES, LENGTHS = "edpo_notes", "edpo_lengths"
 # Kinds of notes.
 TEMPLATE, MERGED, REPEATED = "template", "merged", "repeated"
 LEFT_OUT = "left out"
-# Columns of pictures, which no text is made of.
-PICTURES = ("image", "images")
 # Columns of messages without a type.
 WITHOUT_TYPE = {"messages": "prompt", "chosen": "chosen", "rejected": "rejected"}
 # Types whose rows are one question and one answer, each a message of a list.

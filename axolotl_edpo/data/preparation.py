@@ -84,7 +84,10 @@ def prepare(load: Prepare, cfg: Any, tokenizer: Any) -> tuple[Dataset, Dataset |
 def load_noted(
     load: Prepare, cfg: Any, tokenizer: Any
 ) -> tuple[Dataset, Dataset | None]:
-    """As `prepare`, and says nothing: the sets have the columns NOTES and LENGTHS."""
+    """Loads both sets with the columns NOTES and LENGTHS, of which nothing is said.
+
+    The arguments and errors are those of `prepare`.
+    """
     if tokenizer.eos_token is None:
         raise ValueError(
             f"the tokenizer of `{cfg.tokenizer_config or cfg.base_model}` has no end "
