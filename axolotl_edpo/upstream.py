@@ -229,6 +229,31 @@ def patches_adapters_late() -> bool:
     return "hook_post_create_trainer" in vars(HFRLTrainerBuilder)
 
 
+def takes_images() -> bool:
+    """Whether axolotl's preference training takes images; from 0.21 on."""
+    from axolotl.core.builders.rl import HFRLTrainerBuilder
+
+    return hasattr(HFRLTrainerBuilder, "_build_vision_collator")
+
+
+def image_collator(cfg: Any, tokenizer: Any) -> Any:
+    """The collator of pairs with images that axolotl's builder makes, without a model.
+
+    Private methods of the builder in 0.21. They read three of its attributes.
+
+    Args:
+        cfg: axolotl's config of a vision-language model.
+        tokenizer: The recipe's tokenizer.
+    """
+    from axolotl.core.builders.rl import HFRLTrainerBuilder
+    from axolotl.loaders import load_processor
+
+    builder = SimpleNamespace(cfg=cfg, tokenizer=tokenizer)
+    builder.processor = load_processor(cfg, tokenizer)
+    HFRLTrainerBuilder._prepare_vision_processor(builder)
+    return HFRLTrainerBuilder._build_vision_collator(builder)
+
+
 def merges_token_rows() -> bool:
     """Whether `merge_method: memory_efficient` merges trained rows of tokens.
 

@@ -13,7 +13,7 @@ from ..errors import quote, refuse
 from ..losses.beta_controller import Control
 from ..losses.edpo import LOWEST_BATCH_BETA
 from ..losses.preference import SFT
-from ..upstream import patches_adapters_late
+from ..upstream import patches_adapters_late, takes_images
 from .args import CACHE, CONTROL, LOWERED, OF_CONTROL, PRECOMPUTE
 
 Recipe = Mapping[str, Any]
@@ -138,8 +138,6 @@ UNSUPPORTED = {
     "reference_free": "remove it: ε-DPO compares policy and reference",
     "dpo_norm_loss": "remove it",
     "fsdp": "set `fsdp_version: 2` and `fsdp_config:`",
-    "is_multimodal": "use a text model, or `rl: dpo`",
-    "processor_type": "use a text model, or `rl: dpo`",
     "orpo_alpha": "remove it: axolotl would take it for `beta`",
     "dataset_shard_num": "axolotl ignores it beside `rl`: set `split: train[:10%]` in "
     "`datasets:`",
@@ -171,8 +169,18 @@ def _splits(key: str, reason: str) -> Rule:
     )
 
 
+def _lacks_images(key: str) -> Rule:
+    return Rule(
+        key,
+        lambda recipe: bool(recipe.get(key)) and not takes_images(),
+        "use a text model, or install axolotl 0.21 or later: this release trains "
+        "preferences on text only",
+    )
+
+
 UNSUPPORTED_RULES = (
     *refused(UNSUPPORTED),
+    *map(_lacks_images, ("is_multimodal", "processor_type")),
     *(_splits(key, reason) for key, reason in SPLITTING.items()),
 )
 DISPATCH_RULES = refused(

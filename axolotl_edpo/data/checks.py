@@ -12,12 +12,9 @@ from .columns import IDS, arrow_tables, long_pairs
 
 LOG = get_logger(__name__)
 
-# Column names from which axolotl and TRL infer that the data has pictures.
-PICTURES = ("image", "images")
-
 
 def check_loaded(key: str, dataset: Dataset, sequence_len: int) -> None:
-    """Refuses data with pictures, or without pairs.
+    """Refuses data without pairs.
 
     Args:
         key: `datasets` or `test_datasets`.
@@ -27,22 +24,11 @@ def check_loaded(key: str, dataset: Dataset, sequence_len: int) -> None:
     Raises:
         ValueError: Names the data set, what it lacks and the remedy.
     """
-    _check_pictures(key, dataset)
     if not len(dataset):
         raise ValueError(
             f"`{key}` leaves no pair to train on: every one is longer than "
             f"`sequence_len: {sequence_len}` (raise it), or there was none"
         )
-
-
-def _check_pictures(key: str, dataset: Dataset) -> None:
-    """Refuses data with pictures, which TRL does not tokenize before training."""
-    for name in PICTURES:
-        if name in dataset.column_names:
-            raise ValueError(
-                f"`{key}`: there is a column `{name}`, and `rl: edpo` trains on text "
-                "only: remove the column from the data, or use `rl: dpo`"
-            )
 
 
 def check_tokens(dataset_name: str, dataset: Dataset) -> None:

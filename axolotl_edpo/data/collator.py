@@ -9,12 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from axolotl.utils.collators.dpo import AxolotlDPODataCollatorWithPadding
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from .completions import Completions, select_completions
 from .layout import Batch, Examples
 from .packing import Pair, TokenSequence, balance_by_tokens, pack_pairs, pairs_of
+
+# Entries of a batch of text in TRL.
+TRL_ENTRIES = ("input_ids", "attention_mask", "completion_mask")
 
 
 def keep_examples(pairs: list[dict[str, Any]]) -> dict[str, Examples]:
@@ -125,20 +129,39 @@ class PairCollator(DataCollatorForPreference):
         }
 
     def _padded(self, examples: list[dict[str, Any]]) -> Batch:
-        padded = super().torch_call(examples)
-        ids, mask = padded["input_ids"], padded["attention_mask"]
-        positions, targets, lengths = select_completions(ids, padded["completion_mask"])
-        return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "copies": mask,
-            "positions": positions,
-            "targets": targets,
-            "lengths": lengths,
-            "chosen_tokens": int(lengths.chunk(2)[0].sum()),
-            "num_tokens": int(mask.sum()),
-            "examples": Examples(examples),
-        }
+        return padded_batch(super().torch_call(examples), examples)
+
+
+def padded_batch(padded: Mapping[str, Any], examples: list[dict[str, Any]]) -> Batch:
+    """A padded batch, from what TRL's collator returns.
+
+    Args:
+        padded: `input_ids`, `attention_mask` and `completion_mask`, each of shape
+            (sequences, length); further entries are inputs of the model's forward.
+        examples: The pairs that are scored. TRL's batch may have more pairs after them.
+
+    Returns:
+        The entries of a padded `Batch`.
+    """
+    ids, mask = padded["input_ids"], padded["attention_mask"]
+    pairs, scored = len(examples), padded["completion_mask"].clone()
+    for answers in scored.chunk(2):
+        answers[pairs:] = 0
+    positions, targets, lengths = select_completions(ids, scored)
+    lengths = torch.cat([answers[:pairs] for answers in lengths.chunk(2)])
+    more = {name: padded[name] for name in padded if name not in TRL_ENTRIES}
+    batch: Batch = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "copies": mask,
+        "positions": positions,
+        "targets": targets,
+        "lengths": lengths,
+        "chosen_tokens": int(lengths.chunk(2)[0].sum()),
+        "num_tokens": int(mask.sum()),
+        "examples": Examples(examples),
+    }
+    return {**batch, "images": more} if more else batch
 
 
 def trl_collator(args: Any, collator: Any) -> Any:

@@ -105,6 +105,8 @@ class Batch(TypedDict, total=False):
             Packed: `no_mask()`.
         position_ids: Packed only. Shape (1, length), int64.
         segments: Packed only. Which keys each query of the row sees.
+        images: Pairs with images only. Further inputs of the model: pixels, and which
+            tokens stand for them, in the shapes of its processor.
         copies: Shape (rows, length), how many sequences a token belongs to: 0 for
             padding, 2 for a shared prefix.
         positions: Shape (tokens,), int64, see `Completions`.
@@ -120,6 +122,7 @@ class Batch(TypedDict, total=False):
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
     segments: Segments
+    images: dict[str, torch.Tensor]
     copies: torch.Tensor
     positions: torch.Tensor
     targets: torch.Tensor
@@ -131,17 +134,21 @@ class Batch(TypedDict, total=False):
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a batch that are arguments of the model's forward."""
-    return {name: batch[name] for name in MODEL_INPUTS if name in batch}
+    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+    return inputs | batch.get("images", {})
 
 
 def each_tensor(
     batch: Mapping[str, Any], change: Callable[[torch.Tensor], torch.Tensor]
 ) -> Any:
     """A copy of a batch with `change` applied to every tensor."""
-    return {
-        name: change(value) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return each_tensor(value, change)
+        return change(value) if isinstance(value, torch.Tensor) else value
+
+    return {name: changed(value) for name, value in batch.items()}
 
 
 def release_masks(batch: Mapping[str, Any]) -> None:

@@ -4,21 +4,23 @@ axolotl's dataset types do the reading. For `chat_template` types, the chat temp
 renders the two whole conversations, and their text is what counts.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .boundary import divide
-from .checks import PICTURES
+from .columns import IDS
 from .conversation import (
     ANSWERS,
     Conversation,
+    Message,
     PairError,
     from_messages,
     from_whole,
     require_same_context,
     roles_of,
 )
+from .images import ImageTokens, has_images
 from .rendering import ChatTemplate, PairText, left_out, render_pair
 
 # Columns of the texts of a pair.
@@ -37,6 +39,10 @@ TWO_MESSAGES = ("argilla_chat", "ultra")
 MESSAGES_TYPE = "set `type: chat_template.default` and `field_messages: prompt`"
 MESSAGES_REMEDY = "set `type: chat_template.default` for messages, or remove the row"
 
+IMAGE_REMEDY = (
+    "; images are due in a column `images`, and in messages before the answer"
+)
+
 Read = Callable[[Mapping[str, Any], Mapping[str, str]], Conversation]
 CHAT_TYPES: dict[str, Read] = {
     "chat_template.default": from_messages,
@@ -54,6 +60,7 @@ class PairMaker:
         fields: Column names of messages, chosen and rejected, for `chat_template`.
         template: The chat template of the recipe.
         start: The text that its tokenizer adds to the start of every text.
+        images: Tokenizes pairs with images; None beside a text model.
         raise_above: Most tokens of a sequence that `excess_length_strategy: raise`
             accepts; None with another strategy.
     """
@@ -63,6 +70,7 @@ class PairMaker:
     fields: Mapping[str, str]
     template: ChatTemplate
     start: str
+    images: ImageTokens | None
     raise_above: int | None
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,8 +80,8 @@ class PairMaker:
             PairError: If the row cannot be trained on as it is written.
         """
         row = dict(row)
-        if any(row.get(name) for name in PICTURES):  # refused later, by column
-            return {**self.transform(row), NOTES: "", LENGTHS: [0, 0]}
+        if has_images(row):
+            return self._with_images(row)
         made: dict[str, Any] = {}
         if self.kind in CHAT_TYPES:
             pair, notes = self._render(row)
@@ -91,6 +99,36 @@ class PairMaker:
             notes.append(f"{MERGED}: {divided.moved!r}")
         texts = vars(divided.pair)
         return {**made, **texts, NOTES: "\n".join(notes), LENGTHS: [*divided.lengths]}
+
+    def _with_images(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row with images, which axolotl's collator renders."""
+        if self.images is None:
+            raise PairError(
+                "there is a column of images, and `base_model` takes only text: "
+                "remove the column, or name a vision-language model"
+            )
+        talk, made = None, {}
+        if self.kind in CHAT_TYPES:
+            talk = CHAT_TYPES[self.kind](row, self.fields)
+        else:
+            made = self._read(row)
+            if _is_messages(made):
+                talk = from_messages(made, WITHOUT_TYPE)
+        if talk is not None:
+            _require_image_parts(talk)
+            made |= {"prompt": talk.context}
+            made |= {
+                name: [answer]
+                for name, answer in zip(ANSWERS, talk.answers, strict=True)
+            }
+            keywords = {**self.template.keywords, **talk.keywords}
+            made |= {"chat_template_kwargs": keywords} if keywords else {}
+        columns, missing = self.images.columns({**row, **made}, talk)
+        prompt, *answers = (len(columns[name]) for name in IDS)
+        longest = prompt + max(answers)
+        self._require_length(longest)
+        notes = "\n".join(f"{LEFT_OUT}: {name}" for name in missing)
+        return {**made, **columns, NOTES: notes, LENGTHS: [prompt, longest]}
 
     def _require_length(self, tokens: int) -> None:
         if self.raise_above is not None and tokens > self.raise_above:
@@ -118,6 +156,8 @@ class PairMaker:
 
     def _render(self, row: dict[str, Any]) -> tuple[PairText, list[str]]:
         talk = CHAT_TYPES[self.kind](row, self.fields)
+        _require_kinds(talk.context, ("text",))
+        _require_kinds(talk.answers, ("text",))
         pair = render_pair(self.template, talk)
         notes = [f"{LEFT_OUT}: {name}" for name in left_out(talk, pair)]
         try:
@@ -229,6 +269,32 @@ def _require_messages(made: Mapping[str, Any]) -> None:
                 f"`{name}` has messages of {', '.join(roles)}, and after a `prompt` of "
                 f"messages one answer is due: {MESSAGES_TYPE}"
             )
+
+
+def _require_image_parts(talk: Conversation) -> None:
+    """Refuses what the collator of axolotl leaves out, or fails with."""
+    _require_kinds(talk.context, ("text", "image"))
+    _require_kinds(talk.answers, ("text",))
+    if talk.tools:
+        raise PairError(
+            "it has `tools`, which axolotl leaves out of pairs with images: write them "
+            "in a message of the system"
+        )
+
+
+def _require_kinds(messages: Iterable[Message], kinds: tuple[str, ...]) -> None:
+    """Refuses parts of messages that would be left out, or trained without pixels."""
+    for message in messages:
+        content = message["content"]
+        for part in content if isinstance(content, list) else ():
+            kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+            if kind not in kinds:
+                raise PairError(
+                    f"a message of the {message['role']} has a part of `type: {kind}`: "
+                    f"{' and '.join(kinds)} can be trained there"
+                    + IMAGE_REMEDY
+                    * (kind == "image")
+                )
 
 
 def _require_two_messages(row: Mapping[str, Any]) -> None:

@@ -23,12 +23,14 @@ from datasets.exceptions import DatasetGenerationError
 from pyarrow import ArrowInvalid
 
 from .. import upstream
-from ..errors import quote
+from ..errors import quote, refuse
 from . import prepared
 from .boundary import repeated_start
-from .checks import check_loaded
+from .checks import check_loaded, check_tokens
 from .columns import arrow_tables, has_chat_template
 from .conversation import PairError
+from .images import ImageTokens, has_images
+from .layout import LayoutSettings
 from .pair_maker import (
     LEFT_OUT,
     LENGTHS,
@@ -94,13 +96,50 @@ def load_noted(
             "of text: set `special_tokens: {eos_token: ...}`"
         )
     cfg = with_types(cfg)
-    preparation = Preparation(cfg, tokenizer)
+    preparation = Preparation(cfg, tokenizer, images=_image_tokens(cfg, tokenizer))
     with upstream.preparing_with(preparation):
         train, evaluation = load(cfg, tokenizer)
     for key, data in (("datasets", train), ("test_datasets", evaluation)):
         if data is not None:
             check_loaded(key, data, cfg.sequence_len)
+    if has_images(train):
+        _check_images(cfg, train, evaluation)
     return train, evaluation
+
+
+def _image_tokens(cfg: Any, tokenizer: Any) -> ImageTokens | None:
+    """What tokenizes pairs with images; None if model or axolotl takes only text."""
+    if not (cfg.is_multimodal and upstream.takes_images()):
+        return None
+    collator = upstream.image_collator(cfg, tokenizer)
+    collator.max_length = None
+    return ImageTokens(collator, dict(cfg.chat_template_kwargs or {}))
+
+
+def _check_images(cfg: Any, train: Dataset, evaluation: Dataset | None) -> None:
+    """Refuses layouts that pairs with images cannot have, and sets of two kinds.
+
+    Raises:
+        ValueError: Names the key and what to set.
+    """
+    layout = LayoutSettings.from_config(cfg)
+    if layout.packs_any and not layout.may_pad:
+        key = "sample_packing" if layout.balances else "dpo_padding_free"
+        key = key if layout.packs else "eval_sample_packing"
+        refuse(
+            key,
+            True,
+            "remove it: pairs with images are padded, one row for each "
+            "sequence, as the processor lays them out",
+        )
+    check_tokens("train", train)
+    if evaluation is not None:
+        if not has_images(evaluation):
+            raise ValueError(
+                "`test_datasets` has no column `images`, and `datasets` has one: add "
+                "it; it may be empty"
+            )
+        check_tokens("eval", evaluation)
 
 
 def with_types(cfg: Any) -> Any:
@@ -126,12 +165,14 @@ class Preparation:
         tokenizer: The recipe's tokenizer.
         key: What is loaded: `datasets` or `test_datasets`.
         makers: Number of an entry -> what makes its pairs.
+        images: Tokenizes pairs with images; None beside a text model.
     """
 
     cfg: Any
     tokenizer: Any
     key: str = "datasets"
     makers: dict[int, PairMaker] = field(default_factory=dict)
+    images: ImageTokens | None = None
     _parts: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def load_split(self, load: Callable, cfg: Any, split: str) -> Dataset:
@@ -156,7 +197,25 @@ class Preparation:
         if not cfg.skip_prepare_dataset:
             name = prepared.folder_name(upstream.prepared_root(cfg), parts)
             prepared.write(upstream.prepared_path(cfg, name), parts)
-        return dataset
+        return self._short_enough(dataset) if has_images(dataset) else dataset
+
+    def _short_enough(self, dataset: Dataset) -> Dataset:
+        """Drops long pairs with images, as axolotl drops long pairs of text."""
+        kept, limit = self.is_kept(), self.cfg.sequence_len
+        lengths = enumerate(dataset[LENGTHS])
+        rows = [
+            row
+            for row, tokens in lengths
+            if kept({LENGTHS: tokens}, sequence_len=limit)
+        ]
+        if len(rows) == len(dataset):
+            return dataset
+        dropped = f"{len(dataset) - len(rows)} of {len(dataset)} pairs"
+        LOG.warning(
+            f"`{self.key}`: {dropped} with images are dropped, as they have more tokens "
+            f"than `sequence_len: {limit}`."
+        )
+        return dataset.select(rows)
 
     def _where(self, cfg: Any) -> str:
         """Names data set, row, file and type of the row that was refused."""
@@ -187,6 +246,7 @@ class Preparation:
             {name: entry.get(key) or name for name, key in FIELDS.items()},
             self._template(),
             repeated_start(self.tokenizer),
+            self.images,
             cfg.sequence_len if strict else None,
         )
         self.makers[dataset_idx] = maker
@@ -215,8 +275,9 @@ class Preparation:
         key = json.dumps(entries, default=str)
         if key not in self._parts:
             source = self._template().source or self.tokenizer.chat_template
+            processor = self.images and self.images.collator.processor
             self._parts[key] = prepared.made_of(
-                self.cfg, entries, self.tokenizer, source or ""
+                self.cfg, entries, self.tokenizer, source or "", processor
             )
         return self._parts[key]
 

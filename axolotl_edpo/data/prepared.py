@@ -33,10 +33,16 @@ KEYS = (
     "tokens",
     "added_tokens_overrides",
 )
+# Keys that change the images.
+IMAGE_KEYS = ("image_size", "image_resize_algorithm", "processor_kwargs")
 
 
 def made_of(
-    cfg: Any, entries: Iterable[Mapping[str, Any]], tokenizer: Any, template: str
+    cfg: Any,
+    entries: Iterable[Mapping[str, Any]],
+    tokenizer: Any,
+    template: str,
+    processor: Any,
 ) -> dict[str, str]:
     """Everything that prepared data depend on: what it is -> its value or digest.
 
@@ -45,6 +51,7 @@ def made_of(
         entries: The entries of `datasets:` or of `test_datasets:`.
         tokenizer: A tokenizer of transformers.
         template: The chat template; "" without one.
+        processor: The processor of a vision-language model; None for a text model.
     """
     parts = {
         "axolotl": version("axolotl"),
@@ -53,6 +60,9 @@ def made_of(
         "the chat template": _digest(template.encode()),
     }
     parts |= {f"`{key}`": as_yaml(cfg.get(key)) for key in KEYS}
+    if processor is not None:
+        parts["the processor"] = _digest(_processor_text(processor).encode())
+        parts |= {f"`{key}`": as_yaml(cfg.get(key)) for key in IMAGE_KEYS}
     for number, entry in enumerate(entries):
         parts[f"entry {number}"] = json.dumps(entry, sort_keys=True, default=str)
         for file in _files(entry):
@@ -115,6 +125,12 @@ def _tokenizer_text(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend else as_yaml(sorted(tokenizer.get_vocab()))
     return vocabulary + as_yaml(dict(tokenizer.special_tokens_map))
+
+
+def _processor_text(processor: Any) -> str:
+    settings = {**processor.to_dict(), "images": processor.image_processor.to_dict()}
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return text + str(processor.chat_template)
 
 
 def _files(entry: Mapping[str, Any]) -> list[Path]:

@@ -20,6 +20,7 @@ from datasets import Dataset
 from .. import upstream
 from ..data.checks import same_answers
 from ..data.columns import arrow_tables, token_counts
+from ..data.images import has_images
 from ..data.pair_maker import NOTES
 from ..data.preparation import count_rows, load_noted
 from ..errors import quote
@@ -116,14 +117,16 @@ def _pair_set(cfg: Any, key: str) -> PairSet:
         raise ValueError(
             f"the recipe has no `{key}`: set it, or `val_set_size`, to evaluate"
         )
-    pairs = upstream.tokenize_pairs(
-        EDPOTrainer,
-        found,
-        tokenizer,
-        NAMES[key],
-        cfg.sequence_len,
-        cfg.dataset_num_proc,
-    )
+    pairs = found
+    if not has_images(found):  # those have their tokens already
+        pairs = upstream.tokenize_pairs(
+            EDPOTrainer,
+            found,
+            tokenizer,
+            NAMES[key],
+            cfg.sequence_len,
+            cfg.dataset_num_proc,
+        )
     reasons = f"longer than {quote('sequence_len', cfg.sequence_len)}"
     if cfg.dataset_exact_deduplication:
         reasons += ", or there twice (`dataset_exact_deduplication`)"

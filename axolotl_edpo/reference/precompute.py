@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from ..config.args import CACHE, PRECOMPUTE
 from ..data.columns import scored_lengths, token_rows
-from ..data.pair_id import digest_of
+from ..data.pair_id import IMAGES, digest_of
 from ..distributed import broadcast_from_rank0
 from ..upstream import default_prepared_path, size_in_words
 from .fingerprint import COMPUTE_KEYS
@@ -108,8 +109,12 @@ def distinct_pairs(
     pairs = {}
     for dataset in datasets:
         scored = scored_lengths(dataset, max_length)
-        for row, parts in enumerate(token_rows(dataset)):
-            digest, length = digest_of(parts), sum(map(len, parts))
+        has_images = IMAGES in dataset.column_names
+        images = dataset[IMAGES] if has_images else repeat("")
+        for row, (parts, own) in enumerate(
+            zip(token_rows(dataset), images, strict=False)
+        ):
+            digest, length = digest_of(parts, own), sum(map(len, parts))
             pairs[digest] = DataPair(digest, length, int(scored[row]), dataset, row)
     return sorted(pairs.values(), key=lambda pair: (-pair.length, pair.digest))
 

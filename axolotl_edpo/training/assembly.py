@@ -1,7 +1,7 @@
 """Builds the parts of a run from TRL's trainer and the settings of the recipe."""
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from .. import upstream
-from ..data.collator import keep_examples
+from ..data.collator import PairCollator, keep_examples
+from ..data.image_collator import ImagePairCollator
+from ..data.images import has_images
 from ..data.layout import LayoutSettings
 from ..losses.beta_controller import BetaController, MarginController
 from ..losses.preference import PreferenceLoss
@@ -94,11 +97,26 @@ def make_batcher(trainer: Any, wanted: LayoutSettings) -> PairBatcher:
     Raises:
         ValueError: If the models do not support this layout.
     """
-    collator = vars(trainer.data_collator)
+    make_collator = _collator_maker(trainer.data_collator)
     trainer.data_collator = keep_examples
-    args, layout = trainer.args, prepare_models(wanted, all_models(trainer))
-    drops_last = args.dataloader_drop_last
-    return PairBatcher(trainer.accelerator, collator, layout, args.device, drops_last)
+    args, layout = trainer.args, wanted
+    if has_images(trainer.train_dataset):
+        layout = LayoutSettings(shares=False)
+    else:
+        layout = prepare_models(wanted, all_models(trainer))
+    last = args.dataloader_drop_last
+    return PairBatcher(trainer.accelerator, make_collator, layout, args.device, last)
+
+
+def _collator_maker(collator: Any) -> Callable[..., Any]:
+    """Makes our collator with the arguments of TRL's or axolotl's."""
+    if isinstance(collator, DataCollatorForPreference):
+        return partial(PairCollator, **vars(collator))
+
+    def with_images(*, packs: bool, shares: bool) -> ImagePairCollator:
+        return ImagePairCollator(**vars(collator))
+
+    return with_images
 
 
 def make_reference(

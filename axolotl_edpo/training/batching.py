@@ -9,7 +9,7 @@ runs, the next one is laid out in the background.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -20,10 +20,12 @@ import torch
 from accelerate import Accelerator
 
 from ..background import copied, in_background, pinned
-from ..data.collator import PairCollator, pairs_in
+from ..data.collator import pairs_in
 from ..data.layout import Batch, LayoutSettings, each_tensor
 from ..distributed import sum_over_ranks
 
+# Lays out the pairs of a micro-batch.
+Collator = Any
 # A micro-batch as the data loader yields it: pairs that are not laid out yet.
 RawBatch = dict[str, Any]
 # transformers' `get_batch_samples`: takes an iterator and a number, and returns up to
@@ -50,7 +52,8 @@ class PairBatcher:
 
     Args:
         accelerator: The run's accelerator.
-        collator: Arguments of TRL's collator.
+        make_collator: Makes a collator; `packs` and `shares` are those of
+            `PairCollator`.
         layout: How pairs are laid out.
         device: The device of the model.
         drops_last: Whether the data loader drops a last, smaller micro-batch.
@@ -63,18 +66,18 @@ class PairBatcher:
     """
 
     layout: LayoutSettings
-    collators: dict[str, PairCollator]
+    collators: dict[str, Collator]
 
     def __init__(
         self,
         accelerator: Accelerator,
-        collator: Mapping[str, Any],
+        make_collator: Callable[..., Collator],
         layout: LayoutSettings,
         device: torch.device,
         drops_last: bool,
     ):
         self._accelerator, self.device = accelerator, device
-        self._collator, self._drops_last = dict(collator), drops_last
+        self._make_collator, self._drops_last = make_collator, drops_last
         self.next_step: NextStep | None = None
         self.use(layout)
 
@@ -83,9 +86,7 @@ class PairBatcher:
         self.layout = layout
         packs = {"train": layout.packs, "eval": layout.eval_packs}
         self.collators = {
-            mode: PairCollator(
-                **self._collator, packs=packs[mode], shares=bool(layout.shares)
-            )
+            mode: self._make_collator(packs=packs[mode], shares=bool(layout.shares))
             for mode in packs
         }
 
