@@ -28,7 +28,7 @@ def digest_of(parts: Iterable[Sequence[int] | np.ndarray], images: str = "") -> 
         ids = np.ascontiguousarray(part, dtype=np.int64)
         digest.update(len(ids).to_bytes(8, "little"))
         digest.update(ids.data)
-    digest.update(images)
+    digest.update(images.encode())
     return digest.digest()
 
 

@@ -210,10 +210,10 @@ class Preparation:
         ]
         if len(rows) == len(dataset):
             return dataset
-        dropped = f"{len(dataset) - len(rows)} of {len(dataset)} pairs"
         LOG.warning(
-            f"`{self.key}`: {dropped} with images are dropped, as they have more tokens "
-            f"than `sequence_len: {limit}`."
+            f"`{self.key}`: {len(dataset) - len(rows)} of {len(dataset)} pairs with "
+            "images are dropped, as they have more tokens than "
+            f"`sequence_len: {limit}`."
         )
         return dataset.select(rows)
 

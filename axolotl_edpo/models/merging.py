@@ -7,8 +7,10 @@ memory_efficient   the default: each tensor in the files of `base_model` is merg
                    the adapter has for any other tensor is left out
 legacy             PEFT merges the loaded model, which is then saved
 
-A tied model has one weight for its embedding and its head, and one tensor in its files.
-So an adapter with something of its own for one of the two loses it, or changes both.
+The files of some vision-language models name layers otherwise than the loaded model
+does. A tied model has one weight for its embedding and its head, and one tensor in its
+files. So an adapter with something of its own for one of the two loses it, or changes
+both.
 
 check_recipe_adapter   before training: what the recipe would train on a tied model
 check_merge            before a merge: what the saved adapter holds
@@ -85,7 +87,8 @@ def check_merge(recipe: Any) -> None:
     method = recipe.get(METHOD) or "memory_efficient"
     if method == LEGACY:
         return
-    if what := _left_out(adapter, names, folder) or _new_tokens(recipe, folder):
+    what = _left_out(adapter, names, folder) or _new_tokens(recipe, folder)
+    if what := what or _renamed_layers(recipe):
         remedy = f"it would leave out {what}: set `{METHOD}: {LEGACY}`"
         refuse(METHOD, method, remedy)
 
@@ -209,6 +212,16 @@ def _new_tokens(recipe: Any, folder: Path) -> str | None:
     ]
     new = sorted(words[0].keys() - words[1].keys())
     return f"the new tokens {_words(new)} of the tokenizer" if new else None
+
+
+def _renamed_layers(recipe: Any) -> str | None:
+    """Layers that the default method does not find in the files, or None.
+
+    For Gemma 3 and LLaVA it then writes `base_model` as it was, after a warning.
+    """
+    if not hasattr(load_model_config(recipe), "vision_config"):
+        return None
+    return "layers that have other names in the files of a vision-language model"
 
 
 def _short(name: str) -> str:
