@@ -168,7 +168,7 @@ def test_two_ranks_train_as_one_process(vision_recipe, tmp_path, name):
         runs.append(ranks.run(folder, vision_recipe(file=file, **keys), count, None))
     (alone,), pair = runs
     assert series(pair[0], "kl/beta") == series(pair[1], "kl/beta")
-    assert len(series(alone, "loss")) == 6 and alone["beta"] != 0.1
+    assert len(series(alone, "loss")) == 5 and alone["beta"] != 0.1
     for metric, close in (("kl/beta", 1e-6), ("loss", 1e-5), ("grad_norm", 1e-3)):
         expected = series(alone, metric)
         assert series(pair[0], metric) == pytest.approx(expected, rel=1e-4, abs=close)
@@ -220,10 +220,9 @@ def test_a_cached_reference_is_the_live_one(vision_recipe, tmp_path, keys):
 
 @rest
 def test_the_vision_tower_trains_in_qlora(vision_recipe, tmp_path):
-    # axolotl leaves the embeddings of a vision tower in float32, which on a CPU does
-    # not go through its layer norms in bf16
-    keys = vision_recipe(**NF4, embeddings_skip_upcast=True)
-    trainer = tiny.train(tmp_path, keys)
+    # in float32: axolotl leaves the patch embedding in it, which a CPU does not take
+    # through layer norms in bf16
+    trainer = tiny.train(tmp_path, vision_recipe(**{**NF4, "bf16": False}))
     trained = {n for n, w in trainer.model.named_parameters() if w.requires_grad}
     assert any("vision_tower" in n for n in trained)
     logs = tiny.logs(trainer)
