@@ -12,10 +12,11 @@ STATE = "trainer_state.json"
 PREFIX = "checkpoint-"
 # The key in STATE below which β and its settings are saved.
 CONTROLLER = "EDPO"
-# The trace of pairs: its folder in `output_dir`, its files, and the columns that hold
-# text.
+# The trace of pairs: its folder in `output_dir`, its files, the columns that hold text,
+# and the column of thumbnails, which runs without images lack.
 TRACE, TRACE_FILES = "edpo_pairs", "steps-*-rank*.parquet"
 TEXTS = ("prompt", "chosen", "rejected")
+THUMBNAILS = "images"
 
 
 def is_complete(checkpoint: Path) -> bool:

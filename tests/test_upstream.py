@@ -538,6 +538,7 @@ def test_releases_of_axolotl_differ_where_upstream_says_so():
     found = upstream.default_fsdp_version()
     assert found == (1 if release == (0, 19) else 2), "upstream.py: fsdp_version"
     assert upstream.patches_adapters_late() == (release >= (0, 21)), "rules.py: kernels"
+    assert upstream.takes_images() == (release >= (0, 21)), "rules.py: images"
     assert upstream.merges_token_rows() == (release >= (0, 21)), "merging.py: rows"
 
 
@@ -623,6 +624,16 @@ def test_axolotl_prepares_pairs_with_functions_that_are_replaced(recipe, tmp_pat
     )
 
 
+@pytest.mark.skipif(not upstream.takes_images(), reason="from axolotl 0.21 on")
+def test_the_builder_makes_a_collator_of_images_from_three_attributes():
+    """`image_collator` gives it no more; its batches: tests/runs/test_images.py."""
+    from axolotl.core.builders.rl import HFRLTrainerBuilder as Builder
+
+    for made in (Builder._build_vision_collator, Builder._prepare_vision_processor):
+        read = {*re.findall(r"\bself\.(\w+)", source(made))}
+        assert read <= {"cfg", "tokenizer", "processor"}, "upstream.py: image_collator"
+
+
 def test_the_loader_of_pairs_is_axolotls_own(recipe, tmp_path):
     tiny.load_config(tmp_path, recipe())  # with ours around it
     assert upstream.pairs_loader().__module__ == "axolotl.utils.data.rl"
@@ -674,7 +685,7 @@ ANSWERED = {
     "dataset_shard_idx": "goes with dataset_shard_num, refused",
     "eaft_alpha": "goes with use_eaft, refused",
     "eaft_k": "goes with use_eaft, refused",
-    "image_resize_algorithm": "goes with processor_type, refused",
+    "image_resize_algorithm": "data/preparation.py, by axolotl's builder",
     "label_balance_window_optim_steps": "goes with balance_labels, refused",
     "lisa_layers_attribute": "goes with lisa_step_interval, refused",
     "lisa_n_layers": "goes with lisa_step_interval, refused",

@@ -8,6 +8,7 @@ checks hold for it. The digest tells in training whether an image is still the s
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from io import BytesIO
 from typing import Any
 
 import xxhash
@@ -28,6 +29,8 @@ from .rendering import ChatTemplate, left_out, render_pair
 COLUMNS = ("image", "images")
 # Columns that TRL's collator reads. It would fail with others that it knows.
 INPUTS = ("prompt", "chosen", "rejected", *COLUMNS, "chat_template_kwargs")
+# Longest side of a thumbnail, in pixels.
+THUMBNAIL = 128
 # What images, processors and chat templates raise if something is wrong with a row.
 ERRORS = (
     OSError,
@@ -77,6 +80,21 @@ def digest_of_images(images: list[Any], processor: Any) -> str:
         digest.update(f"{image.mode} {image.size}".encode())
         digest.update(image.tobytes())
     return digest.hexdigest()
+
+
+def thumbnails(normalizer: Any, row: Mapping[str, Any]) -> list[bytes]:
+    """Small copies of the images of a pair, as PNG files.
+
+    Args:
+        normalizer: axolotl's, which reads and resizes images.
+        row: A row of a data set with images.
+    """
+    files = []
+    for image in loaded(normalizer, row)["images"]:
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        image.convert("RGB").save(file := BytesIO(), "PNG")
+        files.append(file.getvalue())
+    return files
 
 
 @dataclass(frozen=True)

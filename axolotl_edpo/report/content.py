@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..run_files import TEXTS
+from ..run_files import TEXTS, THUMBNAILS
 from . import figures, logged, runs, trace
 from .logged import EVAL, Metric
 from .runs import Run
@@ -193,7 +193,7 @@ def as_json(run: Run, name: str, pairs: Pairs | None) -> dict[str, Any]:
 
 def _pairs_as_json(pairs: Pairs) -> dict[str, Any]:
     curves = trace.margin_by_step(pairs.observations)
-    numbers = pairs.table.drop(columns=[*TEXTS]).reset_index()
+    numbers = pairs.table.drop(columns=[*TEXTS, THUMBNAILS]).reset_index()
     return {
         "observations": len(pairs.observations),
         "margin_by_step": {

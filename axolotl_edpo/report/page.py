@@ -1,5 +1,6 @@
 """Fills the template of the page with charts and tables, and writes the files."""
 
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,7 @@ def _render(report: Report, sections: list[Section]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["svg"] = _svg
+    environment.filters |= {"svg": _svg, "png": _png}
     return environment.get_template("page.html").render(
         report=report,
         sections=sections,
@@ -135,6 +136,11 @@ def _render(report: Report, sections: list[Section]) -> str:
         tables=tables,
         status=runs.status,
     )
+
+
+def _png(file: bytes) -> str:
+    """A picture as an address that holds it, so that the page is one file."""
+    return f"data:image/png;base64,{b64encode(file).decode()}"
 
 
 def _svg(chart: Chart) -> Markup:

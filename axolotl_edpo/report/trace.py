@@ -25,7 +25,7 @@ sign of Δ+ - Δ-.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..run_files import TEXTS, TRACE, TRACE_FILES
+from ..run_files import TEXTS, THUMBNAILS, TRACE, TRACE_FILES
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -74,6 +74,8 @@ def _read_file(file: Path) -> "DataFrame":
         raise ValueError(f"{file}: not a whole Parquet file: remove it") from error
     # these are null in every row unless `edpo_control` is `epsilon`
     perturbed = ["plus", "minus", "step"]
+    if THUMBNAILS not in rows:
+        rows[THUMBNAILS] = None
     return rows.astype(dict.fromkeys(perturbed, "float64"))
 
 
@@ -98,6 +100,7 @@ def by_pair(trace: "DataFrame") -> "DataFrame":
             margin, kl      of the last observation
             *_tokens        numbers of tokens of prompt, chosen and rejected
             prompt, chosen, rejected    texts
+            images          thumbnails, PNG files; None without images
     """
     steps = trace["step"]
     moves = {"up": steps > 0, "down": steps < 0}
@@ -105,7 +108,8 @@ def by_pair(trace: "DataFrame") -> "DataFrame":
         **{name: s.astype(float).where(steps.notna()) for name, s in moves.items()}
     )
     last = {name: (name, "last") for name in ("margin", "kl", *TOKENS)}
-    texts = {name: (name, "first") for name in TEXTS}  # the first that is not null
+    # the first that is not null
+    texts = {name: (name, "first") for name in (*TEXTS, THUMBNAILS)}
     pairs = trace.groupby("id", sort=False).agg(
         seen=("id", "size"),
         up=("up", "mean"),

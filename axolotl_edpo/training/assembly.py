@@ -15,7 +15,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from .. import upstream
 from ..data.collator import PairCollator, keep_examples
 from ..data.image_collator import ImagePairCollator
-from ..data.images import has_images
+from ..data.images import has_images, thumbnails
 from ..data.layout import LayoutSettings
 from ..losses.beta_controller import BetaController, MarginController
 from ..losses.preference import PreferenceLoss
@@ -165,12 +165,14 @@ def make_records(
     perturbed, trace = controller.epsilon is not None, None
     if log_pairs is not None:
         decode = trainer.processing_class.batch_decode
+        normalizer = getattr(trainer.data_collator, "normalizer", None)
         trace = PairTrace(
             output_dir,
             log_pairs,
             accelerator.process_index,
             perturbed=perturbed,
             decode=partial(decode, skip_special_tokens=True),
+            thumbnails=normalizer and partial(thumbnails, normalizer),
         )
     counts = StepCounts(accelerator, controller, FiniteCheck(output_dir))
     return StepRecords(accelerator, PairMetrics(perturbed, mean), counts, trace)

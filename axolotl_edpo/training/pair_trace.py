@@ -22,9 +22,11 @@ Columns:
     chosen_tokens, rejected_tokens   scored tokens of the answers
     prompt, chosen, rejected    text without special tokens; null if an earlier row of
                                 the file has the same pair
+    images                      thumbnails of its images, PNG files; null as the texts;
+                                only in data with images
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -35,7 +37,7 @@ from axolotl.utils.logging import get_logger
 
 from ..data.columns import IDS
 from ..data.pair_id import pair_digest
-from ..run_files import TEXTS, TRACE, TRACE_FILES
+from ..run_files import TEXTS, THUMBNAILS, TRACE, TRACE_FILES
 
 LOG = get_logger(__name__)
 
@@ -80,6 +82,7 @@ class PairTrace:
         rank: Rank of this process.
         perturbed: Whether ε-DPO computes Δ+, Δ- and s.
         decode: Decodes lists of token ids to texts.
+        thumbnails: Makes the thumbnails of a pair; None in data without images.
 
     Attributes:
         folder: Folder of the files.
@@ -93,12 +96,14 @@ class PairTrace:
         rank: int,
         perturbed: bool,
         decode: Callable[[list[list[int]]], list[str]],
+        thumbnails: Callable[[Mapping[str, Any]], list[bytes]] | None,
     ):
         self.folder = output_dir / TRACE
         self.seconds = 0.0
         self._timing_since: float | None = None
         self._every, self._rank = every, rank
         self._perturbed, self._decode = perturbed, decode
+        self._thumbnails = thumbnails
         self._observations: list[Observation] = []
         self._tokens = 0
 
@@ -160,7 +165,8 @@ class PairTrace:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        table = pa.table(self._columns(), schema=_schema())
+        columns = self._columns()
+        table = pa.table(columns, schema=_schema(THUMBNAILS in columns))
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".{file.name}.partial")
         pq.write_table(table, partial, compression="zstd")
@@ -183,7 +189,7 @@ class PairTrace:
         return columns | self._texts(columns["id"], pairs)
 
     def _texts(self, ids: list[str], pairs: list[dict]) -> dict[str, list]:
-        """The text columns: text in the first row of each pair, None in later ones."""
+        """Texts and thumbnails: in the first row of each pair, None in later ones."""
         first_rows = {name: row for row, name in reversed([*enumerate(ids)])}
         rows = sorted(first_rows.values())
         columns: dict[str, list] = {}
@@ -191,6 +197,9 @@ class PairTrace:
             decoded = self._decode([pairs[row][key] for row in rows])
             text_of_row = dict(zip(rows, decoded, strict=True))
             columns[name] = [text_of_row.get(row) for row in range(len(pairs))]
+        if self._thumbnails is not None:
+            images = {row: self._thumbnails(pairs[row]) for row in rows}
+            columns[THUMBNAILS] = [images.get(row) for row in range(len(pairs))]
         return columns
 
 
@@ -217,7 +226,7 @@ def _flush_or_warn(trace: PairTrace) -> None:
         LOG.warning(f"{trace.folder}: the last steps are not in it: {error}")
 
 
-def _schema():
+def _schema(has_images: bool):
     """The Arrow schema of a file: columns in their order, with types."""
     import pyarrow as pa
 
@@ -226,4 +235,6 @@ def _schema():
     types |= {"global_step": pa.int64(), "prompt_tokens": pa.int32()}
     types |= dict.fromkeys(["id", *TEXTS], pa.string())
     order = ["global_step", "id", *VALUES, "prompt_tokens", *TEXTS]
+    if has_images:
+        order, types[THUMBNAILS] = [*order, THUMBNAILS], pa.list_(pa.binary())
     return pa.schema([(name, types[name]) for name in order])

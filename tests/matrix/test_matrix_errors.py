@@ -440,14 +440,14 @@ CELLS = [
     ),
     ours(
         "a column `images`",
-        r"`datasets`: there is a column `images`, .* text only: remove the column",
+        r"`datasets`: row 1 of .*: there is a column of images, .*: remove the column",
         "data",
-        note="also beside a model of text and images, without `processor_type`",
+        note="beside a vision-language model it trains from axolotl 0.21 on",
         datasets=data("images.jsonl"),
     ),
     ours(
         "a column `image` in `test_datasets`, no `type`",
-        r"`test_datasets`: there is a column `image`, .*: remove the column",
+        r"`test_datasets`: row 1 of .*: there is a column of images.*remove the column",
         "data",
         **texts("texts.jsonl"),
         test_datasets=texts("image.jsonl")["datasets"],

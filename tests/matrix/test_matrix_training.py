@@ -35,7 +35,7 @@ from axolotl.utils.schemas.training import (
     JaggedLRConfig,
     SelectiveCheckpointingConfig,
 )
-from helpers import matrix, tiny
+from helpers import matrix, tiny, vision
 from helpers.matrix import Cell
 from helpers.tiny import LORA
 from safetensors.torch import load_file
@@ -48,7 +48,7 @@ from transformers.training_args import OptimizerNames
 from axolotl_edpo import plugin
 from axolotl_edpo.config.rules import WITHOUT_EFFECT
 from axolotl_edpo.errors import quote
-from axolotl_edpo.upstream import default_fsdp_version
+from axolotl_edpo.upstream import default_fsdp_version, takes_images
 
 TITLE = "Training options"
 INTRO = """
@@ -1168,7 +1168,6 @@ def test_a_run_goes_on_by_itself(cell, recipe, tmp_path):
 NOISE = "Its noise in the policy alone would decide β; `rl: dpo` ignores it."
 IGNORED = "`rl: dpo` ignores it."
 AXOLOTL = "axolotl does so beside any `rl`."
-PICTURES = "Pairs of pictures and text are not scored here."
 PARTS = "An answer is scored whole, and a rank would have a part of it."
 
 
@@ -1209,6 +1208,26 @@ def test_fsdp_is_its_second_version(cell, recipe, tmp_path):
     assert cfg.fsdp_version == cfg.fsdp_config.fsdp_version == 2
 
 
+IMAGES = Cell(
+    "`processor_type`, `is_multimodal`, and a column `images`",
+    {"processor_type": "AutoProcessor", "is_multimodal": True},
+    "" if takes_images() else "`is_multimodal: true`.* install axolotl 0.21 or later",
+    note="From axolotl 0.21 on, which takes images in `rl: dpo`; rows are padded.",
+)
+
+
+@matrix.cells([IMAGES])
+def test_pairs_with_images_train(cell, recipe, tmp_path):
+    file = vision.save_pairs(tmp_path / "pairs", 8, [1, 2])
+    keys = dict(base_model=str(vision.save_model(tmp_path / "model", "llava")))
+    keys |= {"datasets": [{"path": str(file), "type": "chat_template.default"}]}
+    made = matrix.assert_cell(cell, tmp_path, recipe(**keys, **cell.keys))
+    if made is not None:
+        (row, *_) = made.train_dataset
+        batch = made.batcher.collators["train"]([row])
+        assert len(batch["images"]["pixel_values"]) == 2 * len(row["images"])
+
+
 REFUSED = [
     refused("fsdp", ["full_shard"], "It asks for FSDP 1; axolotl took it until 0.19."),
     refused("neftune_noise_alpha", 5.0, NOISE),
@@ -1231,8 +1250,6 @@ REFUSED = [
         "Nor does axolotl take it for these models.",
         missing=matrix.without("diffusion_lm"),
     ),
-    refused("is_multimodal", True, PICTURES),
-    refused("processor_type", "AutoProcessor", PICTURES),
     *(
         refused(key, 2, PARTS, name=f"`{key}: 2`")
         for key in ("context_parallel_size", "sequence_parallel_degree")
@@ -1337,6 +1354,7 @@ CELLS: list[Cell] = [
     *OUTSIDE,
     *HARMLESS,
     FSDP,
+    IMAGES,
     *REFUSED,
     *WITHOUT_GPU,
 ]

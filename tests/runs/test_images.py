@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+from base64 import b64decode, b64encode
 from functools import partial
+from io import BytesIO
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from axolotl.cli.merge_lora import do_cli
 from helpers import oracle, ranks, tiny, vision
 from helpers.commands import forked
 from helpers.engines import engine, series
+from helpers.report_pages import numbers, page_of
 from helpers.tiers import first, rest
 from helpers.tiny import CACHED, LORA, NF4
 from peft import PeftModel
@@ -21,6 +24,7 @@ from transformers import AutoModelForImageTextToText
 from axolotl_edpo.data.columns import IDS
 from axolotl_edpo.data.images import has_images
 from axolotl_edpo.data.pair_id import pair_digest
+from axolotl_edpo.report.trace import by_pair, read_trace
 from axolotl_edpo.upstream import takes_images
 
 pytestmark = pytest.mark.skipif(
@@ -28,6 +32,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 EPSILON = 0.05
+PNG = "data:image/png;base64,"
 # The language model alone, as the recipes of axolotl name it.
 LANGUAGE = {
     **LORA,
@@ -231,7 +236,9 @@ def test_the_vision_tower_trains_in_qlora(vision_recipe, tmp_path):
 
 
 def test_the_commands_take_the_recipe(vision_recipe, tmp_path):
-    keys = vision_recipe(**LANGUAGE, val_set_size=0.25, edpo_log_pairs=1)
+    """Preprocess, train, inspect, evaluate; the report shows every image."""
+    keys = dict(val_set_size=0.25, edpo_log_pairs=1, save_strategy="epoch")
+    keys = vision_recipe(**LANGUAGE, **keys)
     tiny.write(tmp_path, keys)
     for command in ("preprocess", "train", "edpo-inspect"):
         python = ("--launcher", "python") * (command == "train")
@@ -242,6 +249,17 @@ def test_the_commands_take_the_recipe(vision_recipe, tmp_path):
     words = ("evaluate", "recipe.yml", "--launcher", "python", "--lora-model-dir", out)
     done = forked(tmp_path, *words)
     assert done.returncode == 0 and "eval_loss" in done.stdout, done.stdout[-3000:]
+
+    table = by_pair(read_trace(tmp_path / "out", 99))
+    page = page_of(tmp_path / "report", tmp_path / "out")
+    shown = [v.removeprefix(PNG) for k, v in page.attributes if k == "src"]
+    assert shown == [
+        b64encode(image).decode() for images in table["images"] for image in images
+    ]
+    assert {len(images) for images in table["images"]} == {0, 1, 2}
+    for file in map(b64decode, shown):
+        assert max(Image.open(BytesIO(file)).size) <= 128
+    numbers(tmp_path, tmp_path / "out")
 
 
 # --- what is refused -----------------------------------------------------------------

@@ -106,10 +106,10 @@ def test_tokens_that_are_merged_are_noted():
     assert made["prompt"] + moved == "user\nCats?\nassistant\n"
 
 
-def test_pictures_are_left_to_the_check_of_columns():
-    row = {**ROW, "images": ["a.png"]}
-    made = chat()(row)
-    assert made[NOTES] == "" and made[LENGTHS] == [0, 0]
+@pytest.mark.parametrize("images", [["a.png"], [], None])
+def test_images_beside_a_text_model_are_refused(images):
+    with pytest.raises(PairError, match="a column of images, and `base_model` takes"):
+        chat()({**ROW, "images": images})
 
 
 def test_messages_without_a_type_are_left_to_trl():

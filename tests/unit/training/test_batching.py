@@ -1,6 +1,7 @@
 """batching.py: the pairs that accelerate repeats, on two ranks over gloo."""
 
 import json
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from accelerate import Accelerator
 from helpers import processes, ranks
 from torch.utils.data import DataLoader
 
-from axolotl_edpo.data.collator import keep_examples
+from axolotl_edpo.data.collator import PairCollator, keep_examples
 from axolotl_edpo.data.layout import LayoutSettings
 from axolotl_edpo.training.batching import PairBatcher
 
@@ -35,7 +36,7 @@ def lay_out(rank: int, port: int, folder: Path) -> None:
     ranks.become(rank, 2, port)
     accelerator = Accelerator(cpu=True)
     cpu, result = torch.device("cpu"), []
-    collator = {"pad_token_id": 0}
+    collator = partial(PairCollator, pad_token_id=0)
     batcher = PairBatcher(accelerator, collator, LayoutSettings(), cpu, False)
     for count in CASES:
         pairs = [
