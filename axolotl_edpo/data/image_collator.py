@@ -65,8 +65,9 @@ class ImagePairCollator(DataCollatorForVisionPreference):
         """A pair with a blank image, with messages or with texts."""
         image = Image.new("RGB", (BLANK, BLANK))
         if not conversational:
-            texts = {"prompt": self.processor.image_token, "chosen": "."}
-            return {**texts, "rejected": ".", "images": [image]}
+            place: Any = self.processor
+            texts = {"prompt": place.image_token, "chosen": ".", "rejected": "."}
+            return {**texts, "images": [image]}
         answer = [{"role": "assistant", "content": "."}]
         question = [{"role": "user", "content": "."}]
         pair = {"prompt": question, "chosen": answer, "rejected": answer}
