@@ -13,6 +13,7 @@ from axolotl.kernels import geglu, swiglu
 from axolotl.monkeypatch import lora_kernels
 
 from axolotl_edpo.config import rules
+from axolotl_edpo.upstream import attached_kernels
 
 KERNELS = dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), True)
 
@@ -65,7 +66,9 @@ def _empty(*shape, dtype: torch.dtype, device: str) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype)
 
 
-def probe(train):
-    """For `ranks.run`: a rank with the kernels."""
+def probe(train: Callable) -> tuple:
+    """For `ranks.run`: trains with the kernels, and adds which are attached."""
     with on_this_machine():
-        return train(), {}
+        trainer = train()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return trainer, {"kernels": sorted(attached_kernels(model))}

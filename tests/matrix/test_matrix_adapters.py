@@ -370,12 +370,11 @@ CELLS = [
         "`lora_mlp_kernel`, `lora_qkv_kernel`, `lora_o_kernel`",
         LORA | KERNELS,
         refused=EARLY,
-        packed=not EARLY,
         took=lambda t: attached_kernels(t.model) == {*KERNELS},
         note="`rl: dpo` stops with `Model must be a PeftModelForCausalLM`"
         if EARLY
-        else "in the Triton interpreter, in float32: the run without them to 1e-5; "
-        "bf16 and NF4 need a GPU",
+        else "in float32 the run without them to 1e-5, packed or not, by the Triton "
+        "interpreter; 16 bits and NF4 take a GPU",
     ),
     Adapter(
         "`lora_embedding_kernel` beside them",
