@@ -229,33 +229,6 @@ def patches_adapters_late() -> bool:
     return "hook_post_create_trainer" in vars(HFRLTrainerBuilder)
 
 
-def attached_kernels(model: Any) -> set[str]:
-    """The keys of LoRA kernels that axolotl has attached to a layer of a model.
-
-    axolotl 0.21 sets methods of single modules: to its functions for `lora_mlp_kernel`
-    and so on, or by names of their own in layers of linear attention.
-    """
-    from axolotl.kernels import lora
-
-    keys = {
-        lora.apply_lora_mlp_swiglu: "lora_mlp_kernel",
-        lora.apply_lora_mlp_geglu: "lora_mlp_kernel",
-        lora.apply_lora_mlp_relu2: "lora_mlp_kernel",
-        lora.apply_lora_qkv: "lora_qkv_kernel",
-        lora.apply_lora_qk: "lora_qkv_kernel",
-        lora.apply_lora_o: "lora_o_kernel",
-        lora.apply_lora_embedding: "lora_embedding_kernel",
-        "apply_in_proj_fused": "lora_qkv_kernel",
-        "apply_out_proj": "lora_o_kernel",
-    }
-    found = set()
-    for module in model.modules():
-        for name, value in vars(module).items():
-            function = getattr(value, "__func__", None)
-            found |= {keys[key] for key in (name, function) if key in keys}
-    return found
-
-
 def merges_token_rows() -> bool:
     """Whether `merge_method: memory_efficient` merges trained rows of tokens.
 

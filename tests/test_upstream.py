@@ -65,6 +65,7 @@ from axolotl_edpo.config import rules
 from axolotl_edpo.config.args import HANDED_ON, Moving
 from axolotl_edpo.config.dataset_entries import FIELDS, IGNORED
 from axolotl_edpo.losses.preference import LOSSES, REFUSED, SFT
+from axolotl_edpo.models.attached_kernels import attached_kernels
 from axolotl_edpo.plugin import PLUGIN
 from axolotl_edpo.upstream import (
     attention_name,
@@ -561,17 +562,17 @@ def test_lora_kernels_are_methods_of_single_modules():
         "apply_lora_embedding",
         "_make_apply_lora_gdn_in_proj",
         "_make_apply_lora_linear",
-    }, "upstream.py: attached_kernels"
+    }, "models/attached_kernels.py"
     layer = nn.Module()
     layer.child = nn.Linear(1, 1)
-    assert upstream.attached_kernels(layer) == set()
+    assert attached_kernels(layer) == set()
     for kind, function in lora_kernels.APPLY_FN_MAPPING.items():
         layer.forward = MethodType(function, layer)
-        assert upstream.attached_kernels(layer) == {"lora_mlp_kernel"}, kind
+        assert attached_kernels(layer) == {"lora_mlp_kernel"}, kind
     layer.child.apply_o = MethodType(lora.apply_lora_o, layer.child)
     layer.child.apply_in_proj_fused = MethodType(print, layer.child)
     kernels = {"lora_mlp_kernel", "lora_o_kernel", "lora_qkv_kernel"}
-    assert upstream.attached_kernels(layer) == kernels
+    assert attached_kernels(layer) == kernels
     builder = inspect.getsource(HFRLTrainerBuilder.build)
     attached = builder.index("hook_post_create_trainer")
     assert attached < builder.index("get_post_trainer_create_callbacks"), "plugin.py"

@@ -2,6 +2,7 @@
 
 check_activation   before the model is loaded: the activation of its MLPs
 check_attached     after axolotl has attached the kernels: the layers, the adapter
+attached_kernels   which kernels a model has; `tests/test_upstream.py` pins their names
 """
 
 from typing import Any
@@ -11,7 +12,6 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from ..errors import refuse
-from ..upstream import attached_kernels
 
 MLP = "lora_mlp_kernel"
 # Kernel -> the layers that all need LoRA.
@@ -70,6 +70,34 @@ def check_attached(cfg: Any, model: Any) -> None:
     if what := _left_out(model):
         remedy = f"it has {what}, which LoRA kernels leave out: remove `{wanted[0]}`"
         refuse("lora_model_dir", cfg.lora_model_dir, remedy)
+
+
+def attached_kernels(model: Any) -> set[str]:
+    """The keys of LoRA kernels that axolotl has attached to a layer of a model.
+
+    axolotl 0.21 sets methods of single modules: to its functions for `lora_mlp_kernel`
+    and so on, or by names of their own in layers of linear attention.
+    """
+    # imported here, as it loads bitsandbytes, which most runs do not need
+    from axolotl.kernels import lora
+
+    keys = {
+        lora.apply_lora_mlp_swiglu: "lora_mlp_kernel",
+        lora.apply_lora_mlp_geglu: "lora_mlp_kernel",
+        lora.apply_lora_mlp_relu2: "lora_mlp_kernel",
+        lora.apply_lora_qkv: "lora_qkv_kernel",
+        lora.apply_lora_qk: "lora_qkv_kernel",
+        lora.apply_lora_o: "lora_o_kernel",
+        lora.apply_lora_embedding: "lora_embedding_kernel",
+        "apply_in_proj_fused": "lora_qkv_kernel",
+        "apply_out_proj": "lora_o_kernel",
+    }
+    found = set()
+    for module in model.modules():
+        for name, value in vars(module).items():
+            function = getattr(value, "__func__", None)
+            found |= {keys[key] for key in (name, function) if key in keys}
+    return found
 
 
 def _left_out(model: PeftModel) -> str:

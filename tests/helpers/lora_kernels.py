@@ -13,7 +13,7 @@ from axolotl.kernels import geglu, swiglu
 from axolotl.monkeypatch import lora_kernels
 
 from axolotl_edpo.config import rules
-from axolotl_edpo.upstream import attached_kernels
+from axolotl_edpo.models.attached_kernels import attached_kernels
 
 KERNELS = dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), True)
 

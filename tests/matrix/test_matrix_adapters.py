@@ -18,7 +18,8 @@ from peft import PeftModel, PeftType, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from axolotl_edpo.upstream import attached_kernels, patches_adapters_late
+from axolotl_edpo.models.attached_kernels import attached_kernels
+from axolotl_edpo.upstream import patches_adapters_late
 
 CHOSEN = {**LORA, "lora_target_linear": None}  # beside `lora_target_modules`
 INT4 = dict(weight_dtype="int4", activation_dtype="int8", group_size=32)

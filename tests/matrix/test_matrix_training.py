@@ -48,7 +48,7 @@ from transformers.training_args import OptimizerNames
 from axolotl_edpo import plugin
 from axolotl_edpo.config.rules import WITHOUT_EFFECT
 from axolotl_edpo.errors import quote
-from axolotl_edpo.upstream import default_fsdp_version, patches_adapters_late
+from axolotl_edpo.upstream import default_fsdp_version
 
 TITLE = "Training options"
 INTRO = """
@@ -1306,14 +1306,6 @@ WITHOUT_GPU = [
         gradient_checkpointing=True,
     ),
     without_gpu("`profiler_steps`", STOPS, profiler_steps=1),
-    Cell(
-        "`lora_mlp_kernel`, `lora_qkv_kernel`, `lora_o_kernel` without a GPU",
-        {**LORA, "lora_o_kernel": True},
-        "`lora_o_kernel: true` "
-        + ("needs a GPU: " if patches_adapters_late() else ".*")
-        + "remove it",
-        note=STOPS,
-    ),
 ]
 
 

@@ -10,7 +10,8 @@ from helpers.lora_kernels import KERNELS, on_this_machine
 from helpers.tiers import first
 from helpers.tiny import CACHED, LORA, NF4
 
-from axolotl_edpo.upstream import attached_kernels, patches_adapters_late
+from axolotl_edpo.models.attached_kernels import attached_kernels
+from axolotl_edpo.upstream import patches_adapters_late
 
 pytestmark = pytest.mark.skipif(
     not patches_adapters_late(), reason="`rl: edpo` takes them from axolotl 0.21 on"

@@ -4,7 +4,11 @@ import pytest
 
 from axolotl_edpo.config.args import EDPOArgs
 from axolotl_edpo.config.typos import misspelt
-from axolotl_edpo.config.validate import check_foreign_recipe, check_recipe
+from axolotl_edpo.config.validate import (
+    check_foreign_recipe,
+    check_recipe,
+    check_without_gpu,
+)
 from axolotl_edpo.upstream import default_fsdp_version, patches_adapters_late
 
 CHAT = {"path": "a", "type": "chat_template.default"}
@@ -255,6 +259,12 @@ def test_what_lora_kernels_would_not_compute_is_refused(keys, message):
     assert next(iter(keys)) in str(caught.value)
     assert "`lora_mlp_kernel: true`" in str(caught.value)
     check_recipe({**recipe, "lora_qkv_kernel": False, "lora_mlp_kernel": False})
+
+
+@pytest.mark.parametrize("key", [key for key in FUSED if key != "adapter"])
+def test_lora_kernels_need_a_gpu(key):
+    with pytest.raises(ValueError, match=f"`{key}: true` needs a GPU: remove it"):
+        check_without_gpu({"adapter": "lora", key: True})
 
 
 @pytest.mark.skipif(not LATE, reason="the kernels themselves are refused")

@@ -15,9 +15,13 @@ from helpers.tiers import first
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from axolotl_edpo.models.attached_kernels import check_activation, check_attached
+from axolotl_edpo.models.attached_kernels import (
+    attached_kernels,
+    check_activation,
+    check_attached,
+)
 from axolotl_edpo.models.forward import copy_to_reference_adapter, reference_adapter
-from axolotl_edpo.upstream import attached_kernels, patches_adapters_late
+from axolotl_edpo.upstream import patches_adapters_late
 
 pytestmark = pytest.mark.skipif(
     not patches_adapters_late(), reason="`rl: edpo` takes them from axolotl 0.21 on"
