@@ -123,20 +123,32 @@ class EDPOPlugin(BasePlugin):
             return
         from transformers import set_seed
 
+        from .models.attached_kernels import check_activation
         from .models.merging import check_recipe_adapter
         from .models.packing_support import check_recipe_model
 
         if not (cfg.merge_lora or _has_accelerator()):
             check_without_gpu(cfg)
+        check_activation(cfg)
         check_recipe_model(cfg)
         check_recipe_adapter(cfg)
         set_seed(DEFAULT_SEED if cfg.seed is None else cfg.seed)
 
     def add_callbacks_post_trainer(self, cfg, trainer) -> list:
-        """The callbacks of options that axolotl applies to supervised training only."""
+        """The callbacks of options that axolotl applies to supervised training only.
+
+        axolotl calls this, in training and in evaluation, right after it has attached
+        LoRA kernels. So they are checked here.
+
+        Raises:
+            ValueError: If a kernel does not compute what the recipe asks for.
+        """
         callbacks: list = []
         if cfg.trainer_cls != TRAINER:
             return callbacks
+        from .models.attached_kernels import check_attached
+
+        check_attached(cfg, trainer.model)
         if cfg.early_stopping_patience:
             from transformers import EarlyStoppingCallback
 

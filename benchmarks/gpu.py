@@ -92,7 +92,9 @@ SECTIONS = {
     ),
     "large": Section("gpu_training:large", 70, "LoRA on a model of Llama-3-8B's shape"),
     "rest": Section(
-        "gpu_training:rest", 60, "QLoRA, fp16, and one rank with DDP and FSDP2"
+        "gpu_training:rest",
+        60,
+        "QLoRA, LoRA kernels, fp16, and one rank with DDP and FSDP2",
     ),
 }
 

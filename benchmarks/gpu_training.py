@@ -487,6 +487,11 @@ def rest(note: Notes) -> None:
     four_bit = {"adapter": "qlora", "load_in_4bit": True, "bf16": True}
     ways: dict[str, Callable[[], dict[str, Any]]] = {
         "QLoRA, NF4": lambda: here(world, "qlora", "lora", **four_bit),
+        "LoRA": lambda: here(world, "plain", "lora"),
+        "LoRA kernels": lambda: here(world, "kernels", "lora", **KERNELS),
+        "QLoRA, LoRA kernels": lambda: here(
+            world, "qlora-kernels", "lora", **four_bit, **KERNELS
+        ),
         "LoRA, fp16": lambda: here(world, "fp16", "lora", fp16=True, bf16=False),
         "torchrun, DDP": lambda: launched(world, env, "ddp"),
         "torchrun, FSDP2": lambda: launched(world, env, "fsdp2", **FSDP2),
@@ -503,7 +508,8 @@ def noted(note: Notes, name: str, run: Callable[[], dict[str, Any]]) -> None:
     note(name, run())
 
 
-ON_ANY_DEVICE = ("QLoRA, NF4",)
+ON_ANY_DEVICE = ("QLoRA, NF4", "LoRA")
+KERNELS = dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), True)
 FSDP2 = {
     "fsdp_version": 2,
     "fsdp_config": {
@@ -527,6 +533,7 @@ def course(output: str) -> dict[str, Any]:
         "losses": logged(output, "loss"),
         "gradient norms": logged(output, "grad_norm"),
         "β": logged(output, "kl/beta"),
+        "distance from the reference": logged(output, "kl/policy_ref"),
     }
 
 

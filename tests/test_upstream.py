@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import re
 from pathlib import Path
+from types import MethodType
 
 import axolotl
 import pytest
@@ -64,6 +65,7 @@ from axolotl_edpo.config import rules
 from axolotl_edpo.config.args import HANDED_ON, Moving
 from axolotl_edpo.config.dataset_entries import FIELDS, IGNORED
 from axolotl_edpo.losses.preference import LOSSES, REFUSED, SFT
+from axolotl_edpo.models.attached_kernels import attached_kernels
 from axolotl_edpo.plugin import PLUGIN
 from axolotl_edpo.upstream import (
     attention_name,
@@ -540,6 +542,45 @@ def test_releases_of_axolotl_differ_where_upstream_says_so():
     assert upstream.patches_adapters_late() == (release >= (0, 21)), "rules.py: kernels"
     assert upstream.takes_images() == (release >= (0, 21)), "rules.py: images"
     assert upstream.merges_token_rows() == (release >= (0, 21)), "merging.py: rows"
+
+
+@pytest.mark.skipif(not upstream.patches_adapters_late(), reason="from 0.21 on")
+def test_lora_kernels_are_methods_of_single_modules():
+    from axolotl.kernels import lora
+    from axolotl.monkeypatch import lora_kernels
+
+    source = inspect.getsource(lora_kernels)
+    names = re.findall(r"types\.MethodType\(\s*(\w+)", source)
+    assert {*names} == {
+        "original_apply_qkv_optional_v",
+        "original_apply_qkv",
+        "original_apply_o",
+        "apply_lora_qkv",
+        "apply_lora_qk",
+        "apply_lora_o",
+        "apply_lora_mlp_relu2",
+        "apply_fn",  # a value of APPLY_FN_MAPPING
+        "apply_lora_embedding",
+        "_make_apply_lora_gdn_in_proj",
+        "_make_apply_lora_linear",
+    }, "models/attached_kernels.py"
+    layer = nn.Module()
+    layer.child = nn.Linear(1, 1)
+    assert attached_kernels(layer) == set()
+    for kind, function in lora_kernels.APPLY_FN_MAPPING.items():
+        layer.forward = MethodType(function, layer)
+        assert attached_kernels(layer) == {"lora_mlp_kernel"}, kind
+    layer.child.apply_o = MethodType(lora.apply_lora_o, layer.child)
+    layer.child.apply_in_proj_fused = MethodType(print, layer.child)
+    kernels = {"lora_mlp_kernel", "lora_o_kernel", "lora_qkv_kernel"}
+    assert attached_kernels(layer) == kernels
+    builder = inspect.getsource(HFRLTrainerBuilder.build)
+    attached = builder.index("hook_post_create_trainer")
+    assert attached < builder.index("get_post_trainer_create_callbacks"), "plugin.py"
+    parameters = inspect.getsource(lora.get_lora_parameters)
+    assert "proj.disable_adapters or proj.merged" in parameters, (
+        "config/lora_kernels.py"
+    )
 
 
 def test_plugins_of_a_recipe_may_be_named_with_a_colon():

@@ -13,7 +13,7 @@ from ..errors import quote, refuse
 from ..losses.beta_controller import Control
 from ..losses.edpo import LOWEST_BATCH_BETA
 from ..losses.preference import SFT
-from ..upstream import patches_adapters_late, takes_images
+from ..upstream import takes_images
 from .args import CACHE, CONTROL, LOWERED, OF_CONTROL, PRECOMPUTE
 
 Recipe = Mapping[str, Any]
@@ -274,18 +274,6 @@ CACHE_RULES = (
 # --- options that axolotl accepts with `rl` and then ignores -------------------------
 
 
-def _without_kernel(recipe: Recipe) -> str:
-    if patches_adapters_late():
-        return (
-            "remove it: whether the reference, which has the adapter off, is then the "
-            "plain model has not been tested yet"
-        )
-    return (
-        "remove it: axolotl looks for an adapter that the trainer of preferences adds "
-        "later"
-    )
-
-
 def _shares_padded_rows(recipe: Recipe) -> bool:
     packs = any(map(recipe.get, ("dpo_padding_free", *LOWERED.values())))
     return recipe.get("edpo_prefix_sharing") is True and not packs
@@ -314,9 +302,6 @@ IGNORED_RULES = (
     ),
     *refused(
         {
-            "lora_mlp_kernel": _without_kernel,
-            "lora_qkv_kernel": _without_kernel,
-            "lora_o_kernel": _without_kernel,
             "qat.fake_quant_after_n_steps": "remove it: the reference is quantized "
             "from the start",
         }
@@ -366,7 +351,6 @@ WITHOUT_EFFECT = {
     "group_by_length": "`sample_packing: true` needs no padding at all",
     "auto_find_batch_size": "set `micro_batch_size` to what fits",
     "layer_offloading": "`deepspeed:` or `fsdp_config:` offload",
-    "lora_embedding_kernel": "it goes with the other kernels of LoRA",
     "do_bench_eval": "it is for supervised training",
     "do_causal_lm_eval": "it is for supervised training",
     "generate_samples": "it is for supervised training",
@@ -389,6 +373,9 @@ NEEDS_GPU = {
     "float16": "set `bf16: true`",
     "activation_offloading": "remove it",
     "profiler_steps": "remove it",
+    "lora_mlp_kernel": "remove it",
+    "lora_qkv_kernel": "remove it",
+    "lora_o_kernel": "remove it",
 }
 # Keys that name a file or a folder -> a file that the folder must hold, and a remedy.
 FILES = {

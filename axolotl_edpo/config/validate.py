@@ -16,6 +16,7 @@ from ..upstream import default_fsdp_version
 from . import rules
 from .args import LOWERED, PREFIX, Bounds, EDPOArgs, Moving, lowered_packing
 from .dataset_entries import check_entries
+from .lora_kernels import KERNEL_RULES
 from .rules import Recipe
 from .typos import check_edpo_keys
 
@@ -219,6 +220,7 @@ CHECKS: tuple[Callable[[Recipe], None], ...] = (
     _check_moving,
     *rules.CACHE_RULES,
     *rules.IGNORED_RULES,
+    *KERNEL_RULES,
     _check_fsdp_version,
     *rules.RANK_RULES,
     _check_new_adapter,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import ranks, tiny
 from helpers.engines import ENGINES, engine, series
+from helpers.lora_kernels import KERNELS
 from helpers.tiers import first, only, rest
 from helpers.tiny import CACHED, LORA, NF4
 from helpers.weights import weights
@@ -20,6 +21,7 @@ from torch.multiprocessing import ProcessRaisedException
 import axolotl_edpo
 from axolotl_edpo.losses.edpo import next_beta
 from axolotl_edpo.training.callbacks import EDPOCallback
+from axolotl_edpo.upstream import patches_adapters_late
 
 CPU = {"device": "cpu"}
 SHARDING = ["ddp", "zero3", "fsdp2"]
@@ -432,3 +434,25 @@ def test_ranks_sum_up_twice_per_optimizer_step_and_once_per_log(runs, control):
         step = ["count", "_sum"]
         assert by_step[3::2] == [step] * 4  # the first step is logged as well
         assert by_step[2::2] == [["pop", *step]] * 4
+
+
+@rest
+@pytest.mark.skipif(not patches_adapters_late(), reason="refused before axolotl 0.21")
+@pytest.mark.parametrize("name", SHARDING)
+def test_lora_kernels_find_the_weights_that_an_engine_shards(runs, name, tmp_path):
+    """They read weights without calling the layers, of which engines gather them."""
+    keys = dict(**PACKED, **LORA, max_steps=3)
+    single, sharded = runs.single(**keys), {}
+    if name == "zero3":  # without a threshold it would keep small weights whole
+        sharded = engine(tmp_path, name)
+        path = Path(sharded["deepspeed"])
+        config = json.loads(path.read_text())
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        path.write_text(json.dumps(config))
+    probe = "helpers.lora_kernels:probe"
+    pair = runs.double(name, probe=probe, **keys, **KERNELS, **sharded)
+    assert_same_run(pair, single)
+    assert_same_weights(pair, single, atol=1e-6)
+    assert [run["kernels"] for run in pair] == [sorted(KERNELS)] * 2
+    assert series(pair[0], "kl/p_epsilon_steps")[0] == 0.0
+    assert series(pair[0], "kl/n_epsilon_steps")[0] == 0.0

@@ -11,17 +11,22 @@ import pytest
 import torch
 from axolotl.utils.schemas.peft import LoraConfig
 from helpers import matrix, tiny
+from helpers.lora_kernels import KERNELS, on_this_machine
 from helpers.matrix import Cell
 from helpers.tiny import LORA, NF4
 from peft import PeftModel, PeftType, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from axolotl_edpo.models.attached_kernels import attached_kernels
 from axolotl_edpo.upstream import patches_adapters_late
 
 CHOSEN = {**LORA, "lora_target_linear": None}  # beside `lora_target_modules`
 INT4 = dict(weight_dtype="int4", activation_dtype="int8", group_size=32)
-KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
+LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS = {"lora_target_modules": [*LAYERS, "embed_tokens"]}
+# Before axolotl 0.21, kernels of LoRA are refused.
+EARLY = "" if patches_adapters_late() else "`lora_mlp_kernel: true`.*remove it"
 LETTERS = tiny.byte_tokenizer().convert_tokens_to_ids(["a", "e", "s"])
 TIED = dict(tie_word_embeddings=True)
 GPT2 = dict(n_inner=64)
@@ -364,11 +369,50 @@ CELLS = [
     ),
     Adapter(
         "`lora_mlp_kernel`, `lora_qkv_kernel`, `lora_o_kernel`",
-        LORA | dict.fromkeys(KERNELS, True),
-        refused="`lora_mlp_kernel: true`.*remove it",
-        note="it takes a GPU to show that the reference is the plain model then"
-        if patches_adapters_late()
-        else "`rl: dpo` stops with `Model must be a PeftModelForCausalLM`",
+        LORA | KERNELS,
+        refused=EARLY,
+        took=lambda t: attached_kernels(t.model) == {*KERNELS},
+        note="`rl: dpo` stops with `Model must be a PeftModelForCausalLM`"
+        if EARLY
+        else "in float32 the run without them to 1e-5, packed or not, by the Triton "
+        "interpreter; 16 bits and NF4 take a GPU",
+    ),
+    Adapter(
+        "`lora_embedding_kernel` beside them",
+        CHOSEN | KERNELS | TARGETS | {"lora_embedding_kernel": True},
+        trains=(LOW_RANK, r"\.lora_embedding_[AB]\."),
+        refused=EARLY,
+        took=lambda t: "lora_embedding_kernel" in attached_kernels(t.model),
+    ),
+    Adapter(
+        "`lora_embedding_kernel` alone",
+        LORA | {"lora_embedding_kernel": True},
+        refused="`lora_embedding_kernel: true`.*remove it",
+        note="ignored by `rl: dpo`",
+    ),
+    Adapter(
+        "`lora_mlp_kernel` with `peft_use_dora`",
+        LORA | KERNELS | {"peft_use_dora": True},
+        refused=EARLY or "`peft_use_dora: true`.*`lora_mlp_kernel: true`",
+        note=EARLY
+        and "no kernel is taken"
+        or "policy and reference would differ before the first step",
+    ),
+    Adapter(
+        "`lora_mlp_kernel` on a model with an approximated GELU (Gemma)",
+        LORA | KERNELS,
+        refused=EARLY or "`lora_mlp_kernel: true`.*activation gelu_pytorch_tanh",
+        kind="gemma2",
+        config=dict(hidden_activation="gelu_pytorch_tanh"),
+        note=EARLY
+        and "no kernel is taken"
+        or "the kernel has the exact one; the other kernels are taken",
+    ),
+    Adapter(
+        "LoRA kernels where no layer has LoRA on all that they fuse",
+        CHOSEN | KERNELS | {"lora_target_modules": ["q_proj", "v_proj"]},
+        refused=EARLY or "`lora_mlp_kernel: true`.*no layer has LoRA on all of",
+        note=EARLY and "no kernel is taken" or "`rl: dpo` warns",
     ),
     Adapter(
         "`relora`",
@@ -551,6 +595,12 @@ def assert_as_the_cell_says(cell: Adapter, trainer, folder: Path) -> None:
 def is_first(cell: Adapter) -> bool:
     """What packs, what reads or trains the head, and what is refused."""
     return bool(cell.packed or cell.refused or "lm_head" in cell.name)
+
+
+@pytest.fixture(autouse=True)
+def kernels_run_here():
+    with on_this_machine():
+        yield
 
 
 @matrix.cells(CELLS, is_first)

@@ -4,10 +4,16 @@ import pytest
 
 from axolotl_edpo.config.args import EDPOArgs
 from axolotl_edpo.config.typos import misspelt
-from axolotl_edpo.config.validate import check_foreign_recipe, check_recipe
+from axolotl_edpo.config.validate import (
+    check_foreign_recipe,
+    check_recipe,
+    check_without_gpu,
+)
 from axolotl_edpo.upstream import default_fsdp_version, patches_adapters_late
 
 CHAT = {"path": "a", "type": "chat_template.default"}
+LATE = patches_adapters_late()
+FUSED = {"adapter": "qlora", "lora_qkv_kernel": True, "lora_mlp_kernel": True}
 WRONG = [
     ({"edpo_epsilon": 1.5}, r"`edpo_epsilon: 1.5`.*less than 1.*between 0 and 1"),
     ({"edpo_epsilon": 0}, r"`edpo_epsilon: 0`.*greater than 0"),
@@ -204,9 +210,15 @@ WRONG = [
         r"`rl_adapter_ref_model: true`.*own start",
     ),
     (
-        {"lora_mlp_kernel": True},
-        r"`lora_mlp_kernel: true`.*remove it: .*"
-        + ("not been tested" if patches_adapters_late() else "adds later"),
+        {"lora_mlp_kernel": True, "adapter": None if LATE else "lora"},
+        "`lora_mlp_kernel: true`.*remove it, or "
+        + ("set `adapter: lora`" if LATE else "install axolotl 0.21.*adds later"),
+    ),
+    ({"lora_o_kernel": True, "adapter": "mixlora"}, "`lora_o_kernel: true`.*remove it"),
+    (
+        {"lora_embedding_kernel": True, "adapter": "lora"},
+        "`lora_embedding_kernel: true`.*remove it"
+        + (", or set `lora_mlp_kernel: true`" if LATE else ": .*supervised"),
     ),
     ({"relora": True}, r"`relora: true`.*supervised training only"),
     ({"adapter": "llama-adapter"}, r"`adapter: llama-adapter`.*`adapter: lora`"),
@@ -228,6 +240,39 @@ def test_a_wrong_recipe_is_one_line_with_key_value_and_remedy(keys, message):
     with pytest.raises(ValueError, match=message) as caught:
         check_recipe({"rl": "edpo", **keys})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not LATE, reason="the kernels themselves are refused")
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"peft_use_dora": True}, "before the first step"),
+        ({"bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"}}, "4 bits as `nf4`"),
+        ({"tiled_mlp": True}, "takes the place of the tiles"),
+    ],
+)
+def test_what_lora_kernels_would_not_compute_is_refused(keys, message):
+    size = {"lora_r": 4, "lora_target_linear": True}
+    recipe = {"rl": "edpo", **size, **FUSED, **keys}
+    with pytest.raises(ValueError, match=f"remove it, or .*{message}") as caught:
+        check_recipe(recipe)
+    assert next(iter(keys)) in str(caught.value)
+    assert "`lora_mlp_kernel: true`" in str(caught.value)
+    check_recipe({**recipe, "lora_qkv_kernel": False, "lora_mlp_kernel": False})
+
+
+@pytest.mark.parametrize("key", [key for key in FUSED if key != "adapter"])
+def test_lora_kernels_need_a_gpu(key):
+    with pytest.raises(ValueError, match=f"`{key}: true` needs a GPU: remove it"):
+        check_without_gpu({"adapter": "lora", key: True})
+
+
+@pytest.mark.skipif(not LATE, reason="the kernels themselves are refused")
+def test_lora_kernels_are_taken_beside_an_adapter():
+    size = {"lora_r": 4, "lora_target_linear": True, "lora_embedding_kernel": True}
+    once = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
+    check_recipe({"rl": "edpo", **FUSED, **size, "bnb_config_kwargs": once})
+    check_recipe({"rl": "edpo", **FUSED, **size, "adapter": "lora"})
 
 
 @pytest.mark.parametrize(
