@@ -13,6 +13,7 @@ from axolotl_edpo.reference.provider import AdapterReference
 from axolotl_edpo.run_files import CONTROLLER
 from axolotl_edpo.training.callbacks import EDPOCallback
 from axolotl_edpo.training.finite_checks import FiniteCheck
+from axolotl_edpo.training.first_step import FirstStep
 from axolotl_edpo.training.metrics import PairMetrics
 from axolotl_edpo.training.pair_outcomes import MeanOverStep
 from axolotl_edpo.training.records import StepRecords
@@ -28,7 +29,8 @@ def start(tmp_path):
         controller = make_controller(ControllerSettings(0.1, 0.01))
         counts = StepCounts(accelerator, controller, FiniteCheck(tmp_path))
         metrics = PairMetrics(True, MeanOverStep())
-        records = StepRecords(accelerator, metrics, counts, None)
+        first_step = FirstStep(accelerator, None, [])
+        records = StepRecords(accelerator, metrics, counts, None, first_step)
         reference = AdapterReference(CompletionForward(accelerator))
         return controller, records, EDPOCallback(controller, reference, records)
 
