@@ -11,7 +11,7 @@ they wrap. So code that uses weights has to run inside such a forward:
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -138,14 +138,8 @@ def gathered(
         return
     import deepspeed
 
-    with ExitStack() as gathering:
-        writer = 0 if writes else None
-        # gathered one by one: DeepSpeed would wait only for the last weight of a list,
-        # and gloo may finish that one first
-        for tensor in released:
-            gathering.enter_context(
-                deepspeed.zero.GatheredParameters([tensor], modifier_rank=writer)
-            )
+    writer = 0 if writes else None
+    with deepspeed.zero.GatheredParameters(released, modifier_rank=writer):
         yield list(tensors)
 
 

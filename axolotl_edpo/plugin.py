@@ -43,6 +43,7 @@ from .upstream import (
     named_plugins,
     prepare_pairs_with,
     recipe_keys,
+    wait_for_every_gather,
 )
 
 LOG = get_logger(__name__)
@@ -113,6 +114,7 @@ class EDPOPlugin(BasePlugin):
     def pre_model_load(self, cfg) -> None:
         """Refuses what this machine or this model cannot do, and sets the seed.
 
+        DeepSpeed gathers weights while a model is loaded, on CPU ranks one by one.
         Loading a model may draw random weights: an adapter, embeddings of new tokens.
         With the seed set, they are equal on every rank and in every run.
 
@@ -132,6 +134,8 @@ class EDPOPlugin(BasePlugin):
         check_activation(cfg)
         check_recipe_model(cfg)
         check_recipe_adapter(cfg)
+        if cfg.deepspeed:
+            wait_for_every_gather()
         set_seed(DEFAULT_SEED if cfg.seed is None else cfg.seed)
 
     def add_callbacks_post_trainer(self, cfg, trainer) -> list:

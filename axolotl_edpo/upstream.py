@@ -203,7 +203,9 @@ def preparing_with(preparation: Any) -> Iterator[None]:
 
 def prepared_root(cfg: Any) -> Path:
     """The folder in which axolotl keeps prepared data."""
-    return Path(cfg.dataset_prepared_path or default_prepared_path())
+    from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
+
+    return Path(cfg.dataset_prepared_path or DEFAULT_DATASET_PREPARED_PATH)
 
 
 def prepared_path(cfg: Any, name: str) -> Path:
@@ -308,8 +310,7 @@ def carries_state(kind: Any) -> bool:
 def takes_boundaries(kind: Any) -> bool:
     """Whether models of this class accept boundaries between packed sequences.
 
-    Those that can use FlashAttention do: `_supports_flash_attn` in transformers 5.16
-    to 5.20.
+    Those for FlashAttention do: `_supports_flash_attn` in transformers 5.16 to 5.20.
     """
     return kind._supports_flash_attn
 
@@ -333,10 +334,8 @@ def load_balancing_loss(model: Any) -> Callable[..., Any] | None:
     are searched, too.
     """
     modules = (sys.modules[kind.__module__] for kind in type(model).__mro__)
-    functions = (
-        getattr(module, "load_balancing_loss_func", None) for module in modules
-    )
-    return next(filter(None, functions), None)
+    found = (getattr(module, "load_balancing_loss_func", None) for module in modules)
+    return next(filter(None, found), None)
 
 
 # --- engines -------------------------------------------------------------------------
@@ -346,8 +345,7 @@ def load_balancing_loss(model: Any) -> Callable[..., Any] | None:
 def forward_redirection() -> Callable[..., Any]:
     """A callable that runs a function inside the forward of a wrapped module.
 
-    Its arguments are the wrapped module, the module, the function, and the arguments of
-    the function. A private class in TRL 1.9 to 1.14.
+    It takes wrapped module, module, function and arguments; private in TRL 1.9 to 1.14.
     """
     from trl.models.utils import _ForwardRedirection
 
@@ -357,9 +355,8 @@ def forward_redirection() -> Callable[..., Any]:
 def shard_fsdp2(accelerator: Any, model: Any) -> Any:
     """Shards a model as FSDP2 shards the policy.
 
-    Calls the function that `accelerator.prepare` calls, under the name that axolotl
-    0.19 to 0.21 patch in accelerate. The patched function also sends the weights of
-    rank 0 to ranks that loaded none.
+    Calls what `accelerator.prepare` calls, under the name that axolotl 0.19 to 0.21
+    patch. It then also sends the weights of rank 0 to ranks that loaded none.
     """
     import accelerate.accelerator
 
@@ -379,8 +376,7 @@ def is_remote_code(model_class: type) -> bool:
 def is_repeated_blocks(module: Any) -> bool:
     """Whether a module is a list of layers that all have the same class.
 
-    Such layers are compiled one by one. accelerate does not export this function, which
-    its `compile_regions` uses.
+    Such layers are compiled one by one. accelerate does not export this function.
     """
     from accelerate.utils.other import is_repeated_blocks
 
@@ -416,13 +412,6 @@ def forget_model(accelerator: Any, model: Any) -> None:
     models[:] = [prepared for prepared in models if prepared is not model]
 
 
-def default_prepared_path() -> str:
-    """axolotl's folder of prepared data if `dataset_prepared_path` is not set."""
-    from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
-
-    return DEFAULT_DATASET_PREPARED_PATH
-
-
 def size_in_words(size: int) -> str:
     """Writes a number of bytes with a unit, such as "64.00 KiB".
 
@@ -431,6 +420,20 @@ def size_in_words(size: int) -> str:
     from datasets.utils.py_utils import size_str
 
     return size_str(size)
+
+
+def wait_for_every_gather() -> None:
+    """Lets ZeRO-3 gather the weights of a list one by one, on CPU ranks.
+
+    DeepSpeed 0.18.9 waits for the last one only, and gloo may finish that one first.
+    0.19.8 waits for all of them (deepspeedai/DeepSpeed#8539).
+    """
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero import Init
+
+    if get_accelerator().device_name() == "cpu":
+        each = Init._allgather_params_sequential
+        Init._allgather_params_coalesced = lambda init, *args, **_: each(init, args[0])
 
 
 def deepspeed_optimizer_files(checkpoint: Path) -> list[Path]:

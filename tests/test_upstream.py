@@ -71,7 +71,6 @@ from axolotl_edpo.upstream import (
     attention_name,
     automatic_plugins,
     deepspeed_optimizer_files,
-    default_prepared_path,
     is_remote_code,
     is_repeated_blocks,
     keep_adapter_in_float32,
@@ -300,6 +299,9 @@ def test_deepspeed_keeps_these_attributes_on_a_weight_that_zero3_has_sharded():
         "class GatheredParameters:",
     ):
         assert line in text, f"distributed.py: {line}"
+    for way in ("coalesced", "sequential"):
+        line = f"def _allgather_params_{way}(self, param_list, hierarchy=0"
+        assert line in text, f"upstream.py: wait_for_every_gather: {line}"
 
 
 def test_models_say_in_private_names_what_their_layers_are():
@@ -519,8 +521,7 @@ def test_code_that_comes_with_a_model_is_imported_below_one_module():
     assert "TRANSFORMERS_DYNAMIC_MODULE_NAME" in text, "upstream.py: is_remote_code"
 
 
-def test_axolotl_has_a_default_folder_of_prepared_data_and_datasets_writes_sizes():
-    assert default_prepared_path() == "last_run_prepared", "README: the cache"
+def test_datasets_writes_sizes_with_a_unit():
     assert size_in_words(2**16) == "64.00 KiB", "upstream.py: size_in_words"
 
 
@@ -703,7 +704,7 @@ def test_entries_and_prepared_data(tmp_path):
     assert upstream.prepared_root(cfg) == tmp_path
     assert upstream.prepared_path(cfg, "a") == tmp_path / "a"
     unset = upstream.prepared_root(DictDefault())
-    assert unset == Path(upstream.default_prepared_path())
+    assert unset == Path("last_run_prepared"), "README: the cache"
 
 
 # Code of axolotl that runs in supervised training only.

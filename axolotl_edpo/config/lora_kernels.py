@@ -84,9 +84,4 @@ KERNEL_RULES = (
         _is_misread,
         _or_without_kernels("they read all weights of 4 bits as `nf4`"),
     ),
-    Rule(
-        "tiled_mlp",
-        lambda recipe: recipe.get("tiled_mlp") and recipe.get(MLP),
-        f"remove it, or {quote(MLP, True)}, which takes the place of the tiles",
-    ),
 )

@@ -143,6 +143,7 @@ UNSUPPORTED = {
     "`datasets:`",
     "reward_model": "remove it: it asks for another trainer",
     "process_reward_model": "remove it: it asks for another trainer",
+    "tiled_mlp": "remove it: axolotl's gradients are wrong with it, under any `rl`",
     "neftune_noise_alpha": NOISE,
     "noisy_embedding_alpha": NOISE,
     "relora": SUPERVISED,

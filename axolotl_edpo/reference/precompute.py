@@ -29,7 +29,7 @@ from ..config.args import CACHE, PRECOMPUTE
 from ..data.columns import scored_lengths, token_rows
 from ..data.pair_id import IMAGES, digest_of
 from ..distributed import broadcast_from_rank0
-from ..upstream import default_prepared_path, size_in_words
+from ..upstream import prepared_root, size_in_words
 from .fingerprint import COMPUTE_KEYS
 from .hidden_cache import PARTIAL, Damaged, HiddenStateCache, shard_name
 
@@ -89,7 +89,7 @@ class CacheSettings:
         """
         if not cfg.precompute_ref_log_probs:
             return None
-        prepared = Path(cfg.dataset_prepared_path or default_prepared_path())
+        prepared = prepared_root(cfg)
         folder = Path(cfg.edpo_reference_cache or prepared / "edpo_reference")
         parts = {key: str(cfg.get(key)) for key in COMPUTE_KEYS}
         return cls(folder.expanduser(), parts)

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
@@ -32,14 +33,17 @@ from ..reference.provider import (
     ModelReference,
     Reference,
 )
+from . import first_step
 from .batching import PairBatcher
 from .finite_checks import FiniteCheck, refuse_broken_weights
+from .first_step import FirstStep
 from .margin_filter import MarginFilter
 from .metrics import PairMetrics
 from .pair_outcomes import MeanOverStep
 from .pair_trace import PairTrace
 from .records import StepRecords
 from .scoring import PairScorer
+from .settings import EDPOSettings
 from .step_counts import StepCounts
 
 
@@ -151,31 +155,61 @@ def make_scorer(
 
 
 def make_records(
-    trainer: Any, log_pairs: int | None, controller: BetaController, mean: MeanOverStep
+    trainer: Any,
+    settings: EDPOSettings,
+    controller: BetaController,
+    mean: MeanOverStep,
 ) -> StepRecords:
     """Builds what logs, traces and counts the pairs of a run.
 
     Args:
         trainer: TRL's trainer.
-        log_pairs: Pairs are traced every so many optimizer steps; None: never.
+        settings: Settings of the recipe.
         controller: The run's controller of β.
         mean: Averages losses.
     """
     accelerator, output_dir = trainer.accelerator, Path(trainer.args.output_dir)
     perturbed, trace = controller.epsilon is not None, None
-    if log_pairs is not None:
+    if settings.log_pairs is not None:
         decode = trainer.processing_class.batch_decode
         normalizer = getattr(trainer.data_collator, "normalizer", None)
         trace = PairTrace(
             output_dir,
-            log_pairs,
+            settings.log_pairs,
             accelerator.process_index,
             perturbed=perturbed,
             decode=partial(decode, skip_special_tokens=True),
             thumbnails=normalizer and partial(thumbnails, normalizer),
         )
     counts = StepCounts(accelerator, controller, FiniteCheck(output_dir))
-    return StepRecords(accelerator, PairMetrics(perturbed, mean), counts, trace)
+    metrics, first = PairMetrics(perturbed, mean), make_first_step(trainer, settings)
+    return StepRecords(accelerator, metrics, counts, trace, first)
+
+
+def make_first_step(trainer: Any, settings: EDPOSettings) -> FirstStep:
+    """Compares policy and reference in the first step of a recipe.
+
+    A reference that is an argument of the trainer may be any model. With dropout, both
+    differ from the start. So nothing is compared then.
+    """
+    accelerator, bound = trainer.accelerator, None
+    if settings.models.from_recipe and trainer.args.disable_dropout:
+        exact = _is_float32(trainer)
+        bound = first_step.FLOAT32_BOUND if exact else first_step.ROUNDED_BOUND
+    engine = accelerator.state.deepspeed_plugin
+    remedies = [first_step.AGAIN]
+    if engine is not None and engine.zero_stage == 3:
+        remedies.append(first_step.ZERO3)
+    if settings.cache is not None:
+        remedies.append(first_step.CACHE)
+    return FirstStep(accelerator, bound, [*remedies, first_step.PLUGINS])
+
+
+def _is_float32(trainer: Any) -> bool:
+    """Whether products are in float32: no weight and no operand is rounded further."""
+    dtypes = {weight.dtype for weight in trainer.model.parameters()}
+    mixed = trainer.accelerator.mixed_precision != "no"
+    return dtypes == {torch.float32} and not (mixed or trainer.args.tf32)
 
 
 def make_margin_filter(

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from ..data.layout import Batch
 from ..ops.token_stats import TokenStats
 from .finite_checks import FiniteCheck
+from .first_step import FirstStep
 from .metrics import Mode, PairMetrics
 from .pair_outcomes import PairOutcomes, traced_values
 from .pair_trace import PairTrace, flushed_at_end
@@ -22,6 +23,7 @@ class StepRecords:
         metrics: Computes the means that are logged.
         counts: Counts steps s, and losses that are not finite, on all ranks.
         trace: Writes a row per pair; None: no trace.
+        first_step: Compares policy and reference in the first step.
 
     Attributes:
         metrics: The argument.
@@ -35,8 +37,9 @@ class StepRecords:
         metrics: PairMetrics,
         counts: StepCounts,
         trace: PairTrace | None,
+        first_step: FirstStep,
     ):
-        self._accelerator = accelerator
+        self._accelerator, self._first_step = accelerator, first_step
         self.metrics, self.counts, self.trace = metrics, counts, trace
 
     @property
@@ -64,6 +67,8 @@ class StepRecords:
             router_loss: Router loss of a mixture of experts, shape (); or None.
 
         Raises:
+            WrongStart: At the last micro-batch of the first step, if policy and
+                reference differ.
             Diverged: At the last micro-batch of a step in which a loss is not finite.
         """
         self.metrics.add(mode, batch, stats, pairs, router_loss)
@@ -73,6 +78,8 @@ class StepRecords:
             with self.trace.timed():
                 values = traced_values(pairs, stats, batch["lengths"])
                 self.trace.observe(step, batch["examples"].pairs, values)
+        logps = stats.policy_logp, stats.reference_logp
+        self._first_step.observe(*logps, batch["lengths"])
         self.counts.observe(pairs.steps, pairs.losses, step)
 
     @property
@@ -88,6 +95,8 @@ class StepRecords:
             removes: Whether this rank removes files of the trace.
         """
         self.finite.take()  # of a run that has failed
+        if step:
+            self._first_step.end()
         if self.trace is not None:
             if removes:
                 self.trace.drop_after(step)

@@ -9,6 +9,7 @@ import contextlib
 import faulthandler
 import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import time
@@ -79,6 +80,26 @@ def wait(context: mp.ProcessContext, seconds: float = LIMIT) -> None:
         if time.monotonic() >= until:
             stacks = abort(context.pids())
             raise TimeoutError(f"aborted after {seconds:g} s:\n{stacks}")
+
+
+def ended(context: mp.ProcessContext, seconds: float = LIMIT) -> list[tuple[int, str]]:
+    """Exit code and error of each process, none of which was ended by another.
+
+    Those that are there for longer are aborted.
+    """
+    until = time.monotonic() + seconds
+    for process in context.processes:
+        process.join(max(until - time.monotonic(), 0))
+        if process.is_alive():
+            abort([process.pid])
+        process.join()
+    codes = [process.exitcode for process in context.processes]
+    return [*zip(codes, map(_error, context.error_files), strict=True)]
+
+
+def _error(file: str) -> str:
+    path = Path(file)
+    return pickle.loads(path.read_bytes()) if path.exists() else ""
 
 
 def run(function: Callable, *arguments, count: int = 1, seconds: float = LIMIT) -> None:

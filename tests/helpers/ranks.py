@@ -24,6 +24,7 @@ from axolotl import utils
 from axolotl.cli import config
 from axolotl.integrations.base import BasePlugin
 
+from axolotl_edpo.distributed import local_part
 from helpers import processes, tiny
 
 # A CUDA build of torch would ask the driver, which a forked process must not do.
@@ -57,6 +58,16 @@ class BrokenGradient(BasePlugin):
 
         *_, last = trainer.model.parameters()
         last.register_hook(broken)
+
+
+class BrokenReference(BasePlugin):
+    """The last weight of the reference is half of what it was, where rank 1 has it."""
+
+    def post_trainer_create(self, cfg, trainer) -> None:
+        """Changes the weight, or this rank's shard of it."""
+        if os.environ.get("RANK") == "1":
+            *_, last = trainer.ref_model.parameters()
+            local_part(last).mul_(0.5)
 
 
 class CpuRanks(BasePlugin):

@@ -5,7 +5,6 @@ cache, or stops and says why.
 """
 
 import os
-import pickle
 import random
 import re
 import shutil
@@ -167,26 +166,6 @@ def assert_same_run(run: Run, clean: Run) -> None:
         torch.testing.assert_close(own[name], other[name], rtol=0, atol=1e-6)
 
 
-def ended(context, seconds: float = processes.LIMIT) -> list[tuple[int, str]]:
-    """Exit code and error of each process, none of which was ended by another.
-
-    Those that are there for longer are aborted.
-    """
-    until = time.monotonic() + seconds
-    for process in context.processes:
-        process.join(max(until - time.monotonic(), 0))
-        if process.is_alive():
-            processes.abort([process.pid])
-        process.join()
-    codes = [process.exitcode for process in context.processes]
-    return [*zip(codes, map(_error, context.error_files), strict=True)]
-
-
-def _error(file: str) -> str:
-    path = Path(file)
-    return pickle.loads(path.read_bytes()) if path.exists() else ""
-
-
 def forked(folder: Path) -> Run:
     """The run of a single process that was started there."""
     (result,) = ranks.results(folder, 1)
@@ -226,7 +205,7 @@ def killed(request, many, tmp_path_factory):
         kill(many.start(folder, cache), cache, due, 2 * rng.random() * a_shard)
         seen.append(stamps(cache))
     torn = many.start(folder, cache, KILLED + "Dying", dies={"rank": 0, "shard": 3})
-    assert ended(torn) == [(-signal.SIGKILL, "")]
+    assert processes.ended(torn) == [(-signal.SIGKILL, "")]
     seen.append(stamps(cache))
     return Killed(cache, seen)
 
@@ -370,7 +349,7 @@ def test_damage_while_a_run_trains_stops_it(few, cache, tmp_path, step):
     """Then what the message advises gives the run without a cache."""
     keys = dict(save_strategy="steps", save_steps=1, auto_resume_from_checkpoints=True)
     context = few.start(tmp_path, cache, KILLED + "Flipping", flips=step, **keys)
-    ((code, error),) = ended(context)
+    ((code, error),) = processes.ended(context)
     assert code == 1 and re.search(IN_USE.format(cache), error.splitlines()[-1])
     out = tmp_path / "out"
     assert not (out / "model.safetensors").exists()
@@ -427,7 +406,7 @@ def test_a_disk_that_fills_up_stops_every_rank_and_later_the_pass_goes_on(
     full = disk("-t tmpfs -o size=512k tmpfs")
     count, keys = (1, {}) if name == "alone" else (2, engine(tmp_path, name))
     keys |= dict(gradient_accumulation_steps=2 // count, fills=3)
-    for code, error in ended(
+    for code, error in processes.ended(
         few.start(tmp_path, full, KILLED + "FillingDisk", count=count, **keys)
     ):
         last = error.splitlines()[-1]
@@ -453,7 +432,7 @@ def test_a_disk_that_fills_up_stops_every_rank_and_later_the_pass_goes_on(
 def test_what_stops_one_rank_stops_all(few, cache, tmp_path, plugin, message):
     keys = dict(gradient_accumulation_steps=1)
     context = few.start(tmp_path, cache, KILLED + plugin, count=2, **keys)
-    for code, error in ended(context):
+    for code, error in processes.ended(context):
         last = error.splitlines()[-1]
         assert code == 1 and last.startswith("ValueError: `precompute_ref_log_probs: t")
         assert message in last
@@ -498,7 +477,7 @@ def test_two_runs_build_one_cache_at_once(many, tmp_path, caplog):
     """Both end as without a cache; a third has nothing left to compute."""
     cache, folders = tmp_path / "cache", [tmp_path / name for name in "ab"]
     contexts = [many.start(folder, cache) for folder in folders]
-    assert [ended(context) for context in contexts] == [[(0, "")]] * 2
+    assert [processes.ended(context) for context in contexts] == [[(0, "")]] * 2
     for folder in folders:
         log = (folder / "out" / "debug.log").read_text()
         assert "Reference cache: computing" in log

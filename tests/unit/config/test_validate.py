@@ -248,7 +248,6 @@ def test_a_wrong_recipe_is_one_line_with_key_value_and_remedy(keys, message):
     [
         ({"peft_use_dora": True}, "before the first step"),
         ({"bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"}}, "4 bits as `nf4`"),
-        ({"tiled_mlp": True}, "takes the place of the tiles"),
     ],
 )
 def test_what_lora_kernels_would_not_compute_is_refused(keys, message):

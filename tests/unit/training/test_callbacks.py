@@ -13,6 +13,7 @@ from axolotl_edpo.reference.provider import AdapterReference
 from axolotl_edpo.run_files import CONTROLLER
 from axolotl_edpo.training.callbacks import EDPOCallback
 from axolotl_edpo.training.finite_checks import FiniteCheck
+from axolotl_edpo.training.first_step import FirstStep
 from axolotl_edpo.training.metrics import PairMetrics
 from axolotl_edpo.training.pair_outcomes import MeanOverStep
 from axolotl_edpo.training.records import StepRecords
@@ -28,7 +29,8 @@ def start(tmp_path):
         controller = make_controller(ControllerSettings(0.1, 0.01))
         counts = StepCounts(accelerator, controller, FiniteCheck(tmp_path))
         metrics = PairMetrics(True, MeanOverStep())
-        records = StepRecords(accelerator, metrics, counts, None)
+        first_step = FirstStep(accelerator, 0.01, [])
+        records = StepRecords(accelerator, metrics, counts, None, first_step)
         reference = AdapterReference(CompletionForward(accelerator))
         return controller, records, EDPOCallback(controller, reference, records)
 
@@ -44,5 +46,7 @@ def test_a_resumed_run_goes_on_from_the_beta_and_the_tokens_of_its_checkpoint(st
     controller, records, callback = start()
     state = TrainerState(global_step=2, stateful_callbacks={CONTROLLER: saved})
     callback.on_train_begin(None, state, None)
+    apart = torch.tensor([-1.0]), torch.tensor([-2.0]), torch.tensor([1])
+    records._first_step.observe(*apart)  # it has learned, so nothing is compared
     records.metrics.add_tokens(torch.tensor(1))
     assert (controller.beta, records.metrics.tokens) == (0.25, 313)
