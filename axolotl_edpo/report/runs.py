@@ -16,11 +16,12 @@ from ..run_files import (
     CONTROLLER,
     PREFIX,
     STATE,
+    WARNINGS,
     checkpoints,
     is_complete,
     last_complete,
 )
-from .logged import EVAL, KL, METRICS, Metric
+from .logged import EVAL, KL, METRICS, SHOWN_BY, Metric
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,21 @@ class Series:
 
     steps: list[int]
     values: list[float]
+
+
+@dataclass(frozen=True)
+class Warned:
+    """A line that a run logged about overfitting or collapse.
+
+    Attributes:
+        step: Optimizer step.
+        name: What it is about, a key of `logged.SHOWN_BY`.
+        line: The line.
+    """
+
+    step: int
+    name: str
+    line: str
 
 
 @dataclass(frozen=True)
@@ -82,6 +98,19 @@ class Run:
         log = self.state["log_history"]
         points = [(entry["step"], entry[name]) for entry in log if name in entry]
         return Series(*map(list, zip(*points, strict=True))) if points else None
+
+    @property
+    def warnings(self) -> list[Warned]:
+        """What the run was warned of, in the order of steps."""
+        return [
+            Warned(entry["step"], name, line)
+            for entry in self.state["log_history"]
+            for name, line in entry.get(WARNINGS, {}).items()
+        ]
+
+    def marks(self, metric: Metric) -> list[Warned]:
+        """The warnings that the curve of a metric shows."""
+        return [w for w in self.warnings if metric in SHOWN_BY.get(w.name, ())]
 
     def has(self, metric: Metric) -> bool:
         """Whether a metric was logged, in training or in evaluation."""

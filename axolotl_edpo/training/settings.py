@@ -20,6 +20,7 @@ class EDPOSettings:
         cache: Cache of the reference's hidden states; None: the reference runs for
             every batch.
         log_pairs: Pairs are traced every so many optimizer steps; None: never.
+        max_kl: The run stops beyond this KL per token, nats; None: no bound.
     """
 
     controller: ControllerSettings
@@ -27,6 +28,7 @@ class EDPOSettings:
     models: ModelSettings = field(default_factory=ModelSettings)
     cache: CacheSettings | None = None
     log_pairs: int | None = None
+    max_kl: float | None = None
 
     @classmethod
     def from_config(cls, cfg: Any, beta: float) -> "EDPOSettings":
@@ -42,4 +44,5 @@ class EDPOSettings:
             ModelSettings.from_config(cfg),
             CacheSettings.from_config(cfg),
             cfg.edpo_log_pairs,
+            cfg.edpo_max_kl,
         )

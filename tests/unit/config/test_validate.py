@@ -96,6 +96,8 @@ WRONG = [
     ),
     ({"edpo_log_pairs": 0}, r"`edpo_log_pairs: 0`.*greater than 0"),
     ({"edpo_log_pairs": True}, r"`edpo_log_pairs: true`"),
+    ({"edpo_max_kl": 0}, r"`edpo_max_kl: 0`.*greater than 0.*nats per token"),
+    ({"edpo_max_kl": True}, r"`edpo_max_kl: true`.*a number, not true or false"),
     ({"dpo_label_smoothing": 0.5}, r"`dpo_label_smoothing: 0.5`.*below 0.5"),
     ({"fsdp": ["full_shard"]}, "`fsdp: .*`fsdp_version: 2`"),
     ({"context_parallel": {"size": 2}}, "`context_parallel.size: 2`.*set 1: .* whole"),
