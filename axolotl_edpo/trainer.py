@@ -88,7 +88,7 @@ class EDPOTrainer(AxolotlDPOTrainer):
         reference = assembly.make_reference(self, forward, settings.cache)
         scorer = assembly.make_scorer(self, forward, reference, controller, loss)
         mean = assembly.make_mean(self, loss)
-        records = assembly.make_records(self, settings.log_pairs, controller, mean)
+        records = assembly.make_records(self, settings, controller, mean)
         self.controller, self.loss, self.mean = controller, loss, mean
         self.forward, self.reference = forward, reference
         self.scorer, self.records = scorer, records

@@ -137,7 +137,8 @@ def _smooth_width(metric: Metric, series: Series) -> int:
 def draw_metric(metric: Metric, run: Run) -> Figure:
     """A metric of one run: a smooth line over training values, evaluations as dots.
 
-    A vertical line marks each warning that the metric shows.
+    Sets of `test_datasets:` have a thin line each. A vertical line marks each warning
+    that the metric shows.
     """
     train, held_out = run.series(metric.name), run.series(EVAL + metric.name)
     with _panel(metric.label) as (figure, axes):
@@ -152,8 +153,26 @@ def draw_metric(metric: Metric, run: Run) -> Figure:
                 markeredgecolor="white",
                 label="evaluation",
             )
+        _draw_sets(axes, run.of_sets(metric))
         _mark_warnings(axes, run.marks(metric), BLACK)
     return figure
+
+
+def _draw_sets(axes: Axes, sets: dict[str, Series]) -> None:
+    """A thin line with markers for each set of `test_datasets:`."""
+    colours = cycle((GREEN, PURPLE, ORANGE, SKY))
+    for (name, series), colour, marker in zip(
+        sets.items(), colours, cycle(MARKERS[1:]), strict=False
+    ):
+        axes.plot(
+            series.steps,
+            series.values,
+            color=colour,
+            marker=marker,
+            markersize=4,
+            linewidth=1,
+            label=f"evaluation, {name}",
+        )
 
 
 def _mark_warnings(axes: Axes, warnings: Sequence[Warned], colour: str) -> None:

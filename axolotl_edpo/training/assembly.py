@@ -37,6 +37,7 @@ from .pair_outcomes import MeanOverStep
 from .pair_trace import PairTrace
 from .records import StepRecords
 from .scoring import PairScorer
+from .settings import EDPOSettings
 from .step_counts import StepCounts
 
 
@@ -133,29 +134,30 @@ def make_scorer(
 
 
 def make_records(
-    trainer: Any, log_pairs: int | None, controller: BetaController, mean: MeanOverStep
+    trainer: Any, settings: EDPOSettings, controller: BetaController, mean: MeanOverStep
 ) -> StepRecords:
     """Builds what logs, traces and counts the pairs of a run.
 
     Args:
         trainer: TRL's trainer.
-        log_pairs: Pairs are traced every so many optimizer steps; None: never.
+        settings: Say how often pairs are traced, and which sets are evaluated.
         controller: The run's controller of β.
         mean: Averages losses.
     """
     accelerator, output_dir = trainer.accelerator, Path(trainer.args.output_dir)
     perturbed, trace = controller.epsilon is not None, None
-    if log_pairs is not None:
+    if settings.log_pairs is not None:
         decode = trainer.processing_class.batch_decode
         trace = PairTrace(
             output_dir,
-            log_pairs,
+            settings.log_pairs,
             accelerator.process_index,
             perturbed=perturbed,
             decode=partial(decode, skip_special_tokens=True),
         )
     counts = StepCounts(accelerator, controller, FiniteCheck(output_dir))
-    return StepRecords(accelerator, PairMetrics(perturbed, mean), counts, trace)
+    metrics = PairMetrics(perturbed, mean, settings.sets)
+    return StepRecords(accelerator, metrics, counts, trace)
 
 
 def make_margin_filter(

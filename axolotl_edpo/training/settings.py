@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..data.evaluation_sets import set_names
 from ..data.layout import LayoutSettings
 from ..losses.beta_controller import ControllerSettings
 from ..models.start import ModelSettings
@@ -21,6 +22,7 @@ class EDPOSettings:
             every batch.
         log_pairs: Pairs are traced every so many optimizer steps; None: never.
         max_kl: The run stops beyond this KL per token, nats; None: no bound.
+        sets: Names of the sets of `test_datasets:`; empty if there are fewer than two.
     """
 
     controller: ControllerSettings
@@ -29,6 +31,7 @@ class EDPOSettings:
     cache: CacheSettings | None = None
     log_pairs: int | None = None
     max_kl: float | None = None
+    sets: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, cfg: Any, beta: float) -> "EDPOSettings":
@@ -45,4 +48,5 @@ class EDPOSettings:
             CacheSettings.from_config(cfg),
             cfg.edpo_log_pairs,
             cfg.edpo_max_kl,
+            set_names(cfg),
         )

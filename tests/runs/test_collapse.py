@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from helpers import tiny
 from helpers.report_pages import numbers, page_of
-from helpers.tiers import first, rest
+from helpers.tiers import rest
 from safetensors.torch import load_file
 
 from axolotl_edpo.report import figures, logged, runs
@@ -64,6 +64,7 @@ def test_a_run_driven_into_collapse_gets_one_line_at_its_step(driven):
     assert trainer.state.global_step == 9  # it is named, not stopped
 
 
+@rest
 def test_a_resumed_run_does_not_say_it_again(driven, tmp_path, caplog):
     trainer, _, keys = driven
     step = collapsed_at(tiny.logs(trainer))
@@ -149,7 +150,8 @@ def test_the_other_conditions_are_named_too(recipe, tmp_path, name, keys):
     assert min(margins) > 20 if name == "exploding margins" else max(losses) < 0.02
 
 
-@pytest.mark.parametrize("keys", first(HEALTHY), ids=str)
+@rest
+@pytest.mark.parametrize("keys", HEALTHY, ids=str)
 def test_a_healthy_run_gets_no_line(recipe, tmp_path, keys, caplog):
     trainer = tiny.train(tmp_path, recipe(**{"num_epochs": 3, **keys}))
     assert len(tiny.logs(trainer)) >= 15 and warnings(trainer) == {}

@@ -177,12 +177,8 @@ WRONG = [
         "`test_datasets: roles: .*in the data",
     ),
     (
-        {"datasets": [CHAT], "test_datasets": [CHAT, {**CHAT, "field_chosen": "yes"}]},
-        "`test_datasets: field_chosen: yes`.*of `datasets:` at its place",
-    ),
-    (
-        {"datasets": [{**CHAT, "field_chosen": "yes"}], "test_datasets": [CHAT]},
-        "`test_datasets: field_chosen: null`.*of `datasets:` at its place",
+        {"test_datasets": [{"path": "a", "type": {"prompt_format": "Q: {prompt}"}}]},
+        "`test_datasets: type: .*Q: .*axolotl removes its keys.*without `type`",
     ),
     ({"trl": "x"}, "`trl: x`: lines with keys"),
     ({"qat": True}, "`qat: true`: lines with keys"),
