@@ -7,20 +7,23 @@ them.
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
 # The column that holds the number of a pair's entry; only with several entries.
 SET = "edpo_set"
+# The ending of a data file. Names of data sets may hold dots, too, as `pairs-v1.5`.
+ENDING = r"\.(jsonl?|parquet|arrow|csv|txt)(\.\w+)?$"
 
 
 def set_names(cfg: Any) -> tuple[str, ...]:
     """A name for each entry of `test_datasets:`; empty if there are fewer than two.
 
     It is the name of the file or data set without folder, owner and ending; with the
-    split if several have this name, and then with a number. Empty as well with
-    `dataset_exact_deduplication`: a pair of two sets is then left in one of them.
+    split where several have the same name. If that is not enough, all are numbered.
+    Empty as well with `dataset_exact_deduplication`: a pair of two sets is then left in
+    one of them.
 
     Args:
         cfg: axolotl's config.
@@ -31,21 +34,19 @@ def set_names(cfg: Any) -> tuple[str, ...]:
     names = tuple(map(_name, entries))
     splits = map(_split, entries)
     longer = [f"{name}_{split}" for name, split in zip(names, splits, strict=True)]
-    names = _distinct(names, longer)
-    return _distinct(names, [f"{name}_{i}" for i, name in enumerate(names, 1)])
-
-
-def _distinct(names: Sequence[str], longer: Sequence[str]) -> tuple[str, ...]:
-    """The names, and the longer ones of those that are there more than once."""
     counts = Counter(names)
     pairs = zip(names, longer, strict=True)
-    return tuple(long if counts[name] > 1 else name for name, long in pairs)
+    distinct = [long if counts[name] > 1 else name for name, long in pairs]
+    if len({*distinct}) < len(distinct):
+        distinct = [f"{name}_{number}" for number, name in enumerate(distinct, 1)]
+    return tuple(distinct)
 
 
 def _name(entry: Mapping[str, Any]) -> str:
     files = entry.get("data_files") or []
     path = files[0] if len(files) == 1 else entry["path"]
-    return re.sub(r"[^\w.-]", "_", PurePosixPath(str(path).rstrip("/")).stem)
+    name = re.sub(ENDING, "", PurePosixPath(str(path)).name)
+    return re.sub(r"[^\w.-]", "_", name)
 
 
 def _split(entry: Mapping[str, Any]) -> str:

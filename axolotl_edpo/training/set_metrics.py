@@ -101,8 +101,8 @@ class SetMetrics:
             tokens, chosen = of_set.pop(TOKENS), of_set.pop(CHOSEN_TOKENS)
             sft, kl = of_set.pop(SFT), of_set.pop(KL)
             if tokens:
-                of_set["loss"] = self._mean.of_whole_set(
-                    of_set["loss"], sft / chosen, of_set.get("aux_loss", 0.0)
-                )
+                sft = sft / chosen if chosen else 0.0
+                aux_loss = of_set.get("aux_loss", 0.0)
+                of_set["loss"] = self._mean.of_whole_set(of_set["loss"], sft, aux_loss)
                 of_set["kl/policy_ref"] = kl / tokens
                 means |= {f"{name}_{key}": value for key, value in of_set.items()}

@@ -13,15 +13,15 @@ def entry(path: str, **more) -> dict:
 @pytest.mark.parametrize(
     ("entries", "names"),
     [
-        ([entry("a/easy.jsonl"), entry("b/hard.parquet")], ("easy", "hard")),
-        ([entry("me/pairs-v1.5"), entry("me/odd name/")], ("pairs-v1", "odd_name")),
+        ([entry("a/easy.jsonl.gz"), entry("b/hard.parquet")], ("easy", "hard")),
+        ([entry("me/pairs-v1.5"), entry("me/odd name/")], ("pairs-v1.5", "odd_name")),
         (
             [entry("me/d", split="test"), entry("me/d", split="train[:10%]")],
             ("d_test", "d_train__10__"),
         ),
         (
             [entry("a/d.jsonl"), entry("b/d.jsonl"), entry("e")],
-            ("d_all_1", "d_all_2", "e"),
+            ("d_all_1", "d_all_2", "e_3"),
         ),
         ([entry("f", data_files=["x/one.json"]), entry("f", data_files=["two.json"])],)
         + (("one", "two"),),
