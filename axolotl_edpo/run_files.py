@@ -12,6 +12,9 @@ STATE = "trainer_state.json"
 PREFIX = "checkpoint-"
 # The key in STATE below which β and its settings are saved.
 CONTROLLER = "EDPO"
+# The key of an entry of `log_history` in STATE that holds lines about overfitting or
+# collapse, by name.
+WARNINGS = "edpo_warnings"
 # The trace of pairs: its folder in `output_dir`, its files, the columns that hold text,
 # and the column of thumbnails, which runs without images lack.
 TRACE, TRACE_FILES = "edpo_pairs", "steps-*-rank*.parquet"

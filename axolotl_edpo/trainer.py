@@ -96,7 +96,7 @@ class EDPOTrainer(AxolotlDPOTrainer):
         self.margin_filter = assembly.make_margin_filter(
             self, controller, scorer, loss, records.finite
         )
-        self._callback = EDPOCallback(controller, reference, records)
+        self._callback = EDPOCallback(controller, reference, records, settings.max_kl)
         self.add_callback(self._callback)
         self._is_prepared = False
 

@@ -113,6 +113,12 @@ class EDPOArgs(BaseModel):
         description="Every how many optimizer steps a row per pair is written to "
         "`edpo_pairs` in `output_dir` (Parquet)",
     )
+    edpo_max_kl: Positive | None = Field(
+        default=None,
+        description="Training stops with a checkpoint when `kl/policy_ref` of a log is "
+        "above this, in nats per token (absent: it goes on, and a warning names a "
+        "collapse)",
+    )
     edpo_prefix_sharing: Switch = Field(
         default="auto",
         description="Whether a prompt is in a packed row once, for chosen and rejected "

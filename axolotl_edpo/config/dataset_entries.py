@@ -54,7 +54,6 @@ def check_entries(recipe: Mapping[str, Any]) -> None:
     """
     _check_form(recipe)
     _check_options(recipe)
-    _check_test_datasets(recipe)
 
 
 def _check_form(recipe: Mapping[str, Any]) -> None:
@@ -80,6 +79,7 @@ def _check_options(recipe: Mapping[str, Any]) -> None:
                 refuse(f"{name}: {key}", entry[key], f"it is ignored, {remedy}")
             if isinstance(entry.get("type"), Mapping):
                 _check_text_type(name, entry["type"])
+                _check_evaluated_type(name, entry["type"])
 
 
 def _ignored(
@@ -113,6 +113,16 @@ def _check_text_type(name: str, options: Mapping[str, Any]) -> None:
             refuse(f"{name}: type: {key}", options[key], f"its keys are {known}")
 
 
+def _check_evaluated_type(name: str, options: Mapping[str, Any]) -> None:
+    """Refuses such a `type` in `test_datasets`, where axolotl removes its keys."""
+    if name == "test_datasets" and any(options.values()):
+        remedy = (
+            "axolotl removes its keys there, and would evaluate rows as they are: save "
+            "the texts as columns `prompt`, `chosen` and `rejected`, without `type`"
+        )
+        refuse(f"{name}: type", options, remedy)
+
+
 def _entries(recipe: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
     return recipe.get(name) or []
 
@@ -138,21 +148,3 @@ def _maps_to_itself(key: str, names: Mapping[str, Any]) -> bool:
     if key == "roles":
         return all(role in aliases for role, aliases in names.items())
     return all(names.get(name, name) == name for name in ("role", "content"))
-
-
-def _check_test_datasets(recipe: Mapping[str, Any]) -> None:
-    """Refuses options that differ from those of the entry of `datasets:` of same index.
-
-    axolotl reads the options of entry i of `test_datasets:` from entry i of
-    `datasets:`.
-    """
-    trained = _entries(recipe, "datasets")
-    for place, entry in enumerate(_entries(recipe, "test_datasets")):
-        source: Mapping[str, Any] = trained[place] if place < len(trained) else {}
-        options = FIELDS if has_chat_template(entry) else {}
-        if isinstance(entry.get("type"), Mapping):
-            options = {"type": ""}
-        for key, default in options.items():
-            if (entry.get(key) or default) != (source.get(key) or default):
-                remedy = "it is taken from the entry of `datasets:` at its place"
-                refuse(f"test_datasets: {key}", entry.get(key), remedy)

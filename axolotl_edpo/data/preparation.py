@@ -29,6 +29,7 @@ from .boundary import repeated_start
 from .checks import check_loaded, check_tokens
 from .columns import arrow_tables, has_chat_template
 from .conversation import PairError
+from .evaluation_sets import SET, numbered, set_names
 from .images import ImageTokens, has_images
 from .layout import LayoutSettings
 from .pair_maker import (
@@ -228,10 +229,14 @@ class Preparation:
     def load_type(self, load: Callable, kind: str, cfg: Any, dataset_idx: int) -> Any:
         """What axolotl applies to each row of an entry: its type, and then `PairMaker`.
 
+        axolotl reads the options of a type from the entry of `datasets:` of this
+        number, for `test_datasets:` too. So it gets its own entries as `datasets:`.
+
         Returns:
             A function and keywords of `Dataset.map`; None for a type that is not there.
         """
-        found = load(kind, cfg, dataset_idx=dataset_idx)
+        of_its_own = type(cfg)({**cfg, "datasets": cfg[self.key]})
+        found = load(kind, of_its_own, dataset_idx=dataset_idx)
         if found is None:
             return None
         transform, keywords = found if isinstance(found, tuple) else (found, {})
@@ -250,6 +255,8 @@ class Preparation:
             cfg.sequence_len if strict else None,
         )
         self.makers[dataset_idx] = maker
+        if self._numbers(cfg[self.key]):
+            return partial(numbered, maker, dataset_idx), keywords
         return maker, keywords
 
     def folder_name(self, cfg: Any, entries: Any, tokenizer_name: str) -> str:
@@ -271,12 +278,17 @@ class Preparation:
         strategy = (self.cfg.excess_length_strategy or "drop").lower()
         return partial(_is_kept, truncates=strategy == "truncate")
 
+    def _numbers(self, entries: Any) -> bool:
+        """Whether pairs of these entries get the number of their set."""
+        return bool(set_names(self.cfg)) and entries == self.cfg.test_datasets
+
     def _made_of(self, entries: Any) -> dict[str, str]:
+        numbers = {SET: "numbered"} if self._numbers(entries) else {}
         key = json.dumps(entries, default=str)
         if key not in self._parts:
             source = self._template().source or self.tokenizer.chat_template
             processor = self.images and self.images.collator.processor
-            self._parts[key] = prepared.made_of(
+            self._parts[key] = numbers | prepared.made_of(
                 self.cfg, entries, self.tokenizer, source or "", processor
             )
         return self._parts[key]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..run_files import TEXTS, THUMBNAILS
 from . import figures, logged, runs, trace
-from .logged import EVAL, Metric
+from .logged import Metric
 from .runs import Run
 
 if TYPE_CHECKING:
@@ -86,8 +86,7 @@ def charts_of_run(run: Run) -> Iterator[Chart]:
 
 
 def _curve(run: Run, metric: Metric) -> Chart:
-    train, held_out = run.series(metric.name), run.series(EVAL + metric.name)
-    figure = figures.draw_metric(metric, train, held_out)
+    figure = figures.draw_metric(metric, run)
     return Chart(_file_name(metric), figure, metric.note)
 
 
@@ -186,6 +185,7 @@ def as_json(run: Run, name: str, pairs: Pairs | None) -> dict[str, Any]:
         "frontier": {
             key: [point._asdict() for point in path] for key, path in paths.items()
         },
+        "warnings": [vars(warning) for warning in run.warnings],
         "pairs": pairs and _pairs_as_json(pairs),
     }
     return _finite(content)

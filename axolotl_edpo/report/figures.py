@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from . import logged
 from .logged import EVAL, Metric
-from .runs import Evaluation, Run, Series
+from .runs import Evaluation, Run, Series, Warned
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -134,10 +134,13 @@ def _smooth_width(metric: Metric, series: Series) -> int:
     return 1 if metric in logged.EXACT else window(len(series.steps))
 
 
-def draw_metric(
-    metric: Metric, train: Series | None, held_out: Series | None
-) -> Figure:
-    """A metric of one run: a smooth line over training values, evaluations as dots."""
+def draw_metric(metric: Metric, run: Run) -> Figure:
+    """A metric of one run: a smooth line over training values, evaluations as dots.
+
+    Sets of `test_datasets:` have a thin line each. A vertical line marks each warning
+    that the metric shows.
+    """
+    train, held_out = run.series(metric.name), run.series(EVAL + metric.name)
     with _panel(metric.label) as (figure, axes):
         if train:
             _smooth_over_raw(axes, train, metric)
@@ -150,7 +153,53 @@ def draw_metric(
                 markeredgecolor="white",
                 label="evaluation",
             )
+        _draw_sets(axes, run.of_sets(metric))
+        _mark_warnings(axes, run.marks(metric), BLACK)
     return figure
+
+
+def _draw_sets(axes: Axes, sets: dict[str, Series]) -> None:
+    """A thin line with markers for each set of `test_datasets:`."""
+    colours = cycle((GREEN, PURPLE, ORANGE, SKY))
+    for (name, series), colour, marker in zip(
+        sets.items(), colours, cycle(MARKERS[1:]), strict=False
+    ):
+        axes.plot(
+            series.steps,
+            series.values,
+            color=colour,
+            marker=marker,
+            markersize=4,
+            linewidth=1,
+            label=f"evaluation, {name}",
+        )
+
+
+def _mark_warnings(axes: Axes, warnings: Sequence[Warned], colour: str) -> None:
+    """A vertical line at each step with warnings, with their names beside it."""
+    names: dict[int, list[str]] = {}
+    for warning in warnings:
+        names.setdefault(warning.step, []).append(warning.name)
+    for step, of_step in names.items():
+        axes.axvline(step, color=colour, linestyle=":", linewidth=1.2)
+        axes.annotate(
+            f"{', '.join(of_step)}: step {step}",
+            (step, 1),
+            (-3, -3),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            rotation=90,
+            ha="right",
+            va="top",
+            fontsize=8,
+            color=colour,
+            bbox={
+                "boxstyle": "square,pad=0.1",
+                "fc": "white",
+                "ec": "none",
+                "alpha": 0.7,
+            },
+        )
 
 
 def _smooth_over_raw(axes: Axes, train: Series, metric: Metric) -> None:
@@ -189,7 +238,10 @@ def _draw_share(axes: Axes, share: Series, step: int, as_dots: bool) -> None:
 
 
 def draw_runs(metric: Metric, several: Sequence[Run], names: Sequence[str]) -> Figure:
-    """A metric of several runs: smooth training lines, evaluations as markers."""
+    """A metric of several runs: smooth training lines, evaluations as markers.
+
+    A vertical line in the run's colour marks each warning that the metric shows.
+    """
     with _panel(metric.label) as (figure, axes):
         for run, name, look in zip(several, names, looks(len(names)), strict=True):
             train, held_out = run.series(metric.name), run.series(EVAL + metric.name)
@@ -199,6 +251,7 @@ def draw_runs(metric: Metric, several: Sequence[Run], names: Sequence[str]) -> F
             if held_out:
                 label = None if train else name
                 _mark(axes, held_out.steps, held_out.values, look, label=label)
+            _mark_warnings(axes, run.marks(metric), look.colour)
     return figure
 
 

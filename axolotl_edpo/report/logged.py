@@ -79,3 +79,10 @@ METRICS = (
 )
 # Metrics that are exact, not means over pairs. Their curves are not smoothed.
 EXACT = (BETA, RATE)
+# What a run was warned of -> the metrics whose curves show it.
+SHOWN_BY = {
+    "overfitting": (LOSS, ACCURACY),
+    "exploding margins": (MARGIN,),
+    "collapse": (KL, MARGIN),
+    "edpo_max_kl": (KL,),
+}

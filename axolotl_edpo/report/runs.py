@@ -6,6 +6,7 @@ training, or after it was killed.
 
 import json
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +17,12 @@ from ..run_files import (
     CONTROLLER,
     PREFIX,
     STATE,
+    WARNINGS,
     checkpoints,
     is_complete,
     last_complete,
 )
-from .logged import EVAL, KL, METRICS, Metric
+from .logged import EVAL, KL, MARGIN, METRICS, SHOWN_BY, Metric
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,21 @@ class Series:
 
     steps: list[int]
     values: list[float]
+
+
+@dataclass(frozen=True)
+class Warned:
+    """A line that a run logged about overfitting or collapse.
+
+    Attributes:
+        step: Optimizer step.
+        name: What it is about, a key of `logged.SHOWN_BY`.
+        line: The line.
+    """
+
+    step: int
+    name: str
+    line: str
 
 
 @dataclass(frozen=True)
@@ -83,13 +100,42 @@ class Run:
         points = [(entry["step"], entry[name]) for entry in log if name in entry]
         return Series(*map(list, zip(*points, strict=True))) if points else None
 
+    @property
+    def warnings(self) -> list[Warned]:
+        """What the run was warned of, in the order of steps."""
+        return [
+            Warned(entry["step"], name, line)
+            for entry in self.state["log_history"]
+            for name, line in entry.get(WARNINGS, {}).items()
+        ]
+
+    def marks(self, metric: Metric) -> list[Warned]:
+        """The warnings that the curve of a metric shows."""
+        return [w for w in self.warnings if metric in SHOWN_BY.get(w.name, ())]
+
+    @property
+    def sets(self) -> list[str]:
+        """Names of the sets of `test_datasets:` that were evaluated apart."""
+        keys = {key for entry in self.state["log_history"] for key in entry}
+        names = (re.fullmatch(rf"{EVAL}(.+)_{MARGIN.name}", key) for key in keys)
+        return sorted(name[1] for name in names if name)
+
+    def of_sets(self, metric: Metric) -> dict[str, Series]:
+        """The logged values of a metric in each set, by the set's name."""
+        every = {name: self.series(f"{EVAL}{name}_{metric.name}") for name in self.sets}
+        return {name: series for name, series in every.items() if series}
+
     def has(self, metric: Metric) -> bool:
         """Whether a metric was logged, in training or in evaluation."""
         return bool(self.series(metric.name) or self.series(EVAL + metric.name))
 
     def logged(self) -> dict[str, Series]:
-        """All logged metrics by name; names of evaluation have `eval_` in front."""
-        names = [prefix + metric.name for metric in METRICS for prefix in ("", EVAL)]
+        """All logged metrics by name; names of evaluation have `eval_` in front.
+
+        Those of a set of `test_datasets:` have `eval_` and the set's name.
+        """
+        prefixes = ("", EVAL, *(f"{EVAL}{name}_" for name in self.sets))
+        names = [prefix + metric.name for metric in METRICS for prefix in prefixes]
         every = {name: self.series(name) for name in names}
         return {name: series for name, series in every.items() if series}
 

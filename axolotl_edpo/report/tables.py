@@ -70,8 +70,8 @@ def _beta_change(run: Run) -> str:
 
 
 def notes(run: Run) -> list[str]:
-    """Sentences about what a run did not save, log or evaluate."""
-    lines = []
+    """Sentences: warnings of a run, and what it did not save, log or evaluate."""
+    lines = [warning.line for warning in run.warnings]
     if run.skipped:
         lines.append(f"Not saved to the end, and not read: {', '.join(run.skipped)}.")
     missing = [label for metric, label in MISSING.items() if not run.has(metric)]

@@ -164,7 +164,7 @@ def make_records(
 
     Args:
         trainer: TRL's trainer.
-        settings: Settings of the recipe.
+        settings: Say how often pairs are traced, and which sets are evaluated.
         controller: The run's controller of β.
         mean: Averages losses.
     """
@@ -182,7 +182,8 @@ def make_records(
             thumbnails=normalizer and partial(thumbnails, normalizer),
         )
     counts = StepCounts(accelerator, controller, FiniteCheck(output_dir))
-    metrics, first = PairMetrics(perturbed, mean), make_first_step(trainer, settings)
+    metrics = PairMetrics(perturbed, mean, settings.sets)
+    first = make_first_step(trainer, settings)
     return StepRecords(accelerator, metrics, counts, trace, first)
 
 

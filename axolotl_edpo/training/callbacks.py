@@ -2,6 +2,7 @@
 
 start of a run   prepares for the first batch, restores β from a checkpoint
 end of a step    updates β from the pairs of the step on all ranks
+a log            names overfitting and collapse; stops beyond `edpo_max_kl`
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,8 @@ from transformers import TrainerCallback
 
 from ..losses.beta_controller import BetaController
 from ..reference.provider import Reference
-from ..run_files import CONTROLLER
+from ..run_files import CONTROLLER, WARNINGS
+from .health import HealthCheck
 from .records import StepRecords
 
 LOG = get_logger(__name__)
@@ -25,6 +27,7 @@ class EDPOCallback(TrainerCallback):
         controller: Holds β.
         reference: The run's reference.
         records: The run's records.
+        max_kl: `edpo_max_kl`, nats per token; None: no bound.
     """
 
     def __init__(
@@ -32,15 +35,17 @@ class EDPOCallback(TrainerCallback):
         controller: BetaController,
         reference: Reference,
         records: StepRecords,
+        max_kl: float | None = None,
     ):
         self._controller, self._reference = controller, reference
-        self._records = records
+        self._records, self._health = records, HealthCheck(max_kl)
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Starts with β₀, or with β of the checkpoint that the run resumes."""
         self._controller.reset()
         if state.global_step:
             self._restore(state.stateful_callbacks.get(CONTROLLER))
+        self._health.begin(state.log_history)
         self._records.begin(state.global_step, state.is_local_process_zero)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -53,6 +58,16 @@ class EDPOCallback(TrainerCallback):
             self._reference.after_step()
         if args.sync_ref_model and not state.global_step % args.ref_model_sync_steps:
             self._controller.reference_moved(args.ref_model_mixup_alpha)
+
+    def on_log(self, args, state, control, **kwargs):
+        """Names overfitting and collapse; saves and stops beyond `edpo_max_kl`."""
+        newest = state.log_history[-1]
+        if found := self._health.find(state.log_history):
+            newest[WARNINGS] = found
+        for line in found.values():
+            LOG.warning(line)
+        if self._health.stops(newest):
+            control.should_save = control.should_training_stop = True
 
     def saved_state(self) -> dict[str, Any]:
         """β and the tokens seen so far, as JSON values for a checkpoint."""

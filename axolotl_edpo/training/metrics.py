@@ -15,6 +15,7 @@ from ..data.completions import sum_per_sequence
 from ..data.layout import Batch
 from ..ops.token_stats import TokenStats
 from .pair_outcomes import MeanOverStep, PairOutcomes
+from .set_metrics import SetMetrics
 
 Mode = Literal["train", "eval"]
 
@@ -67,10 +68,12 @@ class PairMetrics:
     Args:
         perturbed: Whether ε-DPO computes a step s for each pair.
         mean: Makes the loss of an evaluation of its means.
+        sets: Names of the sets that are evaluated; empty if there is one.
     """
 
-    def __init__(self, perturbed: bool, mean: MeanOverStep):
+    def __init__(self, perturbed: bool, mean: MeanOverStep, sets: tuple[str, ...] = ()):
         self._perturbed, self._mean = perturbed, mean
+        self._sets = SetMetrics(sets, perturbed, mean)
         self._means: dict[Mode, WeightedMeans] = {
             "train": WeightedMeans(),
             "eval": WeightedMeans(),
@@ -141,6 +144,7 @@ class PairMetrics:
         if mode == "eval":
             add("loss/pairs", pairs.losses)
             add("loss/sft", -stats.policy_logp[:chosen])
+            self._sets.add(add, batch, stats, pairs, router_loss)
 
     def pop(
         self,
@@ -166,6 +170,7 @@ class PairMetrics:
             means["num_tokens"] = self.tokens
             if mode == "eval":
                 means |= {"kl/beta": beta, "loss": self._loss_of(means)}
+                self._sets.finish(means)
             values |= {name: [value] for name, value in means.items()}
         return values
 

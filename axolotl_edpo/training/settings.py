@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..data.evaluation_sets import set_names
 from ..data.layout import LayoutSettings
 from ..losses.beta_controller import ControllerSettings
 from ..models.start import ModelSettings
@@ -20,6 +21,8 @@ class EDPOSettings:
         cache: Cache of the reference's hidden states; None: the reference runs for
             every batch.
         log_pairs: Pairs are traced every so many optimizer steps; None: never.
+        max_kl: The run stops beyond this KL per token, nats; None: no bound.
+        sets: Names of the sets of `test_datasets:`; empty if there are fewer than two.
     """
 
     controller: ControllerSettings
@@ -27,6 +30,8 @@ class EDPOSettings:
     models: ModelSettings = field(default_factory=ModelSettings)
     cache: CacheSettings | None = None
     log_pairs: int | None = None
+    max_kl: float | None = None
+    sets: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, cfg: Any, beta: float) -> "EDPOSettings":
@@ -42,4 +47,6 @@ class EDPOSettings:
             ModelSettings.from_config(cfg),
             CacheSettings.from_config(cfg),
             cfg.edpo_log_pairs,
+            cfg.edpo_max_kl,
+            set_names(cfg),
         )

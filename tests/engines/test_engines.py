@@ -20,6 +20,7 @@ from torch.multiprocessing import ProcessRaisedException
 
 import axolotl_edpo
 from axolotl_edpo.losses.edpo import next_beta
+from axolotl_edpo.run_files import WARNINGS, checkpoints, is_complete
 from axolotl_edpo.training.callbacks import EDPOCallback
 from axolotl_edpo.upstream import patches_adapters_late
 
@@ -326,6 +327,23 @@ def test_evaluation_counts_every_pair_once(runs, name):
             for results in (pair, single)
         )
         assert len(own) > 1 and own == pytest.approx(alone, rel=1e-4, abs=1e-5)
+
+
+@rest
+@pytest.mark.parametrize("name", SHARDING)
+def test_ranks_stop_together_beyond_the_bound_of_kl(runs, name):
+    keys = dict(learning_rate=0.1, edpo_max_kl=0.5, max_steps=10)
+    keys |= dict(save_strategy="steps", save_steps=100)
+    single, pair = runs.single(**keys), runs.double(name, **keys)
+    for result in (*single, *pair):
+        *before, last = [log for log in result["log"] if "kl/policy_ref" in log]
+        assert all(log["kl/policy_ref"] <= 0.5 for log in before)
+        assert last["kl/policy_ref"] > 0.5 and [*last[WARNINGS]] == ["edpo_max_kl"]
+        assert last["step"] == len(before) + 1 < 10
+        (checkpoint,) = checkpoints(Path(result["out"]))
+        assert checkpoint.name == f"checkpoint-{last['step']}"
+        assert is_complete(checkpoint)
+    assert pair[0]["log"][-2][WARNINGS] == pair[1]["log"][-2][WARNINGS]
 
 
 def half(runs, count: int, name: str = "ddp", **keys) -> str:

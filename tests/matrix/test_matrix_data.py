@@ -578,17 +578,15 @@ IGNORED = [
         same={"dataset_shard_num": None, "dataset_shard_idx": None},
     ),
     Ignored(
-        "`field_*` or `*_format` of `test_datasets`, other than in `datasets`",
+        "a `type` with `field_*` or `*_format` in `test_datasets`",
         {
             "datasets": [{"path": "a.jsonl", **FORMAT}],
-            "test_datasets": [
-                {"path": "a.jsonl", "type": {"prompt_format": "{prompt}"}}
-            ],
+            "test_datasets": [{"path": "a.jsonl", **FORMAT}],
         },
-        r"`test_datasets: type: .*`.*entry of `datasets:` at its place",
-        note="axolotl takes those of the entry of `datasets:` at its place",
+        r"`test_datasets: type: \{prompt_format: .*\}`.*without `type`",
+        note="axolotl removes its keys: save the texts as columns, without `type`",
         files={"a.jsonl": TEXT},
-        same={"test_datasets": [{"path": "a.jsonl", **FORMAT}]},
+        same={"test_datasets": [{"path": "a.jsonl"}]},
     ),
 ]
 EVERY_TYPE = Data(

@@ -1071,6 +1071,19 @@ def test_a_control_moves_beta_or_does_not(cell, recipe, tmp_path):
     assert (second["kl/beta"] != BETA) == (third["kl/beta"] != BETA) == moves
 
 
+MAX_KL = Cell(
+    "`edpo_max_kl`",
+    {"edpo_max_kl": 1e-6},
+    note="Stops beyond this KL per token, with a checkpoint.",
+)
+
+
+@matrix.cells([MAX_KL])
+def test_a_run_stops_at_its_second_step_beyond_the_bound_of_kl(cell, recipe, tmp_path):
+    matrix.assert_cell(cell, tmp_path, recipe(**cell.keys))
+    assert (tmp_path / "out" / "checkpoint-2").is_dir()
+
+
 TRACE = Cell(
     "`edpo_log_pairs`",
     {"edpo_log_pairs": 2},
@@ -1347,6 +1360,7 @@ CELLS: list[Cell] = [
     OTHER_SCHEDULE,
     *OPTIONS,
     *CONTROLS,
+    MAX_KL,
     TRACE,
     SEED,
     DETERMINED,

@@ -122,7 +122,7 @@ def test_every_chart_is_in_the_page_and_a_picture(outputs, tmp_path):
 def test_the_curves_are_where_the_values_are(outputs):
     run = runs.read_run(outputs / "epsilon")
     train, held_out = run.series("kl/beta"), run.series("eval_kl/beta")
-    (axes,) = figures.draw_metric(logged.BETA, train, held_out).axes
+    (axes,) = figures.draw_metric(logged.BETA, run).axes
     line, dots = axes.lines
     assert line.get_xdata().tolist() == [*range(1, 11)] == train.steps
     assert line.get_ydata().tolist() == train.values

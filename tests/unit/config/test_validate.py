@@ -102,6 +102,8 @@ WRONG = [
     ),
     ({"edpo_log_pairs": 0}, r"`edpo_log_pairs: 0`.*greater than 0"),
     ({"edpo_log_pairs": True}, r"`edpo_log_pairs: true`"),
+    ({"edpo_max_kl": 0}, r"`edpo_max_kl: 0`.*greater than 0.*nats per token"),
+    ({"edpo_max_kl": True}, r"`edpo_max_kl: true`.*a number, not true or false"),
     ({"dpo_label_smoothing": 0.5}, r"`dpo_label_smoothing: 0.5`.*below 0.5"),
     ({"fsdp": ["full_shard"]}, "`fsdp: .*`fsdp_version: 2`"),
     ({"context_parallel": {"size": 2}}, "`context_parallel.size: 2`.*set 1: .* whole"),
@@ -181,12 +183,8 @@ WRONG = [
         "`test_datasets: roles: .*in the data",
     ),
     (
-        {"datasets": [CHAT], "test_datasets": [CHAT, {**CHAT, "field_chosen": "yes"}]},
-        "`test_datasets: field_chosen: yes`.*of `datasets:` at its place",
-    ),
-    (
-        {"datasets": [{**CHAT, "field_chosen": "yes"}], "test_datasets": [CHAT]},
-        "`test_datasets: field_chosen: null`.*of `datasets:` at its place",
+        {"test_datasets": [{"path": "a", "type": {"prompt_format": "Q: {prompt}"}}]},
+        "`test_datasets: type: .*Q: .*axolotl removes its keys.*without `type`",
     ),
     ({"trl": "x"}, "`trl: x`: lines with keys"),
     ({"qat": True}, "`qat: true`: lines with keys"),
