@@ -8,7 +8,7 @@ import torch
 
 from ..config.args import PRECOMPUTE
 from ..errors import refuse
-from .hidden_cache import HiddenStateCache
+from .cache import ReferenceCache
 
 # A relative distance between cached and computed hidden states below this is rounding.
 TOLERANCE = 0.1
@@ -61,7 +61,7 @@ def _stretches_beyond(config: Any) -> int | None:
 
 
 def require_in_cache(
-    cache: HiddenStateCache, pairs: Sequence[bytes], lengths: torch.Tensor
+    cache: ReferenceCache, pairs: Sequence[bytes], lengths: torch.Tensor
 ) -> None:
     """Refuses a batch whose scored tokens are not all in the cache.
 
@@ -87,7 +87,7 @@ def require_in_cache(
         )
 
 
-def require_equal(cache: HiddenStateCache, pair: bytes, live: torch.Tensor) -> None:
+def require_equal(cache: ReferenceCache, pair: bytes, live: torch.Tensor) -> None:
     """Refuses a cache whose hidden states are not those of the reference.
 
     Args:

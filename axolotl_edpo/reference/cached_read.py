@@ -8,7 +8,7 @@ from time import perf_counter
 import torch
 
 from ..background import copied, pinned
-from .hidden_cache import HiddenStateCache
+from .cache import ReferenceCache
 from .states import ReferenceStates
 
 
@@ -49,7 +49,7 @@ class CachedRead(ReferenceStates):
 
     def __init__(
         self,
-        cache: HiddenStateCache,
+        cache: ReferenceCache,
         pairs: list[bytes],
         device: torch.device,
         following: "CachedRead | None",

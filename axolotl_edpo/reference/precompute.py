@@ -30,7 +30,7 @@ from ..data.pair_id import digest_of
 from ..distributed import broadcast_from_rank0
 from ..upstream import default_prepared_path, size_in_words
 from .fingerprint import COMPUTE_KEYS
-from .hidden_cache import PARTIAL, Damaged, HiddenStateCache, shard_name
+from .cache import PARTIAL, Damaged, ReferenceCache, shard_name
 
 LOG = get_logger(__name__)
 
@@ -126,7 +126,7 @@ class PrecomputePass:
         batch_size: Pairs per forward.
     """
 
-    cache: HiddenStateCache
+    cache: ReferenceCache
     accelerator: Accelerator
     hidden_of: HiddenOf
     batch_size: int

@@ -36,7 +36,7 @@ from ..ops.lm_head import Head
 from .cacheable import require_cacheable, require_equal, require_in_cache
 from .cached_read import CachedRead, Stopwatch
 from .fingerprint import fingerprint_of
-from .hidden_cache import HiddenStateCache
+from .cache import ReferenceCache
 from .precompute import CacheSettings, PrecomputePass, distinct_pairs
 from .states import ComputedStates, PolicyStates, ReferenceStates
 
@@ -209,7 +209,7 @@ class CachedReference(Reference):
         batch_size: int,
     ):
         super().__init__(live.forward)
-        self.cache: HiddenStateCache | None = None
+        self.cache: ReferenceCache | None = None
         self.phase = Phase.APART
         self._live: LiveReference | None = live
         self._settings, self._batch_size = settings, batch_size
@@ -311,7 +311,7 @@ class CachedReference(Reference):
 
     def _open(
         self, weights: nn.Module, lm: PreTrainedModel, states: torch.Tensor
-    ) -> HiddenStateCache:
+    ) -> ReferenceCache:
         """The cache of the reference with these weights.
 
         Args:
@@ -326,7 +326,7 @@ class CachedReference(Reference):
             truncation=[self._max_length, self._truncation_mode],
             **self._settings.fingerprint_parts,
         )
-        return HiddenStateCache(self._settings.folder, fingerprint)
+        return ReferenceCache(self._settings.folder, fingerprint)
 
     def _is_equal(self, policy: nn.Module, batch: Batch, states: torch.Tensor) -> bool:
         """Whether the policy's states of a batch are the reference's, on all ranks.

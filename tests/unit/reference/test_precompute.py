@@ -10,7 +10,7 @@ from helpers import processes, ranks
 
 from axolotl_edpo.data.pair_id import pair_digest
 from axolotl_edpo.reference import precompute
-from axolotl_edpo.reference.hidden_cache import HiddenStateCache
+from axolotl_edpo.reference.cache import ReferenceCache
 from axolotl_edpo.reference.precompute import (
     PrecomputePass,
     distinct_pairs,
@@ -54,9 +54,9 @@ def states(ids) -> torch.Tensor:
     return torch.tensor(ids, dtype=torch.float32)[:, None].expand(-1, WIDTH)
 
 
-def fill(folder: Path, *datasets: Dataset) -> tuple[HiddenStateCache, list[int]]:
+def fill(folder: Path, *datasets: Dataset) -> tuple[ReferenceCache, list[int]]:
     """A filled cache, and the pairs of each forward that it took."""
-    cache, forwards = HiddenStateCache(folder, "reference"), Forwards()
+    cache, forwards = ReferenceCache(folder, "reference"), Forwards()
     accelerator = Accelerator(cpu=True)
     filling = PrecomputePass(cache, accelerator, forwards, batch_size=2)
     filling.fill(distinct_pairs(datasets, max_length=99), torch.zeros(1, WIDTH))

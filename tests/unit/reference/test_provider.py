@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from axolotl_edpo.data.collator import Examples
 from axolotl_edpo.data.pair_id import pair_digest
 from axolotl_edpo.models.completion_forward import CompletionForward
-from axolotl_edpo.reference.hidden_cache import HiddenStateCache
+from axolotl_edpo.reference.cache import ReferenceCache
 from axolotl_edpo.reference.precompute import CacheSettings
 from axolotl_edpo.reference.provider import AdapterReference, CachedReference, Phase
 from axolotl_edpo.reference.states import ComputedStates, PolicyStates
@@ -35,7 +35,7 @@ def batch(*numbers: int) -> dict:
 
 @pytest.fixture
 def reference(tmp_path):
-    cache = HiddenStateCache(tmp_path, "fingerprint")
+    cache = ReferenceCache(tmp_path, "fingerprint")
     cache.folder.mkdir(parents=True)
     cache.write([pair_digest(pair) for pair in PAIRS], HIDDEN)
     cache.open(cache.names())

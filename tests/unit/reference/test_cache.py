@@ -13,11 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from axolotl_edpo.data.pair_id import digest_of
-from axolotl_edpo.reference import hidden_cache
-from axolotl_edpo.reference.hidden_cache import (
+from axolotl_edpo.reference import cache as reference_cache
+from axolotl_edpo.reference.cache import (
     ABANDONED_SECONDS,
     Damaged,
-    HiddenStateCache,
+    ReferenceCache,
     Shard,
     shard_name,
     tensor_bytes,
@@ -38,7 +38,7 @@ PAIRS = [digest_of([[1, 2], [number], [number, 3]]) for number in range(3)]
 HIDDEN = [states(3, 5), states(1, 1), states(0, 4)]
 
 
-def damage(cache: HiddenStateCache, name: str) -> str | None:
+def damage(cache: ReferenceCache, name: str) -> str | None:
     """What is wrong with a shard."""
     try:
         assert cache.holds(name, PAIRS)
@@ -49,7 +49,7 @@ def damage(cache: HiddenStateCache, name: str) -> str | None:
 
 @pytest.fixture
 def cache(tmp_path):
-    cache = HiddenStateCache(tmp_path, "reference")
+    cache = ReferenceCache(tmp_path, "reference")
     assert cache.names() == []
     cache.write(PAIRS, HIDDEN)
     return cache
@@ -66,7 +66,7 @@ def test_what_was_written_is_read_to_the_bit_without_loading_it(cache):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_every_dtype_is_kept(tmp_path, dtype):
-    cache = HiddenStateCache(tmp_path, "reference")
+    cache = ReferenceCache(tmp_path, "reference")
     cache.names()
     cache.write(PAIRS[:1], [states(2, 3, dtype=dtype)])
     cache.open(cache.names())
@@ -119,7 +119,7 @@ def test_a_truncated_file_is_found(cache, length):
 
 
 def test_a_shard_of_another_reference_is_damage(cache, tmp_path):
-    other, (name,) = HiddenStateCache(tmp_path, "another"), cache.names()
+    other, (name,) = ReferenceCache(tmp_path, "another"), cache.names()
     other.names()
     (cache.folder / name).rename(other.folder / name)
     assert "checksum" in damage(other, name)
@@ -175,7 +175,7 @@ def refused(*_) -> None:
 
 def test_what_may_not_be_read_is_no_damage(cache, monkeypatch):
     """It may be another user's: nothing that is whole is removed."""
-    monkeypatch.setattr(hidden_cache, "safe_open", refused)
+    monkeypatch.setattr(reference_cache, "safe_open", refused)
     with pytest.raises(PermissionError):
         cache.holds(shard_name(PAIRS), PAIRS)
 
@@ -215,7 +215,7 @@ def test_a_verified_shard_knows_its_pairs(cache):
 def test_a_cache_of_an_earlier_release_is_read():
     """Written by the commit 92e9327, on which this package had another layout."""
     (folder,) = RELEASED.iterdir()
-    cache = HiddenStateCache(RELEASED, folder.name)
+    cache = ReferenceCache(RELEASED, folder.name)
     (name,) = cache.names()
     cache.open([name])
     (shard,) = cache.shards
@@ -229,7 +229,7 @@ def test_a_cache_of_the_commit_before_the_folders_is_read_to_the_bit():
     (folder,) = (DATA / "releases" / "92e9327" / "cache").iterdir()
     (file,) = folder.iterdir()
     pairs = [bytes(pair) for pair in load_file(file)["pairs"].numpy()]
-    recorded = HiddenStateCache(folder.parent, folder.name)
+    recorded = ReferenceCache(folder.parent, folder.name)
     recorded.open(recorded.names())
     checksum = xxhash.xxh3_64()
     for pair in pairs:
