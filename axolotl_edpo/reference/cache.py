@@ -31,6 +31,8 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from .kept import KeptPair
+
 SUFFIX, PARTIAL = ".safetensors", ".partial"
 # The tensor of a shard that holds a row per token, or one number per answer.
 HIDDEN, LOGPS = "hidden", "logps"
@@ -308,30 +310,23 @@ class ReferenceCache:
                 "from the last checkpoint, and this part of it is computed anew"
             ) from None
 
-    def write(
-        self,
-        pairs: Sequence[bytes],
-        kept: Sequence[tuple[torch.Tensor, ...]],
-        lengths: Sequence[tuple[int, ...]] | None = None,
-    ) -> None:
+    def write(self, pairs: Sequence[bytes], kept: Sequence[KeptPair]) -> None:
         """Writes a shard.
 
         Args:
             pairs: Digests of its pairs, at least one.
-            kept: For each pair, what is kept of chosen and of rejected: hidden states
-                of shape (tokens, hidden), or log-probabilities of shape (1,).
-            lengths: With log-probabilities: scored tokens of both answers of each pair.
+            kept: What is kept of each pair.
 
         Raises:
             OSError: If it cannot be written. No partial file is left.
         """
-        rows = [tuple(map(len, both)) for both in kept]
-        values = torch.cat([answer for both in kept for answer in both])
+        answers = [pair.answers for pair in kept]
+        values = torch.cat([answer for both in answers for answer in both])
         tensors = {
             "pairs": _byte_rows(pairs, 16),
-            "lengths": torch.tensor(rows if lengths is None else lengths),
-            "checksums": _byte_rows(map(_checksum, kept), 8),
-            HIDDEN if lengths is None else LOGPS: values,
+            "lengths": torch.tensor([pair.lengths for pair in kept]),
+            "checksums": _byte_rows(map(_checksum, answers), 8),
+            LOGPS if values.dim() == 1 else HIDDEN: values,
         }
         path = self.folder / shard_name(pairs)
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
