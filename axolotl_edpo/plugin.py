@@ -98,8 +98,8 @@ class EDPOPlugin(BasePlugin):
 
         - `padding_free` is off: `PairCollator` lays out the rows, and TRL 1.9 would
           switch it off with a warning.
-        - `precompute_ref_log_probs` is off: TRL would store two log-probabilities per
-          pair, but the loss needs hidden states.
+        - `precompute_ref_log_probs` is off: TRL would add log-probabilities to the data
+          sets, but `CachedReference` keeps what the run needs, once for all runs.
         - `handed_on` adds the options that axolotl does not pass to TRL.
         - `use_cpu` is on without an accelerator: `bf16: true` needs it there.
         """

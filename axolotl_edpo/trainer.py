@@ -50,7 +50,7 @@ class EDPOTrainer(AxolotlDPOTrainer):
     loss: PreferenceLoss  # the loss of a pair
     batcher: PairBatcher  # pairs of a step, laid out in micro-batches
     forward: CompletionForward  # runs models up to the head
-    reference: Reference  # hidden states, computed or read from disk
+    reference: Reference  # computed, or read from disk
     scorer: PairScorer  # policy and reference, compared token by token
     margin_filter: MarginFilter | None  # β-DPO: which pairs count
     mean: MeanOverStep  # a micro-batch's share of the step's loss
@@ -85,7 +85,7 @@ class EDPOTrainer(AxolotlDPOTrainer):
         controller = make_controller(settings.controller)
         loss = assembly.make_loss(self)
         forward = CompletionForward(self.accelerator)
-        reference = assembly.make_reference(self, forward, settings.cache)
+        reference = assembly.make_reference(self, forward, settings.cache, loss)
         scorer = assembly.make_scorer(self, forward, reference, controller, loss)
         mean = assembly.make_mean(self, loss)
         records = assembly.make_records(self, settings, controller, mean)

@@ -127,7 +127,7 @@ class EDPOArgs(BaseModel):
     edpo_reference_cache: str | None = Field(
         default=None,
         min_length=1,
-        description="Folder of the reference's hidden states, which runs may share; "
+        description="Folder of what is kept of the reference, which runs may share; "
         "with `precompute_ref_log_probs: true` (absent: `edpo_reference` in "
         "`dataset_prepared_path`)",
     )

@@ -256,8 +256,8 @@ CACHE_RULES = (
         lambda recipe: (
             recipe.get(PRECOMPUTE) and value_at(recipe, "trl.sync_ref_model")
         ),
-        "remove it, or `trl.sync_ref_model`: a reference that moves has no hidden "
-        "states to keep",
+        "remove it, or `trl.sync_ref_model`: what is kept of a reference would be "
+        "wrong once it moves",
     ),
     Rule(
         PRECOMPUTE,

@@ -6,6 +6,7 @@ the head cannot be read, the model computes the logits, and the forward ends wit
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -16,10 +17,11 @@ from transformers import PreTrainedModel
 
 from ..data.completions import completions_of
 from ..data.layout import Batch, model_inputs
-from ..distributed import within_forward
+from ..distributed import within_forward, within_modules_forward
 from ..ops.lm_head import as_autocast
+from ..ops.token_stats import logits_stats, token_stats
 from .forward import causal_lm, check_causal, completion_hidden, completion_logits
-from .lm_head_reader import HeadError, check_head
+from .lm_head_reader import HeadError, check_head, head_modules, head_of
 from .switches import without_checkpointing
 
 LOG = get_logger(__name__)
@@ -93,6 +95,32 @@ class CompletionForward:
         return within_forward(
             self.accelerator, model, lambda unwrapped: self.states(unwrapped, batch)
         )
+
+    def run_to_logps(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Runs a model that is wrapped by its engine, and its head; no gradient.
+
+        Args:
+            model: Policy or reference, wrapped by its engine.
+            batch: The batch, see `states`.
+
+        Returns:
+            Log-probabilities of the scored tokens, shape (tokens,), nats, float32.
+        """
+        score = partial(self._token_logps, batch)
+        with torch.no_grad():
+            return within_forward(self.accelerator, model, score)
+
+    def _token_logps(self, batch: Batch, unwrapped: nn.Module) -> torch.Tensor:
+        lm, targets = causal_lm(unwrapped), batch["targets"]
+        states = self.states(unwrapped, batch)
+        if not self.reads_head:
+            return logits_stats(states, None, targets, None).policy_logp
+
+        def score(hidden: torch.Tensor) -> torch.Tensor:
+            head = head_of(lm)
+            return token_stats(hidden, None, head, None, targets, None).policy_logp
+
+        return within_modules_forward(head_modules(lm), score, states)
 
     def states(self, unwrapped: nn.Module, batch: Batch) -> torch.Tensor:
         """Hidden states or logits at the positions that predict a completion token.

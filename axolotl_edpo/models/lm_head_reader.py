@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..data.completions import Completions
-from ..distributed import gathered, within_modules_forward
+from ..distributed import gathered, is_sharded, within_modules_forward
 from ..ops.lm_head import (
     Head,
     LowRank,
@@ -127,6 +127,20 @@ def whole_head(head: Head) -> Iterator[Head]:
     bias = [] if head.bias is None else [head.bias]
     with gathered([head.weight, *bias]) as whole:
         yield replace(head, weight=whole[0], bias=whole[1] if bias else None)
+
+
+def copy_from_file(head: Head) -> Head:
+    """Copies a head on the CPU, whose weights may be mapped from the model's file.
+
+    The copy lets the file be unmapped. Sharded heads are returned as they are.
+    """
+
+    def copy(tensor: Any) -> Any:
+        if not isinstance(tensor, torch.Tensor) or is_sharded(tensor):
+            return tensor
+        return tensor.detach().clone() if tensor.device.type == "cpu" else tensor
+
+    return replace(head, weight=copy(head.weight), bias=copy(head.bias))
 
 
 def check_head(model: PreTrainedModel) -> None:

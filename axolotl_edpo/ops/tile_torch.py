@@ -32,9 +32,12 @@ instead. Until then the field of the logsumexp is NaN:
     REFERENCE     log Σ e^h_ref
     UP            log Σ e^(h + εd)
     DOWN          log Σ e^(h - εd)
+
+If only the policy is scored, there is no h_ref, and the sums with c or x are 0.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -76,13 +79,13 @@ def new_numerators(space: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Space for the numerators of `add_tile`: one of its matrices.
 
     Args:
-        space: Shape (MATRICES, chunk, tile).
+        space: The matrices of `add_tile`.
         dtype: Not used here: the numerators are float32.
 
     Returns:
         Shape (chunk, tile).
     """
-    return space[2]
+    return space[-2]
 
 
 def expm1_sums(epsilon: float | None) -> tuple[tuple[int, int, float], ...]:
@@ -110,7 +113,7 @@ def add_tile(
     sums: torch.Tensor,
     space: torch.Tensor,
     targets: torch.Tensor,
-    heads: tuple[Head, Head],
+    heads: Sequence[Head],
     *,
     epsilon: float | None,
     sum_sq_probs: bool,
@@ -121,10 +124,12 @@ def add_tile(
     Args:
         sums: Shape (FIELDS, chunk), changed in place.
         space: Shape (MATRICES, chunk, tile), float32, overwritten. The first two are
-            the logits of policy and reference before scale and cap.
+            the logits of policy and reference before scale and cap. If only the policy
+            is scored, there is one matrix less.
         targets: Shape (chunk,): y minus the first word of the tile. If y is in another
             tile, this is below 0 or at least the size of the tile.
-        heads: The heads of policy and reference, for their scale and cap.
+        heads: The heads of policy and reference, for their scale and cap; only that of
+            the policy, if only it is scored.
         epsilon: Perturbation, 0 < ε < 1; None: PLUS and MINUS stay 0.
         sum_sq_probs: Whether to compute SQUARES.
         numerators: Shape (chunk, tile), float32: overwritten with w times `Head.slope`,
@@ -133,48 +138,62 @@ def add_tile(
     Returns:
         e^(m_before - m), shape (chunk,): the factor that rescales earlier sums of w.
     """
-    h, r = heads[0].scale_and_cap(space[0]), heads[1].scale_and_cap(space[1])
-    w, y = space[2] if numerators is None else numerators, space[3]
+    h = heads[0].scale_and_cap(space[0])
+    w, y = space[-2] if numerators is None else numerators, space[-1]
     before = sums.clone()
     _pick(sums[LOGIT_Y], h, targets)
-    x = torch.sub(h, r, out=r)
-    _pick(sums[DIFFERENCE_Y], x, targets)
-    shrink, step = _follow_top(sums, h, x, epsilon)
-    x.sub_(sums[CENTRE, :, None])
-    widest = torch.maximum(x.amax(1), -x.amin(1))
+    shrink = _follow_top(sums, h)
+    if compared := len(heads) > 1:
+        x = torch.sub(h, heads[1].scale_and_cap(space[1]), out=space[1])
+        _pick(sums[DIFFERENCE_Y], x, targets)
+        step = _move_centre(sums, before, h, x, epsilon)
     torch.sub(h, sums[TOP, :, None], out=w).mul_(LOG2E).exp2_()
     sums[MASS] += w.sum(1)
     sums[TOTAL] += h.sum(1)
     sums[LOGIT] += torch.mul(w, h, out=y).sum(1)
     if sum_sq_probs:
         sums[SQUARES] += torch.mul(w, w, out=y).sum(1)
-    _add_differences(sums, w, x, y, epsilon, widest.max().item())
-    _keep_logsumexps(sums, before, h, x, y, epsilon, torch.maximum(widest, step.abs()))
+    if compared:
+        widest = torch.maximum(x.amax(1), -x.amin(1))
+        _add_differences(sums, w, x, y, epsilon, widest.max().item())
+        widest = torch.maximum(widest, step.abs())
+        _keep_logsumexps(sums, before, h, x, y, epsilon, widest)
     if numerators is not None:
         _times(w, heads[0].slope(h))
     return shrink
 
 
-def _follow_top(sums, h, d, epsilon) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where m grows, rescales the sums and changes them to the new c.
+def _follow_top(sums, h) -> torch.Tensor:
+    """Rescales the sums where m grows.
 
     Returns:
-        e^(m_before - m) and δ, each of shape (chunk,). δ is 0 for the first tile.
+        e^(m_before - m), shape (chunk,).
     """
-    top, step = torch.maximum(sums[TOP], h.amax(1)), torch.zeros_like(sums[TOP])
+    top = torch.maximum(sums[TOP], h.amax(1))
     shrink = torch.exp(sums[TOP] - top)
-    grown = (top > sums[TOP]).nonzero()[:, 0]
-    centre = d[grown, h[grown].argmax(1)]
-    step[grown] = centre - sums[CENTRE, grown]
-    sums[CENTRE, grown] = centre
     sums[TOP] = top
     sums[MASS:SQUARES] *= shrink
     sums[SQUARES] *= shrink**2
+    return shrink
+
+
+def _move_centre(sums, before, h, d, epsilon) -> torch.Tensor:
+    """Where m grew, changes the sums to the new c; then d becomes x, in place.
+
+    Returns:
+        δ, shape (chunk,); 0 for the first tile.
+    """
+    step = torch.zeros_like(sums[TOP])
+    grown = (sums[TOP] > before[TOP]).nonzero()[:, 0]
+    centre = d[grown, h[grown].argmax(1)]
+    step[grown] = centre - sums[CENTRE, grown]
+    sums[CENTRE, grown] = centre
     step *= sums[MASS] > 0
     sums[DIFFERENCE] -= step * sums[MASS]
     t = sums.new_tensor([[t] for _, _, t in expm1_sums(epsilon)])
     sums[EXPM1_SUMS] += torch.expm1(-t * step) * (sums[EXPM1_SUMS] + sums[MASS])
-    return shrink, step
+    d.sub_(sums[CENTRE, :, None])
+    return step
 
 
 def _add_differences(sums, w, x, y, epsilon, widest: float) -> None:

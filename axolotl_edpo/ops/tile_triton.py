@@ -11,6 +11,8 @@ fused with the subtraction of the other, equal policies would differ by a roundi
 error, and this would decide steps. With TRITON_INTERPRET=1 the kernels run on a CPU.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -270,7 +272,7 @@ def add_tile(
     sums: torch.Tensor,
     space: torch.Tensor,
     targets: torch.Tensor,
-    heads: tuple[Head, Head],
+    heads: Sequence[Head],
     *,
     epsilon: float | None,
     sum_sq_probs: bool,
@@ -278,9 +280,10 @@ def add_tile(
 ) -> torch.Tensor:
     """Adds a tile to the sums, see `tile_torch.add_tile`.
 
-    Here `space` is not changed, and the numerators may have any dtype.
+    Here `space` is not changed, and the numerators may have any dtype. If only the
+    policy is scored, the kernel compares it with itself: all d are 0.
     """
-    policy, reference = space
+    policy, reference = space[0], space[-1]
     tokens, tile = policy.shape
     shrinks = torch.empty_like(sums[0])
     block = triton.next_power_of_2(max(tile, TILE))
@@ -295,9 +298,9 @@ def add_tile(
         sums.stride(0),
         epsilon or 0.0,
         *_numbers(heads[0]),
-        *_numbers(heads[1]),
+        *_numbers(heads[-1]),
         *_flags(heads[0]),
-        *_flags(heads[1]),
+        *_flags(heads[-1]),
         PERTURBED=epsilon is not None,
         SQUARED=sum_sq_probs,
         KEEPS=numerators is not None,

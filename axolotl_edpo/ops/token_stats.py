@@ -24,7 +24,7 @@ If the head is frozen, forward computes it from the same matrices. The op then h
 matrix products: policy, reference, gradient. If the head trains, its gradient can only
 be computed in backward. If the probabilities are few enough, they are kept until then
 (kept_probs.py): four products. Else backward computes the policy's logits a second
-time: five products.
+time: five products. Without a reference there is one product less.
 """
 
 from collections.abc import Sequence
@@ -64,10 +64,10 @@ class TokenStats(NamedTuple):
 
     Attributes:
         policy_logp: log π_θ(y), nats, with gradient.
-        reference_logp: log π_ref(y), nats.
+        reference_logp: log π_ref(y), nats; NaN without a reference.
         plus: log π_{1+ε}(y) - log π_θ(y), nats; 0 without ε.
         minus: log π_{1-ε}(y) - log π_θ(y), nats; 0 without ε.
-        kl: KL(π_θ || π_ref) over the vocabulary, nats.
+        kl: KL(π_θ || π_ref) over the vocabulary, nats; NaN without a reference.
         entropy: Entropy of π_θ, nats.
         mean_logit: Mean of h over the vocabulary.
         is_top1: 1 where no token is more likely than y under π_θ, else 0.
@@ -87,9 +87,9 @@ class TokenStats(NamedTuple):
 
 def token_stats(
     policy_hidden: torch.Tensor,
-    reference_hidden: torch.Tensor,
+    reference_hidden: torch.Tensor | None,
     policy_head: Head,
-    reference_head: Head,
+    reference_head: Head | None,
     targets: torch.Tensor,
     epsilon: float | None,
     *,
@@ -105,9 +105,9 @@ def token_stats(
 
     Args:
         policy_hidden: Shape (tokens, hidden); gradient flows to it.
-        reference_hidden: Shape (tokens, hidden).
+        reference_hidden: Shape (tokens, hidden); None: only the policy is scored.
         policy_head: Gradient flows to those of its tensors that require it.
-        reference_head: Has the same vocabulary; no gradient.
+        reference_head: Has the same vocabulary; no gradient. None without a reference.
         targets: Shape (tokens,), int64.
         epsilon: Perturbation, 0 < ε < 1; None leaves `plus` and `minus` at 0.
         sum_sq_probs: Whether to compute the statistic `sum_sq_probs`.
@@ -120,12 +120,13 @@ def token_stats(
     Raises:
         ValueError: If the numbers of tokens or the vocabularies differ.
     """
-    _check_shapes(policy_hidden, reference_hidden, policy_head, reference_head, targets)
     policy = HeadLogits.from_hidden(policy_head, as_autocast(policy_hidden))
-    with torch.no_grad():
-        reference = HeadLogits.from_hidden(
-            reference_head, as_autocast(reference_hidden)
-        )
+    reference = None
+    if reference_hidden is not None and reference_head is not None:
+        with torch.no_grad():
+            states = as_autocast(reference_hidden)
+            reference = HeadLogits.from_hidden(reference_head, states)
+    _check_shapes(policy, reference, targets)
     call = Call(
         targets,
         policy_head.vocab,
@@ -142,7 +143,7 @@ def token_stats(
 
 def logits_stats(
     policy_logits: torch.Tensor,
-    reference_logits: torch.Tensor,
+    reference_logits: torch.Tensor | None,
     targets: torch.Tensor,
     epsilon: float | None,
     *,
@@ -153,7 +154,7 @@ def logits_stats(
 
     Args:
         policy_logits: Shape (tokens, vocab); gradient flows to them.
-        reference_logits: Shape (tokens, vocab).
+        reference_logits: Shape (tokens, vocab); None: only the policy is scored.
         targets: Shape (tokens,), int64.
         epsilon: Perturbation, 0 < ε < 1; None leaves `plus` and `minus` at 0.
         sum_sq_probs: Whether `sum_sq_probs` is wanted.
@@ -171,8 +172,8 @@ def logits_stats(
         _tile_ops(backend, targets.device),
         with_grad=False,
     )
-    policy = ReadyLogits(policy_logits.detach())
-    stats, _ = _score(call, policy, ReadyLogits(reference_logits))
+    reference = None if reference_logits is None else ReadyLogits(reference_logits)
+    stats, _ = _score(call, ReadyLogits(policy_logits.detach()), reference)
     nll = torch.nn.functional.cross_entropy(
         policy_logits.float(), targets, reduction="none"
     )
@@ -180,18 +181,19 @@ def logits_stats(
     return stats._replace(policy_logp=stats.policy_logp + (nll.detach() - nll))
 
 
-def _check_shapes(policy_hidden, reference_hidden, policy_head, reference_head, y):
-    vocab, tokens = policy_head.vocab, len(y)
-    if reference_head.vocab != vocab:
-        raise ValueError(
-            f"policy has a vocabulary of {vocab}, reference of "
-            f"{reference_head.vocab}: use a reference with the same head"
-        )
-    if len(policy_hidden) != tokens or len(reference_hidden) != tokens:
-        raise ValueError(
-            f"{tokens} targets for {len(policy_hidden)} policy and "
-            f"{len(reference_hidden)} reference positions"
-        )
+def _check_shapes(policy: HeadLogits, reference: HeadLogits | None, y) -> None:
+    given = {"policy": policy}
+    if reference is not None:
+        given["reference"] = reference
+        if reference.head.vocab != policy.head.vocab:
+            raise ValueError(
+                f"policy has a vocabulary of {policy.head.vocab}, reference of "
+                f"{reference.head.vocab}: use a reference with the same head"
+            )
+    positions = {name: len(logits.operands.hidden) for name, logits in given.items()}
+    if any(count != len(y) for count in positions.values()):
+        found = " and ".join(f"{count} {name}" for name, count in positions.items())
+        raise ValueError(f"{len(y)} targets for {found} positions")
 
 
 def _tile_ops(backend: Backend, device: torch.device) -> ModuleType:
@@ -212,7 +214,7 @@ class _TokenStatsOfHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, call: Call, head: Head, reference: HeadLogits, *factors):
+    def forward(ctx, call: Call, head: Head, reference: HeadLogits | None, *factors):
         policy = HeadLogits(head, Operands.from_flat(factors))
         wanted = Operands.from_flat(ctx.needs_input_grad[3:])
         kept, gradients = _prepare_gradients(call, policy, wanted)
@@ -279,7 +281,7 @@ def _saved(ctx) -> dict[str, list[Any]]:
 def _score(
     call: Call,
     policy: Logits,
-    reference: Logits,
+    reference: Logits | None,
     gradients: InputGradients | None = None,
     kept: KeptProbs | None = None,
 ) -> tuple[TokenStats, torch.Tensor]:
@@ -288,19 +290,24 @@ def _score(
     Args:
         call: Tokens, vocabulary and settings.
         policy: The logits of the policy.
-        reference: The logits of the reference.
+        reference: The logits of the reference; None: only the policy is scored.
         gradients: Space for the gradients of the policy's inputs, or None.
         kept: Space for the policy's probabilities, or None.
 
     Returns:
         The statistics, and the policy's logsumexp, shape (tokens,).
     """
-    heads = policy.head, reference.head
-    with call.on_device(*policy.factors, *reference.factors):
+    compared = [policy] if reference is None else [policy, reference]
+    heads = [logits.head for logits in compared]
+    matrices = call.tile_ops.MATRICES - (reference is None)
+    with call.on_device(*chain(*(logits.factors for logits in compared))):
         sums = call.tile_ops.new_sums(len(call.targets), call.targets.device)
-        for cell in walk(call, (policy, reference), call.tile_ops.MATRICES):
+        for cell in walk(call, compared, matrices):
             _add_cell(call, cell, heads, sums, gradients, kept)
         stats, lse = _stats_of_sums(call, sums)
+    if reference is None:
+        unknown = torch.full_like(lse, torch.nan)
+        stats = stats._replace(reference_logp=unknown, kl=unknown.clone())
     if kept is not None:
         kept.finish(call, lse, stats.policy_logp, policy.head.slope(sums[LOGIT_Y]))
     return stats, lse
@@ -309,7 +316,7 @@ def _score(
 def _add_cell(
     call: Call,
     cell: Cell,
-    heads: tuple[Head, Head],
+    heads: Sequence[Head],
     sums: torch.Tensor,
     gradients: InputGradients | None,
     kept: KeptProbs | None,

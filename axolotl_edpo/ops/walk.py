@@ -86,7 +86,7 @@ class Call:
         self,
         sums: torch.Tensor,
         cell: "Cell",
-        heads: tuple[Head, Head],
+        heads: Sequence[Head],
         numerators: torch.Tensor | None,
     ) -> torch.Tensor:
         """Adds a cell to the sums of all tokens, see `tile_torch.add_tile`.
@@ -94,7 +94,7 @@ class Call:
         Args:
             sums: Shape (FIELDS, tokens), changed in place.
             cell: The cell.
-            heads: The heads of policy and reference.
+            heads: The heads of policy and reference, or that of the policy alone.
             numerators: See `tile_torch.add_tile`.
 
         Returns:

@@ -8,9 +8,9 @@ import torch
 
 from ..config.args import PRECOMPUTE
 from ..errors import refuse
-from .hidden_cache import HiddenStateCache
+from .cache import ReferenceCache
 
-# A relative distance between cached and computed hidden states below this is rounding.
+# A relative distance between cached and computed values below this is rounding.
 TOLERANCE = 0.1
 # Kinds of RoPE whose frequencies depend on the longest sequence of a batch.
 _STRETCHES = re.compile("dynamic|longrope")
@@ -19,12 +19,12 @@ _STRETCHES = re.compile("dynamic|longrope")
 def require_cacheable(config: Any, reads_head: bool, max_length: int | None) -> None:
     """Refuses models that a cache of hidden states per pair cannot serve.
 
-    Their head cannot be read, so logits would be needed. Or their hidden states depend
-    on the other pairs of a batch.
+    Their head cannot be read, and logits are needed. Or their hidden states depend on
+    the other pairs of a batch.
 
     Args:
         config: The model's config.
-        reads_head: Whether the op can read the head.
+        reads_head: Whether the op can read the head, or logits are not needed.
         max_length: Sequences are truncated to so many tokens; None: never.
 
     Raises:
@@ -61,7 +61,7 @@ def _stretches_beyond(config: Any) -> int | None:
 
 
 def require_in_cache(
-    cache: HiddenStateCache, pairs: Sequence[bytes], lengths: torch.Tensor
+    cache: ReferenceCache, pairs: Sequence[bytes], lengths: torch.Tensor
 ) -> None:
     """Refuses a batch whose scored tokens are not all in the cache.
 
@@ -87,21 +87,22 @@ def require_in_cache(
         )
 
 
-def require_equal(cache: HiddenStateCache, pair: bytes, live: torch.Tensor) -> None:
-    """Refuses a cache whose hidden states are not those of the reference.
+def require_equal(cache: ReferenceCache, pair: bytes, live: torch.Tensor) -> None:
+    """Refuses a cache that does not hold what the reference computes.
 
     Args:
         cache: The reference's cache.
         pair: Digest of the pair to compare.
-        live: Hidden states that the reference computed for it, shape (tokens, hidden).
+        live: What the reference computed for it: hidden states, shape (tokens, hidden),
+            or log-probabilities of its answers, shape (2,).
 
     Raises:
-        ValueError: If the cached hidden states differ by more than rounding.
+        ValueError: If they differ from the cached ones by more than rounding.
     """
     cached = torch.cat(cache.read(pair)).float()
     distance = float((cached - live.float()).norm() / live.float().norm().clamp(min=1))
     if not distance < TOLERANCE:
         raise ValueError(
-            f"{cache.folder}: its hidden states are {distance:.0%} away from those of "
-            "this reference: remove the folder, and it is computed anew"
+            f"{cache.folder}: what it holds is {distance:.0%} away from what this "
+            "reference computes: remove the folder, and it is computed anew"
         )

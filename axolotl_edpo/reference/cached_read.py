@@ -1,6 +1,6 @@
-"""`CachedRead`: reads a batch's hidden states from disk while another batch runs."""
+"""`CachedRead`: reads from disk what is kept of a batch while another batch runs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from time import perf_counter
@@ -8,7 +8,11 @@ from time import perf_counter
 import torch
 
 from ..background import copied, pinned
-from .hidden_cache import HiddenStateCache
+from ..data.collator import Examples
+from ..data.layout import Batch
+from ..data.pair_id import pair_digest
+from .cache import ReferenceCache
+from .cacheable import require_in_cache
 from .states import ReferenceStates
 
 
@@ -33,7 +37,7 @@ class Stopwatch:
 
 
 class CachedRead(ReferenceStates):
-    """Hidden states of a batch's scored tokens, read in the background.
+    """What is kept of a batch's pairs, read in the background.
 
     Args:
         cache: Cache that holds the pairs.
@@ -49,7 +53,7 @@ class CachedRead(ReferenceStates):
 
     def __init__(
         self,
-        cache: HiddenStateCache,
+        cache: ReferenceCache,
         pairs: list[bytes],
         device: torch.device,
         following: "CachedRead | None",
@@ -64,31 +68,53 @@ class CachedRead(ReferenceStates):
             self._future = self._reader.submit(self._read)
 
     def given(self, policy: torch.Tensor) -> torch.Tensor:
-        """Waits for the hidden states, and starts the next batch's read.
+        """Waits for the read, and starts the next batch's.
 
         The measured time does not include the asynchronous copy to a GPU.
 
         Args:
-            policy: The policy's hidden states, shape (tokens, hidden). They give the
-                device and, for a batch without pairs, width and dtype.
+            policy: The same of the policy. It gives the device and, for a batch without
+                pairs, width and dtype.
 
         Returns:
-            Shape (tokens, hidden): all chosen, then all rejected answers.
+            Hidden states, shape (tokens, hidden), or log-probabilities, shape (2 x
+            pairs,): of all chosen, then of all rejected answers.
 
         Raises:
             ValueError: If a file was damaged since it was opened.
         """
         with self._stopwatch.running():
             self.start()
-            hidden = self._future.result()  # type: ignore[union-attr]
+            kept = self._future.result()  # type: ignore[union-attr]
             self._future = None
             if self._following is not None:
                 self._following.start()
-            if hidden is None:
-                hidden = policy.detach()[:0]
-            return copied(hidden, policy.device)
+            if kept is None:
+                kept = policy.detach()[:0]
+            return copied(kept, policy.device)
 
     def _read(self) -> torch.Tensor | None:
         both = [self._cache.read(pair) for pair in self._pairs]
         answers = [answer for side in zip(*both, strict=True) for answer in side]
         return pinned(torch.cat(answers), self._device) if answers else None
+
+
+def reads_of(
+    cache: ReferenceCache,
+    batches: Sequence[Batch],
+    device: torch.device,
+    stopwatch: Stopwatch,
+) -> dict[Examples, CachedRead]:
+    """A read for each batch; each starts the next one when it is done.
+
+    Raises:
+        ValueError: If a pair is not in the cache, or has other lengths there.
+    """
+    reads: dict[Examples, CachedRead] = {}
+    following = None
+    for batch in reversed(batches):
+        pairs = [pair_digest(pair) for pair in batch["examples"].pairs]
+        require_in_cache(cache, pairs, batch["lengths"])
+        following = CachedRead(cache, pairs, device, following, stopwatch)
+        reads[batch["examples"]] = following
+    return dict(reversed(reads.items()))

@@ -26,7 +26,7 @@ from ..distributed import broadcast_from_rank0, gathered
 from ..models.forward import REFERENCE_ADAPTER
 from ..models.packed_attention import EAGER
 from ..upstream import attention_name, is_remote_code
-from .hidden_cache import tensor_bytes
+from .cache import tensor_bytes
 
 # Recipe keys that change what a model computes from the same weights.
 COMPUTE_KEYS = ("qat", "fp8", "tf32")

@@ -1,4 +1,4 @@
-"""Fills a cache with the hidden states of a reference, on all ranks.
+"""Fills a cache with what is kept of a reference, on all ranks.
 
     distinct_pairs         the pairs of the data sets, each once
     PrecomputePass.fill    checks the shards on disk, computes the missing pairs
@@ -11,14 +11,13 @@ and exchange the results of their checks.
 import pickle
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from axolotl.utils.logging import get_logger
@@ -30,19 +29,17 @@ from ..data.columns import scored_lengths, token_rows
 from ..data.pair_id import IMAGES, digest_of
 from ..distributed import broadcast_from_rank0
 from ..upstream import prepared_root, size_in_words
+from .cache import PARTIAL, Damaged, ReferenceCache, shard_name
 from .fingerprint import COMPUTE_KEYS
-from .hidden_cache import PARTIAL, Damaged, HiddenStateCache, shard_name
+from .kept import KL, Kept, KeptPair
 
 LOG = get_logger(__name__)
 
 # Scored tokens of a shard, which are lost if a rank is killed. For an 8B model in bf16,
 # a shard has 128 MiB, and takes three times that in memory while it is written.
 SHARD_TOKENS = 2**14
-# Upper bounds of the bytes of a file besides hidden states: its header, and per pair.
+# Upper bounds of the bytes of a file besides what is kept: its header, and per pair.
 HEADER_BYTES, PAIR_BYTES = 1024, 40
-# Computes, for each pair, hidden states of chosen and of rejected, each of shape
-# (tokens, hidden).
-HiddenOf = Callable[[list[dict[str, Any]]], list[tuple[torch.Tensor, torch.Tensor]]]
 
 
 class DataPair(NamedTuple):
@@ -75,10 +72,13 @@ class CacheSettings:
         folder: Folder of the caches, which runs may share.
         fingerprint_parts: Recipe keys that hidden states depend on, besides weights and
             config of the reference: key -> value.
+        needs_logits: Whether the run needs the reference's logits, and so its hidden
+            states. Else two log-probabilities per pair are enough.
     """
 
     folder: Path
     fingerprint_parts: dict[str, Any]
+    needs_logits: bool = True
 
     @classmethod
     def from_config(cls, cfg: Any) -> "CacheSettings | None":
@@ -92,7 +92,14 @@ class CacheSettings:
         prepared = prepared_root(cfg)
         folder = Path(cfg.edpo_reference_cache or prepared / "edpo_reference")
         parts = {key: str(cfg.get(key)) for key in COMPUTE_KEYS}
-        return cls(folder.expanduser(), parts)
+        return cls(folder.expanduser(), parts, _needs_logits(cfg))
+
+
+def _needs_logits(cfg: Any) -> bool:
+    """Whether β, the best checkpoint or a bound depends on the whole vocabulary."""
+    best = cfg.get("metric_for_best_model") or ""
+    bounded = cfg.edpo_max_kl is not None
+    return cfg.edpo_control == "epsilon" or bounded or best.endswith(KL)
 
 
 def distinct_pairs(
@@ -111,29 +118,28 @@ def distinct_pairs(
         scored = scored_lengths(dataset, max_length)
         has_images = IMAGES in dataset.column_names
         images = dataset[IMAGES] if has_images else repeat("")
-        for row, (parts, own) in enumerate(
+        for row, (parts, of_images) in enumerate(
             zip(token_rows(dataset), images, strict=False)
         ):
-            digest, length = digest_of(parts, own), sum(map(len, parts))
+            digest, length = digest_of(parts, of_images), sum(map(len, parts))
             pairs[digest] = DataPair(digest, length, int(scored[row]), dataset, row)
     return sorted(pairs.values(), key=lambda pair: (-pair.length, pair.digest))
 
 
 @dataclass(frozen=True)
 class PrecomputePass:
-    """Computes hidden states that a cache lacks.
+    """Computes what a cache lacks.
 
     Attributes:
         cache: The cache to fill.
         accelerator: The run's accelerator, whose ranks divide the work.
-        hidden_of: Runs the reference over pairs. All ranks call it together; some may
-            have no pairs.
+        kept: Computes what is kept of pairs. All ranks call it together.
         batch_size: Pairs per forward.
     """
 
-    cache: HiddenStateCache
+    cache: ReferenceCache
     accelerator: Accelerator
-    hidden_of: HiddenOf
+    kept: Kept
     batch_size: int
 
     @property
@@ -144,13 +150,11 @@ class PrecomputePass:
     def ranks(self) -> int:
         return self.accelerator.num_processes
 
-    def fill(self, pairs: Sequence[DataPair], like: torch.Tensor) -> None:
+    def fill(self, pairs: Sequence[DataPair]) -> None:
         """Fills the cache: afterwards every pair can be read on every rank.
 
         Args:
             pairs: The pairs to cache, the same on every rank.
-            like: Some hidden states of the reference, shape (tokens, hidden), for
-                their width and dtype.
 
         Raises:
             ValueError: If the folder cannot be written, its disk has too little space,
@@ -164,11 +168,23 @@ class PrecomputePass:
             return
         shards = [*_split_into_shards(missing)]
         self._require_shared_folder()
-        self._require_space(shards, like)
+        self._require_space(shards)
         self._compute(shards)
         names = [shard_name([pair.digest for pair in shard]) for shard in shards]
         with fail_together(self.cache.folder):
             self.cache.open(names)
+
+    def index_has(self, pairs: Sequence[DataPair]) -> bool:
+        """Whether the files on disk, as far as rank 0 sees, have all of these pairs.
+
+        Raises:
+            ValueError: If the folder cannot be used.
+        """
+        has_all = False
+        with fail_together(self.cache.folder):
+            if self.rank == 0:
+                has_all = self.cache.index_has(pair.digest for pair in pairs)
+        return broadcast_from_rank0(has_all)
 
     # --- what is there --------------------------------------------------------------
 
@@ -250,18 +266,15 @@ class PrecomputePass:
                 "a file system that all machines share"
             )
 
-    def _require_space(self, shards: list[list[DataPair]], like: torch.Tensor) -> None:
+    def _require_space(self, shards: list[list[DataPair]]) -> None:
         """Logs the bytes that are needed; refuses a disk with less free space."""
-        pairs = [pair for shard in shards for pair in shard]
-        tokens = sum(pair.scored_tokens for pair in pairs)
-        width, dtype = like.shape[1], str(like.dtype).removeprefix("torch.")
-        needed = tokens * width * like.dtype.itemsize
-        needed += HEADER_BYTES * len(shards) + PAIR_BYTES * len(pairs)
+        pairs = sum(map(len, shards))
+        needed, what = self.kept.size(pairs, _scored_tokens(shards))
+        needed += HEADER_BYTES * len(shards) + PAIR_BYTES * pairs
         free = self._free_bytes()
         size = (
-            f"{len(pairs):,} pairs, {tokens:,} tokens × {width} × {dtype} = "
-            f"{size_in_words(needed)} in {self.cache.folder}, where "
-            f"{size_in_words(free)} are free"
+            f"{pairs:,} pairs, {what} = {size_in_words(needed)} in "
+            f"{self.cache.folder}, where {size_in_words(free)} are free"
         )
         if needed > free:
             raise ValueError(
@@ -287,7 +300,7 @@ class PrecomputePass:
         """
         with tqdm(
             total=_scored_tokens(shards),
-            desc="Hidden states of the reference",
+            desc="Running the reference",
             unit=" tokens",
             unit_scale=True,
             disable=self.rank > 0,
@@ -301,14 +314,14 @@ class PrecomputePass:
         A rank without a shard, or with fewer pairs, runs the reference without pairs.
         """
         shard = group[self.rank] if self.rank < len(group) else []
-        hidden = []
+        kept: list[KeptPair] = []
         for start in range(0, max(map(len, group)), self.batch_size):
             batch = slice(start, start + self.batch_size)
-            hidden += self.hidden_of([pair.example() for pair in shard[batch]])
+            kept += self.kept.of([pair.example() for pair in shard[batch]])
             bar.update(_scored_tokens(pairs[batch] for pairs in group))
         with fail_together(self.cache.folder):
             if shard:
-                self.cache.write([pair.digest for pair in shard], hidden)
+                self.cache.write([pair.digest for pair in shard], kept)
 
 
 @contextmanager

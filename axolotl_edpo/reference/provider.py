@@ -2,8 +2,8 @@
 
     ModelReference     a separate model: full fine-tuning
     AdapterReference   the policy's model with another adapter, or with none
-    CachedReference    one of these two, whose hidden states are computed before the
-                       first step and then read from disk (`precompute_ref_log_probs`)
+    CachedReference    one of these two, that runs before the first step; what is kept
+                       of it is then read from disk (`precompute_ref_log_probs`)
 
 Policy and reference are equal until the first update with a learning rate above 0.
 Until then every difference of their logits must be exactly 0. Cached hidden states were
@@ -12,14 +12,13 @@ decide the steps s of the first pairs. So the cache is used only after that upda
 Before it, the policy's hidden states serve as the reference's.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from enum import Enum
-from functools import partial
 from typing import Any
 
 import torch
+from axolotl.utils.logging import get_logger
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
@@ -27,21 +26,26 @@ from transformers import PreTrainedModel
 from .. import upstream
 from ..data.collator import Examples
 from ..data.layout import Batch
-from ..data.pair_id import pair_digest
-from ..distributed import is_sharded, release, reshard, sum_over_ranks
+from ..distributed import release, reshard, sum_over_ranks
+from ..losses.preference import PreferenceLoss
 from ..models.completion_forward import CompletionForward, without_gradient
 from ..models.forward import causal_lm, reference_adapter
-from ..models.lm_head_reader import head_of, shared_reference_head, whole_head
+from ..models.lm_head_reader import (
+    copy_from_file,
+    head_of,
+    shared_reference_head,
+    whole_head,
+)
 from ..ops.lm_head import Head
-from .cacheable import require_cacheable, require_equal, require_in_cache
-from .cached_read import CachedRead, Stopwatch
+from .cache import ReferenceCache
+from .cacheable import require_cacheable, require_equal
+from .cached_read import CachedRead, Stopwatch, reads_of
 from .fingerprint import fingerprint_of
-from .hidden_cache import HiddenStateCache
+from .kept import KL, Kept, KeptLogps, KeptStates, LayOut, answer_logps, logps_folder
 from .precompute import CacheSettings, PrecomputePass, distinct_pairs
 from .states import ComputedStates, PolicyStates, ReferenceStates
 
-# Lays out pairs as a batch on the run's device.
-LayOut = Callable[[list[dict[str, Any]]], Batch]
+LOG = get_logger(__name__)
 
 
 class Reference:
@@ -49,7 +53,14 @@ class Reference:
 
     Args:
         forward: Runs models up to the head.
+
+    Attributes:
+        forward: The argument.
+        knows_tokens: Whether it has states of every token; if not, it has only
+            log-probabilities of answers.
     """
+
+    knows_tokens = True
 
     def __init__(self, forward: CompletionForward):
         self.forward = forward
@@ -60,6 +71,18 @@ class Reference:
         Args:
             policy: The policy, wrapped by its engine.
             batch: A batch on the run's device.
+        """
+        raise NotImplementedError
+
+    def answer_logps(self, policy_logps: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """log π_ref of each answer; called in place of `states` if it knows no tokens.
+
+        Args:
+            policy_logps: log π_θ of the batch's scored tokens, shape (tokens,), nats.
+            batch: A batch on the run's device.
+
+        Returns:
+            Shape (2 x pairs,), nats, float64; see `kept.answer_logps`.
         """
         raise NotImplementedError
 
@@ -97,6 +120,10 @@ class LiveReference(Reference):
         """Runs the reference without gradient; see `CompletionForward.states`."""
         raise NotImplementedError
 
+    def run_to_logps(self, policy: nn.Module, batch: Batch) -> torch.Tensor:
+        """Runs the reference and its head; see `CompletionForward.run_to_logps`."""
+        raise NotImplementedError
+
     def weights(self, policy: nn.Module) -> nn.Module:
         """The module that holds the reference's weights, without its engine.
 
@@ -132,6 +159,10 @@ class ModelReference(LiveReference):
         with torch.no_grad():
             return self.forward.run(self.wrapped, batch)
 
+    def run_to_logps(self, policy: nn.Module, batch: Batch) -> torch.Tensor:
+        """Runs the reference's model and its head."""
+        return self.forward.run_to_logps(self.wrapped, batch)
+
     def weights(self, policy: nn.Module) -> nn.Module:
         """The reference's model."""
         return self.model
@@ -155,7 +186,7 @@ class ModelReference(LiveReference):
         head = None
         if keeps_head:
             reshard(self.wrapped)
-            head = _copy_from_file(head_of(model))
+            head = copy_from_file(head_of(model))
         release(model, head.tensors if head else ())
         upstream.forget_model(self.forward.accelerator, self.wrapped)
         del self.wrapped
@@ -171,6 +202,12 @@ class AdapterReference(LiveReference):
         with without_gradient(unwrapped), reference_adapter(unwrapped):
             return self.forward.run(policy, batch)
 
+    def run_to_logps(self, policy: nn.Module, batch: Batch) -> torch.Tensor:
+        """Runs the policy's model and head with the reference's adapter, or none."""
+        unwrapped = self.forward.accelerator.unwrap_model(policy)
+        with without_gradient(unwrapped), reference_adapter(unwrapped):
+            return self.forward.run_to_logps(policy, batch)
+
     def weights(self, policy: nn.Module) -> nn.Module:
         """The policy's model."""
         return policy
@@ -184,11 +221,12 @@ class Phase(Enum):
 
 
 class CachedReference(Reference):
-    """A reference whose hidden states are read from disk.
+    """A reference of which a cache on disk keeps hidden states, or log-probabilities.
 
     Args:
-        live: The reference that computes missing hidden states. `fill` releases it.
+        live: The reference that computes what is missing. `fill` releases it.
         settings: Settings of the cache.
+        loss: The recipe's loss, whose log-probabilities are kept.
         max_length: Sequences are truncated to so many tokens; None: never.
         truncation_mode: Which end of a sequence truncation keeps.
         batch_size: Pairs per forward while the cache is filled.
@@ -196,23 +234,25 @@ class CachedReference(Reference):
     Attributes:
         cache: The cache; None before `fill`.
         phase: How policy and reference are related.
+        knows_tokens: Whether hidden states are kept; `fill` decides.
         kept_head: The head of the released reference model, if the policy's head
-            trains and so differs from it; else None.
+            trains and so differs from it, and hidden states are kept; else None.
     """
 
     def __init__(
         self,
         live: LiveReference,
         settings: CacheSettings,
+        loss: PreferenceLoss,
         max_length: int | None,
         truncation_mode: str,
         batch_size: int,
     ):
         super().__init__(live.forward)
-        self.cache: HiddenStateCache | None = None
+        self.cache: ReferenceCache | None = None
         self.phase = Phase.APART
         self._live: LiveReference | None = live
-        self._settings, self._batch_size = settings, batch_size
+        self._settings, self._loss, self._batch_size = settings, loss, batch_size
         self._max_length, self._truncation_mode = max_length, truncation_mode
         self.kept_head: Head | None = None
         self._learns = False
@@ -226,9 +266,17 @@ class CachedReference(Reference):
 
     def states(self, policy: nn.Module, batch: Batch) -> ReferenceStates:
         """The policy's states while both are equal; then those in the cache."""
+        return self._states(batch)
+
+    def _states(self, batch: Batch) -> ReferenceStates:
         if self.phase is Phase.EQUAL:
             return PolicyStates()
         return self._reads[batch["examples"]]
+
+    def answer_logps(self, policy_logps: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The policy's while both are equal; then those in the cache."""
+        policy = answer_logps(policy_logps.detach(), batch["lengths"], self._loss)
+        return self._states(batch).given(policy)
 
     @contextmanager
     def separate_head(self) -> Iterator[Head | None]:
@@ -253,7 +301,9 @@ class CachedReference(Reference):
         if self.phase is Phase.EQUAL:
             return
         with self._stopwatch.running():
-            self._reads = self._reads_of(batches)
+            assert self.cache is not None, "`fill` comes first"
+            device, watch = self.forward.accelerator.device, self._stopwatch
+            self._reads = reads_of(self.cache, batches, device, watch)
             self.restart()
 
     def restart(self) -> None:
@@ -293,40 +343,34 @@ class CachedReference(Reference):
             return
         unwrapped = self.forward.accelerator.unwrap_model(policy)
         lm, live = causal_lm(unwrapped), self._live
-        require_cacheable(lm.config, self.forward.reads_head, self._max_length)
+        reads_head = self.forward.reads_head or not self._settings.needs_logits
+        require_cacheable(lm.config, reads_head, self._max_length)
         pairs = distinct_pairs(datasets, self._max_length)
         longest = lay_out([pairs[0].example()])
         states = live.run(policy, longest).cpu()
         if is_new and self._is_equal(policy, longest, states):
             self.phase = Phase.EQUAL
-        cache = self._open(live.weights(unwrapped), lm, states)
-        hidden_of = partial(_hidden_of, live, policy, lay_out)
-        precompute = PrecomputePass(
-            cache, self.forward.accelerator, hidden_of, self._batch_size
-        )
-        precompute.fill(pairs, states)
-        require_equal(cache, pairs[0].digest, states)
-        self.cache = cache
+        parts = {"truncation": [self._max_length, self._truncation_mode]}
+        parts |= self._settings.fingerprint_parts
+        fingerprint = fingerprint_of(live.weights(unwrapped), lm, states, **parts)
+        kept_states = KeptStates(live.run, policy, lay_out, states)
+        precompute = self._pass(fingerprint, kept_states)
+        self.knows_tokens = self._settings.needs_logits or precompute.index_has(pairs)
+        if not self.knows_tokens:
+            LOG.info(f"Two log-probabilities per pair are kept: no `{KL}` is logged.")
+            kept_logps = KeptLogps(live.run_to_logps, policy, lay_out, self._loss)
+            precompute = self._pass(logps_folder(fingerprint, self._loss), kept_logps)
+            states = torch.cat(kept_logps.of([pairs[0].example()])[0].answers)
+        precompute.fill(pairs)
+        require_equal(precompute.cache, pairs[0].digest, states)
+        self.cache = precompute.cache
         self._release_live(unwrapped)
 
-    def _open(
-        self, weights: nn.Module, lm: PreTrainedModel, states: torch.Tensor
-    ) -> HiddenStateCache:
-        """The cache of the reference with these weights.
-
-        Args:
-            weights: The module that holds the reference's weights.
-            lm: The policy's causal language model.
-            states: Hidden states of the reference, shape (tokens, hidden).
-        """
-        fingerprint = fingerprint_of(
-            weights,
-            lm,
-            states,
-            truncation=[self._max_length, self._truncation_mode],
-            **self._settings.fingerprint_parts,
-        )
-        return HiddenStateCache(self._settings.folder, fingerprint)
+    def _pass(self, folder: str, kept: Kept) -> PrecomputePass:
+        """Fills a cache, whose folder has this name."""
+        cache = ReferenceCache(self._settings.folder, folder)
+        accelerator = self.forward.accelerator
+        return PrecomputePass(cache, accelerator, kept, self._batch_size)
 
     def _is_equal(self, policy: nn.Module, batch: Batch, states: torch.Tensor) -> bool:
         """Whether the policy's states of a batch are the reference's, on all ranks.
@@ -344,51 +388,9 @@ class CachedReference(Reference):
         return not int(sum_over_ranks(accelerator, torch.tensor(int(differs))))
 
     def _release_live(self, policy: nn.Module) -> None:
-        """Frees a separate reference model, except the head if the policy's trains."""
+        """Frees a separate reference model, except a head that is still needed."""
         live, self._live = self._live, None
         if isinstance(live, ModelReference):
             _, head = shared_reference_head(policy)
             trains = any(tensor.requires_grad for tensor in head.tensors)
-            self.kept_head = live.release(keeps_head=trains)
-
-    def _reads_of(self, batches: Sequence[Batch]) -> dict[Examples, CachedRead]:
-        """A read for each batch; each starts the next one when it is done."""
-        assert self.cache is not None, "`fill` comes first"
-        device = self.forward.accelerator.device
-        reads: dict[Examples, CachedRead] = {}
-        following = None
-        for batch in reversed(batches):
-            pairs = [pair_digest(pair) for pair in batch["examples"].pairs]
-            require_in_cache(self.cache, pairs, batch["lengths"])
-            following = CachedRead(
-                self.cache, pairs, device, following, self._stopwatch
-            )
-            reads[batch["examples"]] = following
-        return dict(reversed(reads.items()))
-
-
-def _hidden_of(
-    live: LiveReference,
-    policy: nn.Module,
-    lay_out: LayOut,
-    pairs: list[dict[str, Any]],
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Hidden states of chosen and rejected of each pair, on the CPU."""
-    batch = lay_out(pairs)
-    hidden = live.run(policy, batch).cpu()
-    answers = hidden.split(batch["lengths"].tolist())
-    return [*zip(answers[: len(pairs)], answers[len(pairs) :], strict=True)]
-
-
-def _copy_from_file(head: Head) -> Head:
-    """Copies a head on the CPU, whose weights may be mapped from the model's file.
-
-    The copy lets the file be unmapped. Sharded heads are returned as they are.
-    """
-
-    def copy(tensor: Any) -> Any:
-        if not isinstance(tensor, torch.Tensor) or is_sharded(tensor):
-            return tensor
-        return tensor.detach().clone() if tensor.device.type == "cpu" else tensor
-
-    return replace(head, weight=copy(head.weight), bias=copy(head.bias))
+            self.kept_head = live.release(keeps_head=trains and self.knows_tokens)

@@ -7,14 +7,17 @@ import torch
 
 
 class ReferenceStates(ABC):
-    """Hidden states of the reference, or logits where the head cannot be read."""
+    """Hidden states of the reference, or logits where the head cannot be read.
+
+    If only log-probabilities of answers are kept of it, they take this place.
+    """
 
     @abstractmethod
     def given(self, policy: torch.Tensor) -> torch.Tensor:
         """Returns them, called inside the policy's forward.
 
         Args:
-            policy: Hidden states or logits of the policy, shape (tokens, ...).
+            policy: The same of the policy, shape (tokens, ...) or (2 x pairs,).
 
         Returns:
             The same shape.

@@ -49,7 +49,7 @@ class Memory(NamedTuple):
             copy in its buckets.
         optimizer: AdamW's two moments, and DeepSpeed's float32 copy of the weights.
         reference: Weights of a reference that is a separate model. If it has a cache,
-            only its head.
+            only its head; nothing if only log-probabilities are kept.
         head: Matrices and hidden states of the op, the gradient of a head that trains,
             and for ZeRO-3 and FSDP2 the gathered embedding and head.
         layer: For ZeRO-3 and FSDP2, gathered layers and the gradient of one layer. For
@@ -57,7 +57,7 @@ class Memory(NamedTuple):
         activations: The inputs of all layers, and all activations of one layer.
         step: Gradients in float32, which DeepSpeed makes in its optimizer step.
         let_go: Weights of a reference with a cache that are freed before the first
-            micro-batch: all except its head.
+            micro-batch: all except `reference`.
     """
 
     weights: float
@@ -227,6 +227,7 @@ def memory(
     lora: int = 0,
     four_bit: bool = False,
     cached: bool = False,
+    two_numbers: bool = False,
     itemsize: int = 2,
     float32_root: bool = False,
     sync: bool = False,
@@ -243,6 +244,9 @@ def memory(
         lora: Rank of an adapter on all linear layers; 0: all weights train.
         four_bit: Whether those layers are in 4 bits (`adapter: qlora`).
         cached: Whether the reference has a cache (`precompute_ref_log_probs`).
+        two_numbers: Whether the cache keeps two log-probabilities per pair, no hidden
+            states (`edpo_control: fixed` or `batch_margin`). Then the reference's head
+            is not needed.
         itemsize: Bytes per weight.
         float32_root: Whether embedding and head are in float32. axolotl does this if
             all weights train with `ddp` and attention is `sdpa` or `eager`.
@@ -269,9 +273,10 @@ def memory(
     parts = _engine_memory(training, engine, live, sync)
     reference = training.weights / parts.shards if full else 0
     head = (4 if float32_root else itemsize) * sizes.head / parts.shards
-    kept = head if full and cached else reference
+    compares = not (cached and two_numbers)
+    kept = head * compares if full and cached else reference
     adapter = 0 if full else parts.trainable
-    tiles = _tiles(sizes, tokens, itemsize, device, full)
+    tiles = _tiles(sizes, tokens, itemsize, device, full, compares)
     return Memory(
         weights=(training.weights + adapter) / parts.shards,
         gradients=parts.gradients,
@@ -302,7 +307,14 @@ def _activations(sizes: Sizes, tokens: int, itemsize: int) -> int:
     return tokens * (inputs + in_dtype * itemsize + in_float32 * 4)
 
 
-def _tiles(sizes: Sizes, tokens: int, itemsize: int, device: str, trains: bool) -> int:
+def _tiles(
+    sizes: Sizes,
+    tokens: int,
+    itemsize: int,
+    device: str,
+    trains: bool,
+    compares: bool,
+) -> int:
     """Bytes of the op (ops/token_stats.py): hidden states, and the larger of two sums.
 
     forward    the matrices of a tile; also the gradient of the hidden states, unless
@@ -316,8 +328,10 @@ def _tiles(sizes: Sizes, tokens: int, itemsize: int, device: str, trains: bool) 
         itemsize: Bytes per weight.
         device: `cuda` or `cpu`.
         trains: Whether the head trains.
+        compares: Whether the reference has hidden states, and a matrix of logits.
     """
     chunk, tile, matrices = TILES[device]
+    matrices -= not compares
     vocab = sizes.head // sizes.hidden
     cells = min(chunk, tokens) * min(tile, vocab)
     values = tokens * sizes.hidden
@@ -331,7 +345,7 @@ def _tiles(sizes: Sizes, tokens: int, itemsize: int, device: str, trains: bool) 
         rows = 4 * min(tile, vocab) * sizes.hidden
         again = (4 + itemsize) * cells + gradient
         backward = rows + (numerators + 3 * itemsize * values if kept else again)
-    return 2 * itemsize * values + max(forward, backward)
+    return (1 + compares) * itemsize * values + max(forward, backward)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -355,6 +369,7 @@ def main(arguments: list[str] | None = None) -> None:
             lora=options.lora,
             four_bit=options.four_bit,
             cached=options.cached,
+            two_numbers=options.two_numbers,
             sync=options.sync_each_batch,
         )
         cells = (f"{value / 2**30:.1f}" for value in (*parts, parts.total))
@@ -369,6 +384,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lora", type=int, default=0, help="rank; 0: all weights")
     parser.add_argument("--four-bit", action="store_true", help="QLoRA")
     parser.add_argument("--cached", action="store_true", help="precomputed reference")
+    numbers = "with --cached, for `edpo_control: fixed` and `batch_margin`"
+    parser.add_argument("--two-numbers", action="store_true", help=numbers)
     parser.add_argument("--sync-each-batch", action="store_true", help="for FSDP2")
     parser.add_argument("--engines", nargs="+", default=get_args(Engine))
     return parser

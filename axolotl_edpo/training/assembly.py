@@ -124,7 +124,10 @@ def _collator_maker(collator: Any) -> Callable[..., Any]:
 
 
 def make_reference(
-    trainer: DPOTrainer, forward: CompletionForward, cache: CacheSettings | None
+    trainer: DPOTrainer,
+    forward: CompletionForward,
+    cache: CacheSettings | None,
+    loss: PreferenceLoss,
 ) -> Reference:
     """A reference model, an adapter of the policy's model, or a cache of either."""
     live: LiveReference = AdapterReference(forward)
@@ -134,7 +137,8 @@ def make_reference(
         return live
     args: Any = trainer.args
     truncation = args.max_length, args.truncation_mode
-    return CachedReference(live, cache, *truncation, args.per_device_train_batch_size)
+    batch_size = args.per_device_train_batch_size
+    return CachedReference(live, cache, loss, *truncation, batch_size)
 
 
 def make_scorer(

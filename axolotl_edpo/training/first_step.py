@@ -18,7 +18,6 @@ from collections.abc import Sequence
 import torch
 from accelerate import Accelerator
 
-from ..data.completions import sum_per_sequence
 from ..distributed import sum_over_ranks
 
 # Bounds of the difference, nats per token; docs/method.md has the measurements.
@@ -55,17 +54,14 @@ class FirstStep:
         self._bound, self._remedies = bound, remedies
         self._found: list[torch.Tensor] = []
 
-    def observe(
-        self, policy: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor
-    ) -> None:
+    def observe(self, log_ratios: torch.Tensor, lengths: torch.Tensor) -> None:
         """Compares a micro-batch of the first step; ignores those of later steps.
 
         All ranks call it. With the last micro-batch, all ranks exchange their largest
         difference, and wait for the device.
 
         Args:
-            policy: log π_θ of the scored tokens, shape (tokens,), nats.
-            reference: log π_ref of the same tokens, nats.
+            log_ratios: Shape (sequences,), log π_θ - log π_ref of each answer, nats.
             lengths: Shape (sequences,), scored tokens of each answer.
 
         Raises:
@@ -74,8 +70,8 @@ class FirstStep:
         """
         if self._bound is None:
             return
-        ratios = sum_per_sequence((policy - reference).detach(), lengths)
-        self._found.append(ratios.abs().sum() / lengths.sum().clamp(min=1))
+        total = log_ratios.detach().abs().sum()
+        self._found.append(total / lengths.sum().clamp(min=1))
         if self._accelerator.sync_gradients:
             bound, differences = self._bound, self._of_all_ranks()
             self.end()

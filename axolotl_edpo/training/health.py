@@ -57,7 +57,8 @@ def _margins_explode(log: Log) -> bool:
 def _collapses(log: Log) -> bool:
     # rewards start at 0
     both_fell = log["rewards/chosen"] < 0 and log["rewards/rejected"] < 0
-    return both_fell and log[KL] > COLLAPSED_KL
+    # not logged where two numbers are kept of the reference
+    return both_fell and log.get(KL, 0.0) > COLLAPSED_KL
 
 
 CONDITIONS = (
@@ -141,4 +142,4 @@ class HealthCheck:
 
 
 def _is_training(log: Log) -> bool:
-    return "loss" in log and KL in log
+    return "loss" in log and "rewards/margins" in log

@@ -14,7 +14,8 @@ from ..background import on_device
 from ..data.completions import sum_per_sequence
 from ..data.layout import Batch
 from ..ops.token_stats import TokenStats
-from .pair_outcomes import MeanOverStep, PairOutcomes
+from ..reference.kept import KL
+from .pair_outcomes import AnswerStats, MeanOverStep, PairOutcomes
 from .set_metrics import SetMetrics
 
 Mode = Literal["train", "eval"]
@@ -134,7 +135,8 @@ class PairMetrics:
         for name, values in zip(("chosen", "rejected"), logps.chunk(2), strict=True):
             add(f"logps/{name}", values)
         chosen = batch["chosen_tokens"]
-        add("kl/policy_ref", stats.kl)
+        if not isinstance(stats, AnswerStats):
+            add(KL, stats.kl)
         add("entropy", stats.entropy)
         add("mean_token_accuracy", stats.is_top1[:chosen])
         add("logits/chosen", stats.mean_logit[:chosen])

@@ -16,6 +16,27 @@ from ..losses import edpo
 from ..losses.beta_controller import BetaController
 from ..losses.preference import Answers, PreferenceLoss, wpo_weights
 from ..ops.token_stats import TokenStats
+from ..reference.kept import answer_logps
+
+
+class AnswerStats(TokenStats):
+    """The statistics of a policy whose reference is known by its answers only.
+
+    `reference_logp` and `kl` are NaN.
+
+    Attributes:
+        reference_answers: Shape (2 x pairs,), nats, float64: log π_ref of all chosen,
+            then of all rejected answers, see `reference.kept.answer_logps`.
+    """
+
+    reference_answers: torch.Tensor
+
+    @classmethod
+    def of(cls, stats: TokenStats, reference_answers: torch.Tensor) -> "AnswerStats":
+        """Joins the statistics of the policy's tokens and the reference's answers."""
+        joined = cls(*stats)
+        joined.reference_answers = reference_answers
+        return joined
 
 
 class PairOutcomes(NamedTuple):
@@ -40,6 +61,12 @@ class PairOutcomes(NamedTuple):
     sft: torch.Tensor
     chosen_rewards: torch.Tensor
     rejected_rewards: torch.Tensor
+
+    @property
+    def log_ratios(self) -> torch.Tensor:
+        """log π_θ - log π_ref of all chosen, then of all rejected answers, nats."""
+        rewards = self.chosen_rewards, self.rejected_rewards
+        return torch.cat([reward / self.betas for reward in rewards])
 
     @property
     def margins(self) -> torch.Tensor:
@@ -71,8 +98,7 @@ def pair_outcomes(
     minus = chosen_minus_rejected(per_answer(stats.minus))
     steps = edpo.steps(plus, minus)
     betas = controller.pair_betas(steps)
-    # subtract before summing: float32 sums near -1000 are too coarse to subtract
-    log_ratios = per_answer(stats.policy_logp - stats.reference_logp)
+    log_ratios = answer_ratios(stats, lengths, loss)
     losses = loss.losses(Answers.from_sequences(log_ratios, lengths, betas))
     if loss.weighted:
         losses = losses * wpo_weights(_relative_logps(stats, lengths))
@@ -82,6 +108,27 @@ def pair_outcomes(
     chosen, rejected = log_ratios.detach().chunk(2)
     rewards = betas * chosen, betas * rejected
     return PairOutcomes(plus, minus, steps, betas, losses, sft, *rewards)
+
+
+def answer_ratios(
+    stats: TokenStats, lengths: torch.Tensor, loss: PreferenceLoss
+) -> torch.Tensor:
+    """log π_θ - log π_ref of each answer.
+
+    Args:
+        stats: Statistics of the scored tokens.
+        lengths: Shape (2 x pairs,), scored tokens of each answer.
+        loss: Defines the weight of each token.
+
+    Returns:
+        Shape (2 x pairs,), nats, float32, with gradient.
+    """
+    if isinstance(stats, AnswerStats):
+        policy = answer_logps(stats.policy_logp, lengths, loss)
+        return (policy - stats.reference_answers).float()
+    # subtract before summing: float32 sums near -1000 are too coarse to subtract
+    ratios = stats.policy_logp - stats.reference_logp
+    return sum_per_sequence(loss.token_weighted(ratios, lengths), lengths)
 
 
 def _relative_logps(stats: TokenStats, lengths: torch.Tensor) -> torch.Tensor:
@@ -104,9 +151,7 @@ def margins(
         Shape (pairs,), nats, without gradient: log π_θ - log π_ref of the chosen
         answer, minus the same of the rejected answer.
     """
-    log_ratios = (stats.policy_logp - stats.reference_logp).detach()
-    weighted = loss.token_weighted(log_ratios, lengths)
-    return chosen_minus_rejected(sum_per_sequence(weighted, lengths))
+    return chosen_minus_rejected(answer_ratios(stats, lengths, loss).detach())
 
 
 @dataclass(frozen=True)
@@ -177,7 +222,7 @@ def traced_values(
         lengths: Shape (2 x pairs,), scored tokens of each answer.
 
     Returns:
-        Tensors of shape (pairs,).
+        Tensors of shape (pairs,); `kl` is NaN for `AnswerStats`.
     """
     kl = torch.stack(sum_per_sequence(stats.kl, lengths).chunk(2)).sum(dim=0)
     chosen, rejected = lengths.chunk(2)

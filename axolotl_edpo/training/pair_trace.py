@@ -17,7 +17,8 @@ Columns:
     plus, minus, step           Δ+, Δ- (nats) and s of Eq. 5; null unless
                                 `edpo_control: epsilon`
     beta, margin                β̃ and the implicit reward margin, which includes β̃
-    kl                          KL(π_θ || π_ref) per token of both answers, nats
+    kl                          KL(π_θ || π_ref) per token of both answers, nats; null
+                                if only log-probabilities are kept of the reference
     prompt_tokens               tokens of the prompt before truncation
     chosen_tokens, rejected_tokens   scored tokens of the answers
     prompt, chosen, rejected    text without special tokens; null if an earlier row of
@@ -26,6 +27,7 @@ Columns:
                                 only in data with images
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -184,6 +186,7 @@ class PairTrace:
         }
         for name in INTEGERS:
             columns[name] = [int(value) for value in columns[name]]
+        columns["kl"] = [None if math.isnan(kl) else kl for kl in columns["kl"]]
         if not self._perturbed:
             columns |= dict.fromkeys(PERTURBED, [None] * len(pairs))
         return columns | self._texts(columns["id"], pairs)

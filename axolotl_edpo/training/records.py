@@ -78,8 +78,7 @@ class StepRecords:
             with self.trace.timed():
                 values = traced_values(pairs, stats, batch["lengths"])
                 self.trace.observe(step, batch["examples"].pairs, values)
-        logps = stats.policy_logp, stats.reference_logp
-        self._first_step.observe(*logps, batch["lengths"])
+        self._first_step.observe(pairs.log_ratios, batch["lengths"])
         self.counts.observe(pairs.steps, pairs.losses, step)
 
     @property

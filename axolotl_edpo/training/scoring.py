@@ -23,6 +23,7 @@ from ..ops.lm_head import Head
 from ..ops.token_stats import TokenStats, logits_stats, token_stats
 from ..reference.provider import Reference
 from ..reference.states import ReferenceStates
+from .pair_outcomes import AnswerStats
 
 
 class PairScorer:
@@ -61,7 +62,16 @@ class PairScorer:
         Returns:
             Statistics of the scored tokens, and the router loss, shape (), or None.
         """
-        states = self.reference.states(policy, batch)
+        if not self.reference.knows_tokens:
+            stats, router = self._compare(policy, batch, None)
+            answers = self.reference.answer_logps(stats.policy_logp, batch)
+            return AnswerStats.of(stats, answers), router
+        return self._compare(policy, batch, self.reference.states(policy, batch))
+
+    def _compare(
+        self, policy: nn.Module, batch: Batch, states: ReferenceStates | None
+    ) -> tuple[TokenStats, torch.Tensor | None]:
+        """Scores the policy beside these states of the reference, or alone."""
         if self._forward.reads_head:
             with self.reference.separate_head() as head:
                 score = partial(self._score_by_heads, batch, states, head)
@@ -97,21 +107,21 @@ class PairScorer:
     def _score_by_heads(
         self,
         batch: Batch,
-        states: ReferenceStates,
+        states: ReferenceStates | None,
         reference_head: Head | None,
         unwrapped: nn.Module,
     ) -> TokenStats:
         """Applies both heads to hidden states, tile by tile."""
         lm = causal_lm(unwrapped)
         modules = head_modules(lm)
-        if reference_head is None:
+        if states is not None and reference_head is None:
             shared_modules, reference_head = shared_reference_head(unwrapped)
             modules = [*dict.fromkeys([*modules, *shared_modules])]
 
         def compare(policy: torch.Tensor) -> TokenStats:
             return token_stats(
                 policy,
-                states.given(policy),
+                None if states is None else states.given(policy),
                 head_of(lm),
                 reference_head,
                 batch["targets"],
@@ -123,13 +133,13 @@ class PairScorer:
         return within_modules_forward(modules, compare, policy)
 
     def _score_logits(
-        self, batch: Batch, states: ReferenceStates, unwrapped: nn.Module
+        self, batch: Batch, states: ReferenceStates | None, unwrapped: nn.Module
     ) -> TokenStats:
         """Compares the logits that the models return."""
         policy = self._forward.states(unwrapped, batch)
         return logits_stats(
             policy,
-            states.given(policy),
+            None if states is None else states.given(policy),
             batch["targets"],
             self._epsilon,
             sum_sq_probs=self._sum_sq_probs,

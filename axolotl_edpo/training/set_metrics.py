@@ -13,7 +13,7 @@ from ..data.completions import sum_per_sequence
 from ..data.evaluation_sets import SET
 from ..data.layout import Batch
 from ..ops.token_stats import TokenStats
-from .pair_outcomes import MeanOverStep, PairOutcomes
+from .pair_outcomes import AnswerStats, MeanOverStep, PairOutcomes
 
 # Sums over the tokens of a pair, of which the metrics per token are made.
 TOKENS, CHOSEN_TOKENS, KL, SFT = "sum/tokens", "sum/chosen_tokens", "sum/kl", "sum/sft"
@@ -72,17 +72,20 @@ class SetMetrics:
             "kl/p_epsilon_steps": pairs.steps == 1,
             "kl/n_epsilon_steps": pairs.steps == -1,
         }
-        chosen_kl, rejected_kl = sum_per_sequence(stats.kl, lengths).chunk(2)
+        kl = {}
+        if not isinstance(stats, AnswerStats):
+            chosen_kl, rejected_kl = sum_per_sequence(stats.kl, lengths).chunk(2)
+            kl = {KL: chosen_kl + rejected_kl}
         chosen, rejected = lengths.chunk(2)
         return {
             **(moved if self._perturbed else {}),
+            **kl,
             "rewards/chosen": pairs.chosen_rewards,
             "rewards/rejected": pairs.rejected_rewards,
             "rewards/accuracies": pairs.margins > 0,
             "rewards/margins": pairs.margins,
             "loss": pairs.losses,
             SFT: pairs.sft,
-            KL: chosen_kl + rejected_kl,
             TOKENS: chosen + rejected,
             CHOSEN_TOKENS: chosen,
         }
@@ -99,10 +102,11 @@ class SetMetrics:
             found = [key for key in means if key.startswith(prefix)]
             of_set = {key.removeprefix(prefix): means.pop(key) for key in found}
             tokens, chosen = of_set.pop(TOKENS), of_set.pop(CHOSEN_TOKENS)
-            sft, kl = of_set.pop(SFT), of_set.pop(KL)
+            sft, kl = of_set.pop(SFT), of_set.pop(KL, None)
             if tokens:
                 sft = sft / chosen if chosen else 0.0
                 aux_loss = of_set.get("aux_loss", 0.0)
                 of_set["loss"] = self._mean.of_whole_set(of_set["loss"], sft, aux_loss)
-                of_set["kl/policy_ref"] = kl / tokens
+                if kl is not None:
+                    of_set["kl/policy_ref"] = kl / tokens
                 means |= {f"{name}_{key}": value for key, value in of_set.items()}

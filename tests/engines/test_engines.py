@@ -163,6 +163,25 @@ def test_a_cache_changes_nothing(runs, name, adapter, tmp_path):
     assert [(run["model"], run["head"]) for run in pair] == [(False, not adapter)] * 2
 
 
+@rest
+@pytest.mark.parametrize("adapter", [{}, HEAD_LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("name", SHARDING)
+def test_two_numbers_are_enough_for_a_fixed_beta(runs, name, adapter, tmp_path):
+    """Each rank computes a part of them; of the reference's model nothing stays."""
+    keys = dict(edpo_control="fixed", edpo_epsilon=None, **PACKED, **adapter)
+    cache = dict(CACHED, edpo_reference_cache=str(tmp_path / "cache"))
+    (alone,) = single = runs.single(**keys)
+    pair = runs.double(name, probe="test_engines:kept", **keys, **cache)
+    assert_same_weights(pair, single, atol=1e-6)
+    for metric in ("loss", "rewards/margins", "grad_norm"):
+        for run in pair:
+            expected = pytest.approx(series(alone, metric), rel=1e-3, abs=1e-6)
+            assert series(run, metric) == expected, metric
+    assert [(run["model"], run["head"]) for run in pair] == [(False, False)] * 2
+    files = [*(tmp_path / "cache").rglob("*.safetensors")]
+    assert sum(file.stat().st_size for file in files) < 1024 + 56 * 40
+
+
 @pytest.mark.parametrize("adapter", first([{}, HEAD_LORA]), ids=["full", "lora"])
 def test_bf16_rounds_no_statistic_of_the_head(runs, adapter):
     """In mixed precision FSDP2 casts what a forward returns, and copies arguments."""

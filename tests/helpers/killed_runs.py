@@ -29,7 +29,7 @@ from torch.multiprocessing import ProcessExitedException
 from transformers import Trainer, TrainerCallback
 
 from axolotl_edpo.reference import precompute
-from axolotl_edpo.reference.hidden_cache import PARTIAL, HiddenStateCache
+from axolotl_edpo.reference.cache import PARTIAL, ReferenceCache
 from helpers import ranks
 
 # Seconds in which the other ranks write the rest of a tiny checkpoint.
@@ -129,14 +129,14 @@ class FillingDisk(BasePlugin):
 
     def register(self, cfg: dict) -> None:
         """Removes `fills` before axolotl validates the recipe."""
-        last, written, write = cfg.pop("fills"), count(1), HiddenStateCache.write
+        last, written, write = cfg.pop("fills"), count(1), ReferenceCache.write
 
-        def then_fill(cache: HiddenStateCache, *shard) -> None:
+        def then_fill(cache: ReferenceCache, *shard) -> None:
             write(cache, *shard)
             if next(written) == last:
                 fill(cache.folder.parent / f"filler-{os.getpid()}")
 
-        HiddenStateCache.write = then_fill
+        ReferenceCache.write = then_fill
 
 
 def fill(path: Path) -> None:
@@ -158,7 +158,7 @@ class Unreadable(BasePlugin):
             raise OSError("this rank cannot read")
 
         if os.environ["RANK"] == "1":
-            HiddenStateCache.holds = holds
+            ReferenceCache.holds = holds
 
 
 class OwnDisks(BasePlugin):

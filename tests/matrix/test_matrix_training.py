@@ -942,7 +942,8 @@ OPTIONS = [
         "`precompute_ref_log_probs`",
         {"precompute_ref_log_probs": True},
         shows=shows_cache("edpo_reference", head=True),
-        note="The reference's hidden states are kept, and its model is not. Not with "
+        note="The reference's hidden states are kept, and its model is not; with "
+        "`edpo_control: fixed` or `batch_margin`, two numbers per pair. Not with "
         "`trl.sync_ref_model`.",
     ),
     Option(

@@ -23,12 +23,12 @@ from helpers.tiers import first, only
 from safetensors.torch import load_file
 
 from axolotl_edpo.reference import precompute
-from axolotl_edpo.reference.hidden_cache import (
+from axolotl_edpo.reference.cache import (
     ABANDONED_SECONDS,
     PARTIAL,
     SUFFIX,
     Damaged,
-    HiddenStateCache,
+    ReferenceCache,
 )
 
 # steps of 4 pairs; Adam's default epsilon would make updates of rounding errors
@@ -136,7 +136,7 @@ def partials(cache: Path) -> list[Path]:
 def damages(cache: Path) -> dict[str, str]:
     """What is wrong with each shard."""
     (folder,) = {shard.parent for shard in shards(cache)}
-    opened, found = HiddenStateCache(cache, folder.name), {}
+    opened, found = ReferenceCache(cache, folder.name), {}
     for name in opened.names():
         found[name] = ""
         try:
@@ -493,14 +493,14 @@ def test_a_shard_that_another_run_repaired_meanwhile_is_kept(
     few, cache, tmp_path, monkeypatch
 ):
     """To look at a large cache takes minutes: what was found then may be past."""
-    shard, look = shards(cache)[0], HiddenStateCache.holds
+    shard, look = shards(cache)[0], ReferenceCache.holds
     whole = shard.read_bytes()
     os.truncate(shard, 100)
 
     def kept(*_) -> None:
         pytest.fail("it is whole")
 
-    def and_then_it_is_repaired(opened: HiddenStateCache, *asked) -> bool:
+    def and_then_it_is_repaired(opened: ReferenceCache, *asked) -> bool:
         try:
             return look(opened, *asked)
         finally:
@@ -508,7 +508,7 @@ def test_a_shard_that_another_run_repaired_meanwhile_is_kept(
             repaired.write_bytes(whole)
             repaired.replace(shard)
 
-    monkeypatch.setattr(HiddenStateCache, "holds", and_then_it_is_repaired)
-    monkeypatch.setattr(HiddenStateCache, "discard", kept)
+    monkeypatch.setattr(ReferenceCache, "holds", and_then_it_is_repaired)
+    monkeypatch.setattr(ReferenceCache, "discard", kept)
     assert_same_run(few.train(tmp_path / "run", cache), few.clean)
     assert contents(cache) == contents(few.whole)

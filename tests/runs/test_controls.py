@@ -7,8 +7,8 @@ import statistics
 import pandas
 import pytest
 import torch
-from axolotl.integrations.base import BasePlugin
 from helpers import tiny
+from helpers.controls import FILTERED, FIXED, HALF_TAILS, MARGIN
 from helpers.tiers import first
 from helpers.tiny import CACHED, DPO, LORA
 from helpers.weights import weights
@@ -19,9 +19,6 @@ from axolotl_edpo.data.pair_id import pair_digest
 from axolotl_edpo.plugin import PLUGIN
 from axolotl_edpo.training.margin_filter import MarginFilter, gumbel
 
-FIXED = dict(edpo_control="fixed", edpo_epsilon=None)
-MARGIN = dict(edpo_control="batch_margin", edpo_epsilon=None)
-FILTERED = {**MARGIN, "edpo_margin_keep": 0.75}
 CUTS = {
     "whole": dict(micro_batch_size=8, gradient_accumulation_steps=1),
     "cut": dict(micro_batch_size=2, gradient_accumulation_steps=4),
@@ -32,17 +29,6 @@ CUTS = {
 }
 SOFT = dict(sync_ref_model=True, ref_model_mixup_alpha=0.6, ref_model_sync_steps=3)
 HARD = dict(sync_ref_model=True, ref_model_mixup_alpha=1.0, ref_model_sync_steps=7)
-
-
-class HalfTails(BasePlugin):
-    """`dpo_ld_alpha: 0.5`, for axolotl before 0.21 too, whose TRL can do it."""
-
-    def get_training_args(self, cfg) -> dict:
-        # a plugin stays in the process, for recipes that do not name it too
-        return {"ld_alpha": 0.5} if HALF_TAILS[-1] in (cfg.plugins or ()) else {}
-
-
-HALF_TAILS = [PLUGIN, "test_controls.HalfTails"]
 
 
 def logged(trainer, name: str) -> list[float]:

@@ -51,6 +51,9 @@ def backend(request, monkeypatch):
     return request.param
 
 
+ALONE = {"capped": {"cap": 5.0, "scale": 0.5}, "plain": {}, "lora": {"rank": 4}}
+
+
 def device(backend: str) -> str:
     return "cuda" if backend == "triton" and GPU else "cpu"
 
@@ -63,6 +66,30 @@ def test_values_are_as_exact_as_pytorch_in_that_dtype(backend, case, dtype):
     exact = naive(h, ref, head, y, 0.01)
     plain = naive(h, ref, head, y, 0.01, dtype)
     assert_as_exact_as_pytorch(ours, plain, exact, head.logits(h).abs().max())
+
+
+@pytest.mark.parametrize("trained", first(["all", "hidden"]))
+@pytest.mark.parametrize("case", first([*ALONE]))
+def test_a_policy_alone_has_its_statistics_and_gradients(backend, case, trained):
+    """Those beside a reference, without the ones that compare."""
+    h, ref, head, y = inputs(**ALONE[case], device=device(backend))
+    leaves = [h] if trained == "hidden" else [h, *head.tensors]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    options = dict(sum_sq_probs=True, backend=backend)
+    both = token_stats(h, ref, head, head, y, None, **options)
+    alone = token_stats(h, None, head, None, y, None, **options)
+    compared = {"reference_logp", "kl"}
+    for name in {*NAMES} - compared:
+        close = dict(rtol=0, atol=1e-5, msg=name)
+        torch.testing.assert_close(getattr(alone, name), getattr(both, name), **close)
+    assert all(getattr(alone, name).isnan().all() for name in compared)
+    found, expected = (gradients(s.policy_logp, leaves) for s in (alone, both))
+    for own, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, other)
+    logits = logits_stats(head.logits(h), None, y, None, **options)
+    torch.testing.assert_close(logits.policy_logp, alone.policy_logp)
+    assert logits.kl.isnan().all() and logits.reference_logp.isnan().all()
 
 
 @pytest.mark.parametrize("epsilon", [1e-4, 0.01, 0.3, 0.9])
@@ -512,6 +539,8 @@ def test_shapes_that_do_not_fit_are_refused():
     h, ref, head, y = inputs()
     with pytest.raises(ValueError, match="9 targets for 8 policy"):
         token_stats(h[1:], ref, head, head, y, 0.01)
+    with pytest.raises(ValueError, match="9 targets for 8 policy positions"):
+        token_stats(h[1:], None, head, None, y, None)
     with pytest.raises(ValueError, match="vocabulary of 61, reference of 60"):
         token_stats(h, ref, head, Head(head.weight[:60]), y, 0.01)
 

@@ -10,7 +10,8 @@ from helpers import processes, ranks
 
 from axolotl_edpo.data.pair_id import pair_digest
 from axolotl_edpo.reference import precompute
-from axolotl_edpo.reference.hidden_cache import HiddenStateCache
+from axolotl_edpo.reference.cache import ReferenceCache
+from axolotl_edpo.reference.kept import KeptPair, KeptStates
 from axolotl_edpo.reference.precompute import (
     PrecomputePass,
     distinct_pairs,
@@ -44,22 +45,24 @@ class Forwards:
 
     def __init__(self):
         self.batches: list[int] = []
+        self.size = KeptStates(None, None, None, torch.zeros(1, WIDTH)).size
 
-    def __call__(self, pairs):
+    def of(self, pairs):
         self.batches.append(len(pairs))
-        return [tuple(map(states, (p["chosen_ids"], p["rejected_ids"]))) for p in pairs]
+        answers = [(pair["chosen_ids"], pair["rejected_ids"]) for pair in pairs]
+        return [KeptPair(*map(states, both), tuple(map(len, both))) for both in answers]
 
 
 def states(ids) -> torch.Tensor:
     return torch.tensor(ids, dtype=torch.float32)[:, None].expand(-1, WIDTH)
 
 
-def fill(folder: Path, *datasets: Dataset) -> tuple[HiddenStateCache, list[int]]:
+def fill(folder: Path, *datasets: Dataset) -> tuple[ReferenceCache, list[int]]:
     """A filled cache, and the pairs of each forward that it took."""
-    cache, forwards = HiddenStateCache(folder, "reference"), Forwards()
+    cache, forwards = ReferenceCache(folder, "reference"), Forwards()
     accelerator = Accelerator(cpu=True)
     filling = PrecomputePass(cache, accelerator, forwards, batch_size=2)
-    filling.fill(distinct_pairs(datasets, max_length=99), torch.zeros(1, WIDTH))
+    filling.fill(distinct_pairs(datasets, max_length=99))
     return cache, forwards.batches
 
 

@@ -6,8 +6,10 @@ from accelerate import Accelerator
 
 from axolotl_edpo.data.collator import Examples
 from axolotl_edpo.data.pair_id import pair_digest
+from axolotl_edpo.losses.preference import PreferenceLoss
 from axolotl_edpo.models.completion_forward import CompletionForward
-from axolotl_edpo.reference.hidden_cache import HiddenStateCache
+from axolotl_edpo.reference.cache import ReferenceCache
+from axolotl_edpo.reference.kept import KeptPair
 from axolotl_edpo.reference.precompute import CacheSettings
 from axolotl_edpo.reference.provider import AdapterReference, CachedReference, Phase
 from axolotl_edpo.reference.states import ComputedStates, PolicyStates
@@ -17,8 +19,8 @@ PAIRS = [
     {"prompt_ids": [1], "chosen_ids": [6], "rejected_ids": [7, 8, 9]},
 ]
 HIDDEN = [
-    (torch.full((2, 4), 1.0), torch.full((1, 4), 2.0)),
-    (torch.full((1, 4), 3.0), torch.full((3, 4), 4.0)),
+    KeptPair(torch.full((2, 4), 1.0), torch.full((1, 4), 2.0), (2, 1)),
+    KeptPair(torch.full((1, 4), 3.0), torch.full((3, 4), 4.0), (1, 3)),
 ]
 
 
@@ -35,12 +37,13 @@ def batch(*numbers: int) -> dict:
 
 @pytest.fixture
 def reference(tmp_path):
-    cache = HiddenStateCache(tmp_path, "fingerprint")
+    cache = ReferenceCache(tmp_path, "fingerprint")
     cache.folder.mkdir(parents=True)
     cache.write([pair_digest(pair) for pair in PAIRS], HIDDEN)
     cache.open(cache.names())
     live = AdapterReference(CompletionForward(Accelerator(cpu=True)))
-    cached = CachedReference(live, CacheSettings(tmp_path, {}), 64, "keep_start", 2)
+    settings, loss = CacheSettings(tmp_path, {}), PreferenceLoss()
+    cached = CachedReference(live, settings, loss, 64, "keep_start", 2)
     cached.cache = cache
     return cached
 

@@ -61,6 +61,17 @@ def test_gradients_of_an_engine_by_hand(engine, copies):
     assert need.gradients == pytest.approx(copies * 2 * 8_030_261_248)
 
 
+def test_two_numbers_need_no_head_of_the_reference():
+    """Llama 3 8B, whose head has 1,050,673,152 bytes, and 4096 tokens."""
+    shared = dict(engine="zero2", ranks=8, tokens=4096, cached=True)
+    states = memory(sizes_of(LLAMA_8B), **shared)
+    numbers = memory(sizes_of(LLAMA_8B), **shared, two_numbers=True)
+    assert (states.reference, numbers.reference) == (1_050_673_152, 0)
+    assert numbers.let_go - states.let_go == 1_050_673_152
+    # bf16 hidden states of 4096 tokens, and a tile of float32 logits
+    assert 2 * 4096 * 4096 <= states.head - numbers.head <= 6 * 4096 * 4096
+
+
 def test_tiles_and_four_bits_are_those_in_use():
     assert TILES["cuda"] == (tile_triton.CHUNK, tile_triton.TILE, tile_triton.MATRICES)
     assert TILES["cpu"] == (tile_torch.CHUNK, tile_torch.TILE, tile_torch.MATRICES)
@@ -77,3 +88,8 @@ def test_the_command_prints_a_row_per_engine(tmp_path, capsys):
     main([str(tmp_path), "--engines", "zero3", "fsdp2", "--lora", "8", "--cached"])
     rows = capsys.readouterr().out.splitlines()
     assert [row.split(" ")[1] for row in rows[-2:]] == ["zero3", "fsdp2"]
+    LLAMA_8B.save_pretrained(tmp_path)
+    for more in ([], ["--two-numbers"]):
+        main([str(tmp_path), "--engines", "ddp", "--cached", *more])
+    states, numbers = capsys.readouterr().out.splitlines()[4::5]
+    assert (states.split("|")[5], numbers.split("|")[5]) == (" 1.0 ", " 0.0 ")

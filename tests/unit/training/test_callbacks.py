@@ -46,7 +46,7 @@ def test_a_resumed_run_goes_on_from_the_beta_and_the_tokens_of_its_checkpoint(st
     controller, records, callback = start()
     state = TrainerState(global_step=2, stateful_callbacks={CONTROLLER: saved})
     callback.on_train_begin(None, state, None)
-    apart = torch.tensor([-1.0]), torch.tensor([-2.0]), torch.tensor([1])
+    apart = torch.tensor([1.0]), torch.tensor([1])
     records._first_step.observe(*apart)  # it has learned, so nothing is compared
     records.metrics.add_tokens(torch.tensor(1))
     assert (controller.beta, records.metrics.tokens) == (0.25, 313)

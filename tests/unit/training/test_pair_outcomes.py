@@ -9,6 +9,7 @@ from axolotl_edpo.losses.beta_controller import ControllerSettings, make_control
 from axolotl_edpo.losses.preference import PreferenceLoss
 from axolotl_edpo.ops.token_stats import TokenStats
 from axolotl_edpo.training.pair_outcomes import (
+    AnswerStats,
     MeanOverStep,
     margins,
     pair_outcomes,
@@ -51,6 +52,33 @@ def test_steps_betas_losses_and_rewards_of_two_pairs(stats, controller):
     torch.testing.assert_close(pairs.margins, betas * ratios)
     torch.testing.assert_close(pairs.sft, torch.tensor([3.0, 4.0]))
     torch.testing.assert_close(margins(stats, LENGTHS, PreferenceLoss()), ratios)
+
+
+def test_a_reference_known_by_its_answers_gives_the_same(stats, controller):
+    """Its sums are -4, -3, -2.5, -2.5; nothing is known of its tokens."""
+    controller = make_controller(ControllerSettings(BETA, control="fixed"))
+    unknown, nothing = torch.full((6,), torch.nan), torch.zeros(6)
+    tokens = stats._replace(reference_logp=unknown, kl=unknown)
+    tokens = tokens._replace(plus=nothing, minus=nothing)
+    sums = torch.tensor([-4.0, -3.0, -2.5, -2.5], dtype=torch.float64)
+    by_answer = AnswerStats.of(tokens, sums)
+    by_token = stats._replace(plus=nothing, minus=nothing)
+    own, other = (
+        pair_outcomes(given, LENGTHS, controller, PreferenceLoss())
+        for given in (by_answer, by_token)
+    )
+    for name in own._fields:
+        torch.testing.assert_close(getattr(own, name), getattr(other, name), msg=name)
+    found, expected = (
+        torch.autograd.grad(pairs.losses.sum(), POLICY)[0] for pairs in (own, other)
+    )
+    torch.testing.assert_close(found, expected)
+    ratios = margins(by_answer, LENGTHS, PreferenceLoss())
+    torch.testing.assert_close(ratios, torch.tensor([1.5, -2.0]))
+    halves = PreferenceLoss(ld_alpha=0.5)  # the policy's sums: -2, -4, -3, -1.25
+    ratios = margins(by_answer, LENGTHS, halves)
+    torch.testing.assert_close(ratios, torch.tensor([2.5, -2.25]))
+    assert traced_values(own, by_answer, LENGTHS)[-3].isnan().all()
 
 
 def test_weights_change_losses_and_nothing_else(stats, controller):

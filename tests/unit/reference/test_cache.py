@@ -13,32 +13,35 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from axolotl_edpo.data.pair_id import digest_of
-from axolotl_edpo.reference import hidden_cache
-from axolotl_edpo.reference.hidden_cache import (
+from axolotl_edpo.reference import cache as reference_cache
+from axolotl_edpo.reference.cache import (
     ABANDONED_SECONDS,
     Damaged,
-    HiddenStateCache,
+    ReferenceCache,
     Shard,
     shard_name,
     tensor_bytes,
 )
+from axolotl_edpo.reference.kept import KeptPair
 
 WIDTH = 8
+F64 = {"dtype": torch.float64}
 RELEASED = DATA / "releases" / "92e9327" / "cache"
 
 
-def states(*lengths: int, dtype=torch.bfloat16) -> tuple[torch.Tensor, ...]:
+def states(*lengths: int, dtype=torch.bfloat16) -> KeptPair:
     generator = torch.Generator().manual_seed(sum(lengths))
-    return tuple(
+    both = (
         torch.randn(length, WIDTH, generator=generator).to(dtype) for length in lengths
     )
+    return KeptPair(*both, lengths)
 
 
 PAIRS = [digest_of([[1, 2], [number], [number, 3]]) for number in range(3)]
 HIDDEN = [states(3, 5), states(1, 1), states(0, 4)]
 
 
-def damage(cache: HiddenStateCache, name: str) -> str | None:
+def damage(cache: ReferenceCache, name: str) -> str | None:
     """What is wrong with a shard."""
     try:
         assert cache.holds(name, PAIRS)
@@ -49,7 +52,7 @@ def damage(cache: HiddenStateCache, name: str) -> str | None:
 
 @pytest.fixture
 def cache(tmp_path):
-    cache = HiddenStateCache(tmp_path, "reference")
+    cache = ReferenceCache(tmp_path, "reference")
     assert cache.names() == []
     cache.write(PAIRS, HIDDEN)
     return cache
@@ -57,16 +60,73 @@ def cache(tmp_path):
 
 def test_what_was_written_is_read_to_the_bit_without_loading_it(cache):
     cache.open(cache.names())
-    for pair, answers in zip(PAIRS, HIDDEN, strict=True):
-        for read, written in zip(cache.read(pair), answers, strict=True):
+    for pair, kept in zip(PAIRS, HIDDEN, strict=True):
+        for read, written in zip(cache.read(pair), kept.answers, strict=True):
             assert read.dtype == torch.bfloat16 and torch.equal(read, written)
     mapped = {cache.read(pair)[1].untyped_storage().data_ptr() for pair in PAIRS}
     assert len(mapped) == 1  # views of the file's only mapping
 
 
+LOGPS = [
+    KeptPair(torch.tensor([-1e3 - n], **F64), torch.tensor([-n / 3], **F64), (9, n))
+    for n in range(3)
+]
+
+
+@pytest.fixture
+def numbers(tmp_path):
+    cache = ReferenceCache(tmp_path, "reference/answers")
+    assert cache.names() == []
+    cache.write(PAIRS, LOGPS)
+    return cache
+
+
+def test_two_numbers_per_pair_are_read_to_the_bit(numbers):
+    (name,) = numbers.names()
+    assert numbers.holds(name, PAIRS)
+    numbers.open([name])
+    for pair, kept in zip(PAIRS, LOGPS, strict=True):
+        assert numbers.lengths(pair) == kept.lengths
+        for read, written in zip(numbers.read(pair), kept.answers, strict=True):
+            assert read.dtype == torch.float64 and torch.equal(read, written)
+    with safe_open(numbers.folder / name, "pt") as file:
+        assert sorted(file.keys()) == ["checksums", "lengths", "logps", "pairs"]
+        assert file.get_slice("logps").get_shape() == [2 * len(PAIRS)]
+
+
+def test_a_damaged_number_is_found(numbers):
+    (name,) = numbers.names()
+    path = numbers.folder / name
+    with path.open("r+b") as file:
+        file.seek(path.read_bytes().index(tensor_bytes(LOGPS[2].rejected)))
+        file.write(b"damage")
+    assert "checksum of a pair" in damage(numbers, name)
+
+
+def test_numbers_lie_below_the_hidden_states_and_neither_is_taken_for_the_other(
+    cache, numbers
+):
+    assert numbers.folder.parent == cache.folder
+    assert cache.names() == numbers.names()  # of the same pairs, so of one name
+    (name,) = numbers.names()
+    (numbers.folder / name).replace(cache.folder / name)
+    assert "checksum" in damage(cache, name)
+
+
+def test_the_index_knows_if_all_pairs_are_there(cache):
+    other = digest_of([[9]])
+    assert cache.index_has(PAIRS) and cache.index_has(PAIRS[1:])
+    assert not cache.index_has([*PAIRS, other])
+    cache.write([other], [states(2, 2)])
+    assert cache.index_has([*PAIRS, other])
+    path = cache.folder / shard_name(PAIRS)
+    path.write_bytes(path.read_bytes()[:100])
+    assert not cache.index_has(PAIRS) and cache.index_has([other])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_every_dtype_is_kept(tmp_path, dtype):
-    cache = HiddenStateCache(tmp_path, "reference")
+    cache = ReferenceCache(tmp_path, "reference")
     cache.names()
     cache.write(PAIRS[:1], [states(2, 3, dtype=dtype)])
     cache.open(cache.names())
@@ -119,7 +179,7 @@ def test_a_truncated_file_is_found(cache, length):
 
 
 def test_a_shard_of_another_reference_is_damage(cache, tmp_path):
-    other, (name,) = HiddenStateCache(tmp_path, "another"), cache.names()
+    other, (name,) = ReferenceCache(tmp_path, "another"), cache.names()
     other.names()
     (cache.folder / name).rename(other.folder / name)
     assert "checksum" in damage(other, name)
@@ -130,7 +190,7 @@ def test_damage_since_it_was_opened_stops_whoever_reads(cache):
     cache.open([name])
     path = cache.folder / name
     with path.open("r+b") as file:
-        file.seek(path.read_bytes().index(tensor_bytes(HIDDEN[2][1])))
+        file.seek(path.read_bytes().index(tensor_bytes(HIDDEN[2].rejected)))
         file.write(b"damage")
     cache.read(PAIRS[0])
     with pytest.raises(ValueError, match=f"{name} was damaged while it was in use"):
@@ -149,15 +209,18 @@ def test_a_shard_that_is_cut_while_it_is_in_use_stops_whoever_reads(cache):
 def test_a_shard_that_is_removed_while_it_is_in_use_is_still_read(cache):
     cache.open(cache.names())
     cache.discard(shard_name(PAIRS))
-    assert torch.equal(cache.read(PAIRS[1])[1], HIDDEN[1][1])
+    assert torch.equal(cache.read(PAIRS[1])[1], HIDDEN[1].rejected)
 
 
 def test_what_two_runs_write_is_that_of_the_first(cache):
     """Another run rounds otherwise, and may not take what is in use."""
-    rounded = [tuple(answer + 0.01 for answer in answers) for answers in HIDDEN]
+    rounded = [
+        KeptPair(*(answer + 0.01 for answer in kept.answers), kept.lengths)
+        for kept in HIDDEN
+    ]
     cache.write(PAIRS, rounded)
     cache.open(cache.names())
-    assert torch.equal(cache.read(PAIRS[0])[0], HIDDEN[0][0])
+    assert torch.equal(cache.read(PAIRS[0])[0], HIDDEN[0].chosen)
     assert [path.name for path in cache.folder.iterdir()] == cache.names()
 
 
@@ -175,7 +238,7 @@ def refused(*_) -> None:
 
 def test_what_may_not_be_read_is_no_damage(cache, monkeypatch):
     """It may be another user's: nothing that is whole is removed."""
-    monkeypatch.setattr(hidden_cache, "safe_open", refused)
+    monkeypatch.setattr(reference_cache, "safe_open", refused)
     with pytest.raises(PermissionError):
         cache.holds(shard_name(PAIRS), PAIRS)
 
@@ -184,7 +247,7 @@ def test_of_shards_that_are_not_wanted_no_hidden_state_is_read(cache):
     (name,) = cache.names()
     path = cache.folder / name
     with path.open("r+b") as file:
-        file.seek(path.read_bytes().index(tensor_bytes(HIDDEN[0][0])))
+        file.seek(path.read_bytes().index(tensor_bytes(HIDDEN[0].chosen)))
         file.write(b"damage")
     assert not cache.holds(name, [digest_of([[9]])])
     assert "checksum of a pair" in damage(cache, name)
@@ -215,7 +278,7 @@ def test_a_verified_shard_knows_its_pairs(cache):
 def test_a_cache_of_an_earlier_release_is_read():
     """Written by the commit 92e9327, on which this package had another layout."""
     (folder,) = RELEASED.iterdir()
-    cache = HiddenStateCache(RELEASED, folder.name)
+    cache = ReferenceCache(RELEASED, folder.name)
     (name,) = cache.names()
     cache.open([name])
     (shard,) = cache.shards
@@ -229,7 +292,7 @@ def test_a_cache_of_the_commit_before_the_folders_is_read_to_the_bit():
     (folder,) = (DATA / "releases" / "92e9327" / "cache").iterdir()
     (file,) = folder.iterdir()
     pairs = [bytes(pair) for pair in load_file(file)["pairs"].numpy()]
-    recorded = HiddenStateCache(folder.parent, folder.name)
+    recorded = ReferenceCache(folder.parent, folder.name)
     recorded.open(recorded.names())
     checksum = xxhash.xxh3_64()
     for pair in pairs:

@@ -1,10 +1,15 @@
-"""Hidden states of a reference on disk, by pair, in files with checksums.
+"""What is kept of a reference on disk, by pair, in files with checksums.
 
     FOLDER/FINGERPRINT/NAME.safetensors      a shard, which holds some pairs
         pairs       (pairs, 16)              digest of the tokens of each pair
         lengths     (pairs, 2)               scored tokens of chosen and rejected
-        checksums   (pairs, 8)               checksum of the hidden states of each pair
+        checksums   (pairs, 8)               checksum of what is kept of each pair
         hidden      (tokens, hidden)         pair after pair, chosen, then rejected
+
+A shard keeps the hidden states of each token, or one number for each answer. Then, in
+place of `hidden`, it has
+
+        logps       (2 x pairs,)             pair after pair, chosen, then rejected
 
 FINGERPRINT names the reference. Pairs are looked up by the digest of their tokens. So
 data may be shuffled, split or extended. Several runs may write to one folder at once.
@@ -15,7 +20,7 @@ is checked before use. A damaged shard counts as absent: its pairs are computed 
 
 import time
 import uuid
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +31,11 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from .kept import KeptPair
+
 SUFFIX, PARTIAL = ".safetensors", ".partial"
+# The tensor of a shard that holds a row per token, or one number per answer.
+HIDDEN, LOGPS = "hidden", "logps"
 # A partial file of this age was left by a killed run: writing a shard takes seconds.
 ABANDONED_SECONDS = 3600
 
@@ -56,22 +65,25 @@ class Shard:
         size: Size of the file when it was opened, in bytes.
         pairs: Digest of each pair.
         lengths: Shape (pairs, 2), int64, scored tokens of chosen and rejected.
-        starts: Shape (pairs,), int64, the first row of each pair in `hidden`.
+        rows: Shape (pairs, 2), int64, rows of chosen and rejected in `kept`.
+        starts: Shape (pairs,), int64, the first row of each pair in `kept`.
         checksums: Checksum of each pair, 8 bytes.
-        hidden: Shape (tokens, hidden): pair after pair, chosen, then rejected.
+        kept: Shape (rows, ...): pair after pair, chosen, then rejected. Either hidden
+            states, a row per token, or log-probabilities, a number per answer.
     """
 
     path: Path
     size: int
     pairs: list[bytes]
     lengths: torch.Tensor
+    rows: torch.Tensor
     starts: torch.Tensor
     checksums: list[bytes]
-    hidden: torch.Tensor
+    kept: torch.Tensor
 
     @classmethod
     def open(cls, path: Path, fingerprint: str) -> "Shard":
-        """Opens a file, and checks everything but the hidden states.
+        """Opens a file, and checks everything but what is kept of each pair.
 
         Args:
             path: Path of the file.
@@ -82,31 +94,33 @@ class Shard:
             OSError: If the file is missing or cannot be read.
         """
         size, tensors = path.stat().st_size, _checked_tensors(path, fingerprint)
-        lengths = tensors["lengths"]
-        tokens = lengths.sum(dim=1)
+        lengths, kept = tensors["lengths"], _kept_tensor(tensors)
+        rows = torch.ones_like(lengths) if kept == LOGPS else lengths
+        of_pairs = rows.sum(dim=1)
         return cls(
             path,
             size,
             [bytes(row) for row in tensors["pairs"].numpy()],
             lengths,
-            tokens.cumsum(dim=0) - tokens,
+            rows,
+            of_pairs.cumsum(dim=0) - of_pairs,
             [bytes(row) for row in tensors["checksums"].numpy()],
-            tensors["hidden"],
+            tensors[kept],
         )
 
     def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states of chosen and rejected, each of shape (tokens, hidden).
+        """What is kept of chosen and rejected, see `ReferenceCache.read`.
 
         Args:
             index: Index of the pair in this shard.
 
         Raises:
-            Damaged: If they differ from what was written.
+            Damaged: If it differs from what was written.
         """
         self._require_same_size()
         start = int(self.starts[index])
-        chosen, rejected = self.lengths[index].tolist()
-        both = self.hidden[start : start + chosen + rejected]
+        chosen, rejected = self.rows[index].tolist()
+        both = self.kept[start : start + chosen + rejected]
         answers = both[:chosen], both[chosen:]
         if _checksum(answers) != self.checksums[index]:
             raise Damaged("the checksum of a pair is another")
@@ -122,7 +136,7 @@ class Shard:
                 raise Damaged("its length is another")
 
     def verify(self) -> None:
-        """Checks the hidden states of all pairs.
+        """Checks what is kept of all pairs.
 
         Raises:
             Damaged: If any differ from what was written.
@@ -132,7 +146,7 @@ class Shard:
 
 
 def _checked_tensors(path: Path, fingerprint: str) -> dict[str, torch.Tensor]:
-    """The tensors of a shard by name, memory-mapped; all but `hidden` are checked."""
+    """The tensors of a shard by name, memory-mapped; all but one are checked."""
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -144,8 +158,13 @@ def _checked_tensors(path: Path, fingerprint: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def _kept_tensor(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The name of the tensor that holds what is kept of each pair."""
+    return LOGPS if LOGPS in tensors else HIDDEN
+
+
 def _checksum(answers: Iterable[torch.Tensor]) -> bytes:
-    """Checksum of the hidden states of a pair, 8 bytes."""
+    """Checksum of what is kept of a pair, 8 bytes."""
     checksum = xxhash.xxh3_64()
     for answer in answers:
         checksum.update(tensor_bytes(answer))
@@ -153,17 +172,17 @@ def _checksum(answers: Iterable[torch.Tensor]) -> bytes:
 
 
 def _index_digest(tensors: dict[str, torch.Tensor], fingerprint: str) -> str:
-    """Digest of all tensors but `hidden`, whose checksums are one of them."""
-    hidden = tensors["hidden"]
-    digest = xxhash.xxh3_128(repr((fingerprint, hidden.shape, hidden.dtype)).encode())
+    """Digest of all tensors but the kept one, whose checksums are among them."""
+    kept = tensors[_kept_tensor(tensors)]
+    digest = xxhash.xxh3_128(repr((fingerprint, kept.shape, kept.dtype)).encode())
     for name in ("pairs", "lengths", "checksums"):
         digest.update(repr((tensors[name].shape, tensors[name].dtype)).encode())
         digest.update(tensor_bytes(tensors[name]))
     return digest.hexdigest()
 
 
-class HiddenStateCache:
-    """The cached hidden states of one reference.
+class ReferenceCache:
+    """What is kept of one reference: hidden states, or log-probabilities of answers.
 
     Args:
         folder: Folder of the caches of all references.
@@ -197,6 +216,22 @@ class HiddenStateCache:
                 if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:
                     partial.unlink()
         return sorted(path.name for path in self.folder.glob(f"*{SUFFIX}"))
+
+    def index_has(self, wanted: Iterable[bytes]) -> bool:
+        """Whether the shards on disk name all of these pairs; reads no kept values.
+
+        Args:
+            wanted: Digests of pairs.
+
+        Raises:
+            OSError: If a file cannot be read.
+        """
+        missing = {*wanted}
+        for name in self.names():
+            with suppress(Damaged, FileNotFoundError):
+                shard = Shard.open(self.folder / name, self._fingerprint)
+                missing.difference_update(shard.pairs)
+        return not missing
 
     def holds(self, name: str, wanted: Collection[bytes]) -> bool:
         """Whether a shard holds any of these pairs. If so, checks every byte of it.
@@ -254,13 +289,14 @@ class HiddenStateCache:
         return chosen, rejected
 
     def read(self, digest: bytes) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states of the chosen and the rejected answer of a pair.
+        """What is kept of the chosen and the rejected answer of a pair.
 
         Args:
             digest: Digest of the pair, which must be in an open shard.
 
         Returns:
-            Each of shape (tokens, hidden), memory-mapped.
+            Hidden states, each of shape (tokens, hidden), or log-probabilities, each of
+            shape (1,). They are memory-mapped.
 
         Raises:
             ValueError: If they differ from what was written.
@@ -274,24 +310,23 @@ class HiddenStateCache:
                 "from the last checkpoint, and this part of it is computed anew"
             ) from None
 
-    def write(
-        self, pairs: Sequence[bytes], hidden: Sequence[tuple[torch.Tensor, ...]]
-    ) -> None:
+    def write(self, pairs: Sequence[bytes], kept: Sequence[KeptPair]) -> None:
         """Writes a shard.
 
         Args:
             pairs: Digests of its pairs, at least one.
-            hidden: For each pair, hidden states of chosen and of rejected, each of
-                shape (tokens, hidden).
+            kept: What is kept of each pair.
 
         Raises:
             OSError: If it cannot be written. No partial file is left.
         """
+        answers = [pair.answers for pair in kept]
+        values = torch.cat([answer for both in answers for answer in both])
         tensors = {
             "pairs": _byte_rows(pairs, 16),
-            "lengths": torch.tensor([[*map(len, both)] for both in hidden]),
-            "checksums": _byte_rows(map(_checksum, hidden), 8),
-            "hidden": torch.cat([answer for both in hidden for answer in both]),
+            "lengths": torch.tensor([pair.lengths for pair in kept]),
+            "checksums": _byte_rows(map(_checksum, answers), 8),
+            LOGPS if values.dim() == 1 else HIDDEN: values,
         }
         path = self.folder / shard_name(pairs)
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
