@@ -9,7 +9,8 @@ Imports run downwards (docs/architecture.md):
     data/, losses/          pairs and their layout in batches; losses and β
     report/, tools/         `axolotl edpo-report`; memory per GPU
     ops/, distributed.py    the fused op; DDP, DeepSpeed, FSDP2
-    upstream.py             private and moving names of axolotl and its libraries
+    upstream.py, upstream_data.py
+                            private and moving names of axolotl and its libraries
     errors.py, run_files.py, background.py
                             messages; files of a run; threads and copies
 """

@@ -41,10 +41,10 @@ from .upstream import (
     keep_adapter_in_float32,
     loss_watchdog,
     named_plugins,
-    prepare_pairs_with,
     recipe_keys,
     wait_for_every_gather,
 )
+from .upstream_data import prepare_pairs_with
 
 LOG = get_logger(__name__)
 

@@ -60,7 +60,7 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import disable_dropout_in_model
 
-from axolotl_edpo import upstream
+from axolotl_edpo import upstream, upstream_data
 from axolotl_edpo.config import rules
 from axolotl_edpo.config.args import HANDED_ON, Moving
 from axolotl_edpo.config.dataset_entries import FIELDS, IGNORED
@@ -393,8 +393,8 @@ def test_axolotl_keeps_of_an_entry_of_datasets_what_dpo_datasets_have():
     assert "DPODataset(**ds_cfg)" in source(validate_config), (
         "dataset_entries.py: IGNORED"
     )
-    fields = upstream.entry_keys()
-    assert fields == DPODataset.model_fields.keys(), "upstream.py: entry_keys"
+    fields = upstream_data.entry_keys()
+    assert fields == DPODataset.model_fields.keys(), "upstream_data.py: entry_keys"
     assert not IGNORED.keys() & fields, "dataset_entries.py: IGNORED"
     assert FIELDS.keys() <= fields, "dataset_entries.py: FIELDS"
 
@@ -541,7 +541,7 @@ def test_releases_of_axolotl_differ_where_upstream_says_so():
     found = upstream.default_fsdp_version()
     assert found == (1 if release == (0, 19) else 2), "upstream.py: fsdp_version"
     assert upstream.patches_adapters_late() == (release >= (0, 21)), "rules.py: kernels"
-    assert upstream.takes_images() == (release >= (0, 21)), "rules.py: images"
+    assert upstream_data.takes_images() == (release >= (0, 21)), "rules.py: images"
     assert upstream.merges_token_rows() == (release >= (0, 21)), "merging.py: rows"
 
 
@@ -638,8 +638,9 @@ def test_every_function_of_upstream_is_pinned_here():
     text = Path(__file__).read_text()
     functions = [
         name
-        for name, function in inspect.getmembers(upstream, inspect.isroutine)
-        if getattr(function, "__module__", None) == upstream.__name__
+        for module in (upstream, upstream_data)
+        for name, function in inspect.getmembers(module, inspect.isroutine)
+        if getattr(function, "__module__", None) == module.__name__
     ]
     assert len(functions) > 20
     assert [name for name in functions if not re.search(rf"\b{name}\b", text)] == []
@@ -660,50 +661,52 @@ def test_axolotl_prepares_pairs_with_functions_that_are_replaced(recipe, tmp_pat
         assert "= generate_dataset_hash_from_config(\n" in text
     whole = rl.load_dpo
     tiny.load_data(tiny.load_config(tmp_path, recipe()))
-    assert rl.load_dpo is whole, "upstream.py: preparing_with"
+    assert rl.load_dpo is whole, "upstream_data.py: preparing_with"
     assert datasets.prepare_preference_datasets.of_axolotl.__module__ == rl.__name__, (
-        "upstream.py: prepare_pairs_with"
+        "upstream_data.py: prepare_pairs_with"
     )
 
 
-@pytest.mark.skipif(not upstream.takes_images(), reason="from axolotl 0.21 on")
+@pytest.mark.skipif(not upstream_data.takes_images(), reason="from axolotl 0.21 on")
 def test_the_builder_makes_a_collator_of_images_from_three_attributes():
     """`image_collator` gives it no more; its batches: tests/runs/test_images.py."""
     from axolotl.core.builders.rl import HFRLTrainerBuilder as Builder
 
     for made in (Builder._build_vision_collator, Builder._prepare_vision_processor):
         read = {*re.findall(r"\bself\.(\w+)", source(made))}
-        assert read <= {"cfg", "tokenizer", "processor"}, "upstream.py: image_collator"
+        assert read <= {"cfg", "tokenizer", "processor"}, (
+            "upstream_data.py: image_collator"
+        )
 
 
 def test_the_loader_of_pairs_is_axolotls_own(recipe, tmp_path):
     tiny.load_config(tmp_path, recipe())  # with ours around it
-    assert upstream.pairs_loader().__module__ == "axolotl.utils.data.rl"
+    assert upstream_data.pairs_loader().__module__ == "axolotl.utils.data.rl"
 
 
 def test_a_trainer_tokenizes_pairs_with_its_tokenizer_and_three_arguments():
     tokenizes = source(DPOTrainer._prepare_dataset)
     used = {*re.findall(r"\bself\.(\w+)", tokenizes)}
-    assert used == {"_tokenizer"}, "upstream.py: tokenize_pairs"
+    assert used == {"_tokenizer"}, "upstream_data.py: tokenize_pairs"
     arguments = {*re.findall(r"\bargs\.(\w+)", tokenizes)}
     assert arguments == {"dataset_num_proc", "max_length", "truncation_mode"}
     rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     tokenizer = tiny.byte_tokenizer()
-    made = upstream.tokenize_pairs(DPOTrainer, rows, tokenizer, "train", 9, None)
+    made = upstream_data.tokenize_pairs(DPOTrainer, rows, tokenizer, "train", 9, None)
     assert made["chosen_ids"][:] == [tokenizer("b</s>")["input_ids"]]
 
 
 def test_entries_and_prepared_data(tmp_path):
-    assert upstream.text_type_keys() == {
+    assert upstream_data.text_type_keys() == {
         *("field_system", "field_prompt", "field_chosen", "field_rejected"),
         *("prompt_format", "chosen_format", "rejected_format"),
     }
-    assert {"chat_template", "chatml", "llama3", "zephyr"} <= upstream.pair_types()
-    assert [*map(upstream.file_type, ("a.jsonl", "a.csv"))] == ["json", "csv"]
+    assert {"chat_template", "chatml", "llama3", "zephyr"} <= upstream_data.pair_types()
+    assert [*map(upstream_data.file_type, ("a.jsonl", "a.csv"))] == ["json", "csv"]
     cfg = DictDefault(dataset_prepared_path=str(tmp_path))
-    assert upstream.prepared_root(cfg) == tmp_path
-    assert upstream.prepared_path(cfg, "a") == tmp_path / "a"
-    unset = upstream.prepared_root(DictDefault())
+    assert upstream_data.prepared_root(cfg) == tmp_path
+    assert upstream_data.prepared_path(cfg, "a") == tmp_path / "a"
+    unset = upstream_data.prepared_root(DictDefault())
     assert unset == Path("last_run_prepared"), "README: the cache"
 
 

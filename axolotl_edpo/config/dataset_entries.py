@@ -10,7 +10,7 @@ from typing import Any
 
 from ..data.columns import has_chat_template
 from ..errors import as_yaml, quote, refuse
-from ..upstream import entry_keys, file_type, pair_types, text_type_keys
+from ..upstream_data import entry_keys, file_type, pair_types, text_type_keys
 
 # Options of an entry that axolotl ignores with `rl` -> what to do instead. For others
 # that it ignores, it is to remove them.

@@ -13,7 +13,7 @@ from ..errors import quote, refuse
 from ..losses.beta_controller import Control
 from ..losses.edpo import LOWEST_BATCH_BETA
 from ..losses.preference import SFT
-from ..upstream import takes_images
+from ..upstream_data import takes_images
 from .args import CACHE, CONTROL, LOWERED, OF_CONTROL, PRECOMPUTE
 
 Recipe = Mapping[str, Any]

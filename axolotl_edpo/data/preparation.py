@@ -22,7 +22,7 @@ from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetGenerationError
 from pyarrow import ArrowInvalid
 
-from .. import upstream
+from .. import upstream_data
 from ..errors import quote, refuse
 from . import prepared
 from .boundary import repeated_start
@@ -98,7 +98,7 @@ def load_noted(
         )
     cfg = with_types(cfg)
     preparation = Preparation(cfg, tokenizer, images=_image_tokens(cfg, tokenizer))
-    with upstream.preparing_with(preparation):
+    with upstream_data.preparing_with(preparation):
         train, evaluation = load(cfg, tokenizer)
     for key, data in (("datasets", train), ("test_datasets", evaluation)):
         if data is not None:
@@ -110,9 +110,9 @@ def load_noted(
 
 def _image_tokens(cfg: Any, tokenizer: Any) -> ImageTokens | None:
     """What tokenizes pairs with images; None if model or axolotl takes only text."""
-    if not (cfg.is_multimodal and upstream.takes_images()):
+    if not (cfg.is_multimodal and upstream_data.takes_images()):
         return None
-    collator = upstream.image_collator(cfg, tokenizer)
+    collator = upstream_data.image_collator(cfg, tokenizer)
     collator.max_length = None
     return ImageTokens(collator, dict(cfg.chat_template_kwargs or {}))
 
@@ -184,7 +184,7 @@ class Preparation:
         """
         self.key = "datasets" if split == "train" else "test_datasets"
         self.makers, parts = {}, self._made_of(cfg[self.key])
-        changed = prepared.changes(upstream.prepared_root(cfg), parts)
+        changed = prepared.changes(upstream_data.prepared_root(cfg), parts)
         if changed:
             LOG.info(
                 f"`{self.key}`: prepared anew, as {' and '.join(changed)} changed."
@@ -196,8 +196,8 @@ class Preparation:
         except (DatasetGenerationError, ArrowInvalid) as error:
             raise ValueError(_unreadable(cfg, self.key, error)) from error
         if not cfg.skip_prepare_dataset:
-            name = prepared.folder_name(upstream.prepared_root(cfg), parts)
-            prepared.write(upstream.prepared_path(cfg, name), parts)
+            name = prepared.folder_name(upstream_data.prepared_root(cfg), parts)
+            prepared.write(upstream_data.prepared_path(cfg, name), parts)
         return self._short_enough(dataset) if has_images(dataset) else dataset
 
     def _short_enough(self, dataset: Dataset) -> Dataset:
@@ -261,7 +261,7 @@ class Preparation:
 
     def folder_name(self, cfg: Any, entries: Any, tokenizer_name: str) -> str:
         """Names the folder of prepared data; takes what axolotl's function takes."""
-        root = upstream.prepared_root(cfg)
+        root = upstream_data.prepared_root(cfg)
         return prepared.folder_name(root, self._made_of(entries))
 
     @staticmethod

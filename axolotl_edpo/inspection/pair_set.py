@@ -17,7 +17,7 @@ from axolotl.cli.config import load_cfg
 from axolotl.loaders import load_tokenizer
 from datasets import Dataset
 
-from .. import upstream
+from .. import upstream_data
 from ..data.checks import same_answers
 from ..data.columns import arrow_tables, token_counts
 from ..data.images import has_images
@@ -111,7 +111,7 @@ def load(recipe: str, key: str) -> PairSet:
 
 def _pair_set(cfg: Any, key: str) -> PairSet:
     tokenizer = load_tokenizer(cfg)
-    train, evaluation = load_noted(upstream.pairs_loader(), cfg, tokenizer)
+    train, evaluation = load_noted(upstream_data.pairs_loader(), cfg, tokenizer)
     found = train if key == "datasets" else evaluation
     if found is None:
         raise ValueError(
@@ -119,7 +119,7 @@ def _pair_set(cfg: Any, key: str) -> PairSet:
         )
     pairs = found
     if not has_images(found):  # those have their tokens already
-        pairs = upstream.tokenize_pairs(
+        pairs = upstream_data.tokenize_pairs(
             EDPOTrainer,
             found,
             tokenizer,

@@ -28,7 +28,8 @@ from ..config.args import CACHE, PRECOMPUTE
 from ..data.columns import scored_lengths, token_rows
 from ..data.pair_id import IMAGES, digest_of
 from ..distributed import broadcast_from_rank0
-from ..upstream import prepared_root, size_in_words
+from ..upstream import size_in_words
+from ..upstream_data import prepared_root
 from .cache import PARTIAL, Damaged, ReferenceCache, shard_name
 from .fingerprint import COMPUTE_KEYS
 from .kept import KL, Kept, KeptPair

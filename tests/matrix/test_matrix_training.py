@@ -48,7 +48,8 @@ from transformers.training_args import OptimizerNames
 from axolotl_edpo import plugin
 from axolotl_edpo.config.rules import WITHOUT_EFFECT
 from axolotl_edpo.errors import quote
-from axolotl_edpo.upstream import default_fsdp_version, takes_images
+from axolotl_edpo.upstream import default_fsdp_version
+from axolotl_edpo.upstream_data import takes_images
 
 TITLE = "Training options"
 INTRO = """

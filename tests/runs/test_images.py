@@ -25,7 +25,7 @@ from axolotl_edpo.data.columns import IDS
 from axolotl_edpo.data.images import has_images
 from axolotl_edpo.data.pair_id import pair_digest
 from axolotl_edpo.report.trace import by_pair, read_trace
-from axolotl_edpo.upstream import takes_images
+from axolotl_edpo.upstream_data import takes_images
 
 pytestmark = pytest.mark.skipif(
     not takes_images(), reason="axolotl takes images in preferences from 0.21 on"

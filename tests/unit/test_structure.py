@@ -279,9 +279,10 @@ def members_with_bases(modules: list[Module]) -> dict[str, set[str]]:
 def is_of_the_stack(use: Use) -> bool:
     """Whether a name may be one of the stack, where it is used.
 
-    upstream.py knows no class of the package, so that what it uses is the stack's.
+    upstream.py and upstream_data.py know no class of the package, so that what they use
+    is the stack's.
     """
-    if use.module.name == f"{PACKAGE}.upstream":
+    if use.module.name in (f"{PACKAGE}.upstream", f"{PACKAGE}.upstream_data"):
         return True
     if use.owner == "EDPOTrainer" and use.receiver in RECEIVERS:
         return use.name in OF_THE_TRAINER
