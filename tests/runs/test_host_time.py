@@ -113,6 +113,7 @@ def step(recipe, tmp_path, monkeypatch):
         monkeypatch.setattr(scoring, "token_stats", stats)
         monkeypatch.setattr(type(trainer.args), "device", CUDA)
         trainer.batcher.device = CUDA
+        trainer.records.begin(1, removes=False)  # the first step waits once
         trainer.model.train()
         for model in filter(None, (trainer.model, trainer.ref_model)):
             put_on(mode, model)

@@ -140,6 +140,7 @@ def test_losses_and_gradients_are_those_of_the_released_formula(
     policy.zero_grad()
 
     trainer.prepare(policy)
+    trainer.records.begin(1, removes=False)  # the policy has learned
     laid_out = trainer.batcher.collators["train"](
         [trainer.train_dataset[row] for row in rows]
     )
@@ -236,11 +237,11 @@ def test_the_vision_tower_trains_in_qlora(vision_recipe, tmp_path):
 
 
 def test_the_commands_take_the_recipe(vision_recipe, tmp_path):
-    """Preprocess, train, inspect, evaluate; the report shows every image."""
+    """Train, inspect, evaluate; the report shows every image."""
     keys = dict(val_set_size=0.25, edpo_log_pairs=1, save_strategy="epoch")
     keys = vision_recipe(**LANGUAGE, **keys)
     tiny.write(tmp_path, keys)
-    for command in ("preprocess", "train", "edpo-inspect"):
+    for command in ("train", "edpo-inspect"):
         python = ("--launcher", "python") * (command == "train")
         done = forked(tmp_path, command, "recipe.yml", *python)
         assert done.returncode == 0, done.stdout[-3000:]

@@ -166,7 +166,7 @@ def measure(train):
         found.update(before=watches[0].peak, left=bytes_of(left))
         watches[0].peak = 0
         shards_on_disk = trainer.reference.cache.shards
-        watches[0].forget(shard.hidden for shard in shards_on_disk)
+        watches[0].forget(shard.kept for shard in shards_on_disk)
 
     def measured(self, model, inputs, *args, **kwargs):
         gc.collect()

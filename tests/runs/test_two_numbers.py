@@ -189,6 +189,11 @@ def test_hidden_states_of_some_pairs_are_not_enough(runs, parts):
         assert [entry[name] for entry in own] == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_bound_of_the_kl_needs_hidden_states(runs):
+    trainer = runs("bounded", edpo_max_kl=100.0, max_steps=1, **CACHED)
+    assert trainer.reference.knows_tokens and len(logged(trainer, KL)) == 1
+
+
 @rest
 def test_a_best_checkpoint_by_kl_needs_hidden_states(runs, parts):
     keys = dict(metric_for_best_model=f"eval_{KL}", greater_is_better=False)
