@@ -107,7 +107,8 @@ class EDPOPlugin(BasePlugin):
             return {}
         arguments = {"padding_free": False, "precompute_ref_log_probs": False}
         arguments |= handed_on(cfg)
-        if cfg.is_multimodal:  # TRL would remove the tokens of pairs with images
+        if cfg.is_multimodal or cfg.test_datasets:
+            # TRL would remove the tokens of pairs with images, and numbers of sets
             arguments["remove_unused_columns"] = False
         return arguments if _has_accelerator() else arguments | {"use_cpu": True}
 

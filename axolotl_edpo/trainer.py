@@ -190,7 +190,7 @@ class EDPOTrainer(AxolotlDPOTrainer):
             num_items_in_batch: Counts of `get_batch_samples`; None in evaluation.
 
         Raises:
-            Diverged: If a loss of the step is not finite.
+            Diverged, WrongStart: If the step cannot be trained on; see `StepRecords`.
         """
         if return_outputs:
             raise ValueError("`rl: edpo` keeps no logits that it could return")

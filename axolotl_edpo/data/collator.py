@@ -145,7 +145,8 @@ def padded_batch(padded: Mapping[str, Any], examples: list[dict[str, Any]]) -> B
     """
     ids, mask = padded["input_ids"], padded["attention_mask"]
     pairs, scored = len(examples), padded["completion_mask"].clone()
-    for answers in scored.chunk(2):
+    counted = mask.clone()
+    for answers in (*scored.chunk(2), *counted.chunk(2)):
         answers[pairs:] = 0
     positions, targets, lengths = select_completions(ids, scored)
     lengths = torch.cat([answers[:pairs] for answers in lengths.chunk(2)])
@@ -153,12 +154,12 @@ def padded_batch(padded: Mapping[str, Any], examples: list[dict[str, Any]]) -> B
     batch: Batch = {
         "input_ids": ids,
         "attention_mask": mask,
-        "copies": mask,
+        "copies": counted,
         "positions": positions,
         "targets": targets,
         "lengths": lengths,
         "chosen_tokens": int(lengths.chunk(2)[0].sum()),
-        "num_tokens": int(mask.sum()),
+        "num_tokens": int(counted.sum()),
         "examples": Examples(examples),
     }
     return {**batch, "images": more} if more else batch

@@ -104,8 +104,8 @@ class PairMaker:
         """A row with images, which axolotl's collator renders."""
         if self.images is None:
             raise PairError(
-                "there is a column of images, and `base_model` takes only text: "
-                "remove the column, or name a vision-language model"
+                "there is a column of images, which takes a vision-language model and "
+                "axolotl 0.21 or later: remove the column, or have both"
             )
         talk, made = None, {}
         if self.kind in CHAT_TYPES:

@@ -29,7 +29,7 @@ from .boundary import repeated_start
 from .checks import check_loaded, check_tokens
 from .columns import arrow_tables, has_chat_template
 from .conversation import PairError
-from .evaluation_sets import SET, numbered, set_names
+from .evaluation_sets import numbered, set_names
 from .images import ImageTokens, has_images
 from .layout import LayoutSettings
 from .pair_maker import (
@@ -61,6 +61,8 @@ MEANINGS = {
     LEFT_OUT: "have something that the chat template leaves out or rewrites",
 }
 
+# Why pairs with images are not packed.
+PADDED = "the processor lays out pairs with images, a padded row per sequence"
 # axolotl's type that leaves rows as they are.
 UNTYPED = "passthrough"
 
@@ -103,7 +105,7 @@ def load_noted(
     for key, data in (("datasets", train), ("test_datasets", evaluation)):
         if data is not None:
             check_loaded(key, data, cfg.sequence_len)
-    if has_images(train):
+    if any(has_images(data) for data in (train, evaluation) if data is not None):
         _check_images(cfg, train, evaluation)
     return train, evaluation
 
@@ -123,23 +125,27 @@ def _check_images(cfg: Any, train: Dataset, evaluation: Dataset | None) -> None:
     Raises:
         ValueError: Names the key and what to set.
     """
-    layout = LayoutSettings.from_config(cfg)
-    if layout.packs_any and not layout.may_pad:
-        key = "sample_packing" if layout.balances else "dpo_padding_free"
-        key = key if layout.packs else "eval_sample_packing"
-        refuse(
-            key,
-            True,
-            "remove it: pairs with images are padded, one row for each "
-            "sequence, as the processor lays them out",
-        )
+    layout, eval_packs = LayoutSettings.from_config(cfg), cfg.edpo_eval_sample_packing
+    if layout.may_pad:
+        LOG.warning(f"`sample_packing: auto`: batches are padded: {PADDED}.")
+    packing = {
+        "sample_packing": layout.balances and not layout.may_pad,
+        "dpo_padding_free": cfg.dpo_padding_free,
+        "eval_sample_packing": eval_packs,
+        "edpo_prefix_sharing": layout.shares is True,
+    }
+    for key, wanted in packing.items():
+        if wanted:
+            refuse(key, True, f"remove it: {PADDED}")
+    sets = {"datasets": train, "test_datasets": evaluation}
+    for key, data in sets.items():
+        if data is not None and not has_images(data):
+            raise ValueError(
+                f"`{key}` has no column `images`, and the other set has one: add it; "
+                "it may be empty"
+            )
     check_tokens("train", train)
     if evaluation is not None:
-        if not has_images(evaluation):
-            raise ValueError(
-                "`test_datasets` has no column `images`, and `datasets` has one: add "
-                "it; it may be empty"
-            )
         check_tokens("eval", evaluation)
 
 
@@ -283,7 +289,11 @@ class Preparation:
         return bool(set_names(self.cfg)) and entries == self.cfg.test_datasets
 
     def _made_of(self, entries: Any) -> dict[str, str]:
-        numbers = {SET: "numbered"} if self._numbers(entries) else {}
+        numbers = (
+            {"the sets of `test_datasets`": "numbered"}
+            if self._numbers(entries)
+            else {}
+        )
         key = json.dumps(entries, default=str)
         if key not in self._parts:
             source = self._template().source or self.tokenizer.chat_template

@@ -12,6 +12,8 @@ from .cache import ReferenceCache
 
 # A relative distance between cached and computed values below this is rounding.
 TOLERANCE = 0.1
+# Nats per token by which log-probabilities of answers may differ.
+NATS = 0.5
 # Kinds of RoPE whose frequencies depend on the longest sequence of a batch.
 _STRETCHES = re.compile("dynamic|longrope")
 
@@ -99,10 +101,16 @@ def require_equal(cache: ReferenceCache, pair: bytes, live: torch.Tensor) -> Non
     Raises:
         ValueError: If they differ from the cached ones by more than rounding.
     """
-    cached = torch.cat(cache.read(pair)).float()
-    distance = float((cached - live.float()).norm() / live.float().norm().clamp(min=1))
-    if not distance < TOLERANCE:
+    cached, live = torch.cat(cache.read(pair)).float(), live.float().cpu()
+    if live.dim() == 1:
+        tokens = torch.tensor(cache.lengths(pair)).clamp(min=1)
+        distance = float(((cached - live).abs() / tokens).max())
+        bound, unit = NATS, "nats per token"
+    else:
+        distance = float((cached - live).norm() / live.norm().clamp(min=1))
+        bound, unit = TOLERANCE, "of its norm"
+    if not distance < bound:
         raise ValueError(
-            f"{cache.folder}: what it holds is {distance:.0%} away from what this "
-            "reference computes: remove the folder, and it is computed anew"
+            f"{cache.folder}: what it holds is {distance:.2g} {unit} away from what "
+            "this reference computes: remove the folder, and it is computed anew"
         )

@@ -1,4 +1,4 @@
-"""The fingerprint of a reference: it names the cache of its hidden states.
+"""The fingerprint of a reference: it names its cache.
 
     weights      all tensors of the model, with the scales of quantized ones
     adapter      scaling factors of the reference's adapter

@@ -1,4 +1,6 @@
-"""`Reference`: gives the reference's hidden states for each batch.
+"""`Reference`: gives what a batch needs of the reference.
+
+Hidden states of each token, or log-probabilities of answers where they are enough.
 
     ModelReference     a separate model: full fine-tuning
     AdapterReference   the policy's model with another adapter, or with none

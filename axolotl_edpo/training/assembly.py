@@ -1,5 +1,6 @@
 """Builds the parts of a run from TRL's trainer and the settings of the recipe."""
 
+import copy
 import gc
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -62,6 +63,8 @@ def set_up(trainer: Any) -> None:
         ValueError: If the policy is a mixture of experts whose router loss cannot be
             computed.
     """
+    if trainer.is_deepspeed_enabled:
+        upstream.wait_for_every_gather()
     save_adapter_only(trainer.model)
     if trainer.aux_loss_enabled:
         trainer.aux_loss_enabled = has_router_loss(causal_lm(trainer.model))
@@ -118,7 +121,9 @@ def _collator_maker(collator: Any) -> Callable[..., Any]:
         return partial(PairCollator, **vars(collator))
 
     def with_images(*, packs: bool, shares: bool) -> ImagePairCollator:
-        return ImagePairCollator(**vars(collator))
+        # a tokenizer cannot pad in two threads: an evaluation may lay out its batches
+        # while the next step is laid out
+        return ImagePairCollator(**copy.deepcopy(vars(collator)))
 
     return with_images
 

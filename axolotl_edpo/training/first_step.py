@@ -24,12 +24,10 @@ from ..distributed import sum_over_ranks
 FLOAT32_BOUND = 0.01
 ROUNDED_BOUND = 0.5
 
+CAUSE = "Weights were loaded or gathered wrongly"
+OVERFLOW = "or a forward overflows (`fp16: true`: set `bf16: true`)"
 AGAIN = "start the run again"
-ZERO3 = (
-    "with ZeRO-3, if it comes back, set `overlap_comm: false` and "
-    "`stage3_prefetch_bucket_size: 0` in the DeepSpeed file, or install DeepSpeed "
-    "0.19.8 or later"
-)
+ZERO3 = "with ZeRO-3, install DeepSpeed 0.19.8 or later"
 CACHE = "remove the folder of the cache"
 PLUGINS = "remove plugins that change one of the two models"
 
@@ -105,15 +103,14 @@ def _message(
     broken = [rank for rank, d in enumerate(differences) if not d <= bound]
     ranks = f"rank{'s' * (len(broken) > 1)} {', '.join(map(str, broken))}"
     largest = max((differences[rank] for rank in broken), key=_nan_last)
-    what = (
-        f"differ by {largest:.3g} nats per token on {ranks} (rounding: below {bound:g})"
-        if math.isfinite(largest)
-        else f"are not finite on {ranks}"
-    )
+    what = f"differ by {largest:.3g} nats per token on {ranks}"
+    what, cause = f"{what} (rounding: below {bound:g})", CAUSE
+    if not math.isfinite(largest):
+        what, cause = f"are not finite on {ranks}", f"{CAUSE}, {OVERFLOW}"
     return (
         "the run starts from its reference, but in step 1 the log-probabilities of "
-        f"policy and reference {what}: training stops before a weight changes. Weights "
-        f"were loaded or gathered wrongly: {'; '.join(remedies)}"
+        f"policy and reference {what}: training stops before a weight changes. "
+        f"{cause}: {'; '.join(remedies)}"
     )
 
 

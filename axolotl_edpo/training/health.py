@@ -66,7 +66,7 @@ CONDITIONS = (
         "overfitting",
         _overfits,
         f"the loss is below {LOSS} and more than {ACCURACY:.0%} of the training pairs "
-        "are told apart: nothing more is learned from them. Compare "
+        "are told apart: they teach little more. Compare "
         "`eval_rewards/accuracies`; train fewer `num_epochs`, lower `learning_rate` or "
         "raise `beta`",
     ),

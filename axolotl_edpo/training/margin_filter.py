@@ -122,7 +122,8 @@ class MarginFilter:
             steps_done: Number of optimizer steps before this one.
 
         Raises:
-            Diverged: On every rank, if a margin is not finite.
+            Diverged: On every rank, if a margin is not finite; in the first step,
+                policy and reference are compared instead.
         """
         pairs = [pair for batch in batches for pair in batch["examples"].pairs]
         noise = torch.zeros(len(pairs), dtype=torch.float64)
@@ -133,7 +134,8 @@ class MarginFilter:
         columns = torch.stack([pair_margins.cpu().double(), noise], dim=1)
         rows, first = gather_rows(self._accelerator, columns)
         every_margin, every_noise = rows.cpu().unbind(dim=1)
-        if broken := int((~every_margin.isfinite()).sum()):
+        broken = int((~every_margin.isfinite()).sum())
+        if broken and steps_done:
             what = f"the margin of {broken} of the step's pairs is"
             self._finite.stop(what, steps_done + 1, self._controller.beta)
         kept = self._controller.begin(every_margin, every_noise)

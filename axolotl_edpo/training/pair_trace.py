@@ -38,7 +38,7 @@ import torch
 from axolotl.utils.logging import get_logger
 
 from ..data.columns import IDS
-from ..data.pair_id import pair_digest
+from ..data.pair_id import IMAGES, pair_digest
 from ..run_files import TEXTS, THUMBNAILS, TRACE, TRACE_FILES
 
 LOG = get_logger(__name__)
@@ -66,7 +66,7 @@ class Observation(NamedTuple):
 
     Attributes:
         step: Optimizer step; the first is 1.
-        pairs: Token columns of each pair, as the data loader yields them.
+        pairs: Token columns and digest of the images of each pair.
         values: Shape (VALUES, pairs), float32, on the device.
     """
 
@@ -107,6 +107,7 @@ class PairTrace:
         self._perturbed, self._decode = perturbed, decode
         self._thumbnails = thumbnails
         self._observations: list[Observation] = []
+        self._images: dict[str, list[bytes]] = {}
         self._tokens = 0
 
     def is_due(self, step: int) -> bool:
@@ -126,7 +127,13 @@ class PairTrace:
         if self._tokens >= TOKENS and step != self._observations[-1].step:
             self.flush()
         stacked = torch.stack([value.detach().float() for value in values])
-        self._observations.append(Observation(step, pairs, stacked))
+        if self._thumbnails is not None:
+            for pair in pairs:
+                if pair[IMAGES] not in self._images:
+                    self._images[pair[IMAGES]] = self._thumbnails(pair)
+        # without the images, which are large
+        kept = [{k: pair[k] for k in (*IDS, IMAGES) if k in pair} for pair in pairs]
+        self._observations.append(Observation(step, kept, stacked))
         self._tokens += sum(len(pair[key]) for pair in pairs for key in IDS)
 
     def flush(self) -> None:
@@ -136,7 +143,7 @@ class PairTrace:
                 first, last = self._observations[0].step, self._observations[-1].step
                 name = f"steps-{first:08}-{last:08}-rank{self._rank}.parquet"
                 self._write(self.folder / name)
-            self._observations, self._tokens = [], 0
+            self._observations, self._images, self._tokens = [], {}, 0
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -201,7 +208,7 @@ class PairTrace:
             text_of_row = dict(zip(rows, decoded, strict=True))
             columns[name] = [text_of_row.get(row) for row in range(len(pairs))]
         if self._thumbnails is not None:
-            images = {row: self._thumbnails(pairs[row]) for row in rows}
+            images = {row: self._images[pairs[row][IMAGES]] for row in rows}
             columns[THUMBNAILS] = [images.get(row) for row in range(len(pairs))]
         return columns
 

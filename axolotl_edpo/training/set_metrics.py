@@ -13,10 +13,12 @@ from ..data.completions import sum_per_sequence
 from ..data.evaluation_sets import SET
 from ..data.layout import Batch
 from ..ops.token_stats import TokenStats
+from ..reference.kept import KL
 from .pair_outcomes import AnswerStats, MeanOverStep, PairOutcomes
 
 # Sums over the tokens of a pair, of which the metrics per token are made.
-TOKENS, CHOSEN_TOKENS, KL, SFT = "sum/tokens", "sum/chosen_tokens", "sum/kl", "sum/sft"
+TOKENS, CHOSEN_TOKENS = "sum/tokens", "sum/chosen_tokens"
+KL_SUM, SFT_SUM = "sum/kl", "sum/sft"
 
 
 class SetMetrics:
@@ -75,7 +77,7 @@ class SetMetrics:
         kl = {}
         if not isinstance(stats, AnswerStats):
             chosen_kl, rejected_kl = sum_per_sequence(stats.kl, lengths).chunk(2)
-            kl = {KL: chosen_kl + rejected_kl}
+            kl = {KL_SUM: chosen_kl + rejected_kl}
         chosen, rejected = lengths.chunk(2)
         return {
             **(moved if self._perturbed else {}),
@@ -85,7 +87,7 @@ class SetMetrics:
             "rewards/accuracies": pairs.margins > 0,
             "rewards/margins": pairs.margins,
             "loss": pairs.losses,
-            SFT: pairs.sft,
+            SFT_SUM: pairs.sft,
             TOKENS: chosen + rejected,
             CHOSEN_TOKENS: chosen,
         }
@@ -102,11 +104,11 @@ class SetMetrics:
             found = [key for key in means if key.startswith(prefix)]
             of_set = {key.removeprefix(prefix): means.pop(key) for key in found}
             tokens, chosen = of_set.pop(TOKENS), of_set.pop(CHOSEN_TOKENS)
-            sft, kl = of_set.pop(SFT), of_set.pop(KL, None)
+            sft, kl = of_set.pop(SFT_SUM), of_set.pop(KL_SUM, None)
             if tokens:
                 sft = sft / chosen if chosen else 0.0
                 aux_loss = of_set.get("aux_loss", 0.0)
                 of_set["loss"] = self._mean.of_whole_set(of_set["loss"], sft, aux_loss)
                 if kl is not None:
-                    of_set["kl/policy_ref"] = kl / tokens
+                    of_set[KL] = kl / tokens
                 means |= {f"{name}_{key}": value for key, value in of_set.items()}

@@ -18,8 +18,7 @@ class EDPOSettings:
         controller: β₀, ε and the rule that changes β.
         layout: How pairs are laid out in rows.
         models: Where policy and reference come from.
-        cache: Cache of the reference's hidden states; None: the reference runs for
-            every batch.
+        cache: Cache of the reference; None: the reference runs for every batch.
         log_pairs: Pairs are traced every so many optimizer steps; None: never.
         max_kl: The run stops beyond this KL per token, nats; None: no bound.
         sets: Names of the sets of `test_datasets:`; empty if there are fewer than two.

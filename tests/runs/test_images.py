@@ -175,6 +175,7 @@ def test_two_ranks_train_as_one_process(vision_recipe, tmp_path, name):
     (alone,), pair = runs
     assert series(pair[0], "kl/beta") == series(pair[1], "kl/beta")
     assert len(series(alone, "loss")) == 5 and alone["beta"] != 0.1
+    assert series(pair[0], "num_tokens") == series(alone, "num_tokens")
     for metric, close in (("kl/beta", 1e-6), ("loss", 1e-5), ("grad_norm", 1e-3)):
         expected = series(alone, metric)
         assert series(pair[0], metric) == pytest.approx(expected, rel=1e-4, abs=close)
@@ -326,19 +327,43 @@ def test_a_pair_that_would_lose_something_is_refused(
     [
         (
             {"sample_packing": True},
-            "`sample_packing: true`.*: remove it: pairs with images",
+            "`sample_packing: true`.*: remove it: the processor",
         ),
         ({"dpo_padding_free": True}, "`dpo_padding_free: true`.*: remove it"),
         ({"eval_sample_packing": True}, "`eval_sample_packing: true`.*: remove it"),
+        (
+            {"sample_packing": "auto", "edpo_prefix_sharing": True},
+            "`edpo_prefix_sharing: true`.*: remove it",
+        ),
     ],
 )
 def test_packing_is_refused(vision_recipe, tmp_path, keys, said):
     assert re.match(said, refusal(tmp_path, vision_recipe(**keys)))
 
 
+def test_packing_where_it_is_possible_is_said_not_to_be(
+    vision_recipe, tmp_path, caplog
+):
+    made = tiny.build(tmp_path, vision_recipe(sample_packing="auto"))
+    assert "`sample_packing: auto`: batches are padded" in caplog.text
+    train, evaluation = made.batcher.collators.values()
+    # a tokenizer cannot pad in two threads
+    assert train.processor.tokenizer is not evaluation.processor.tokenizer
+
+
+@pytest.mark.parametrize("with_images", ["datasets", "test_datasets"])
+def test_sets_of_two_kinds_are_refused(vision_recipe, tmp_path, with_images):
+    text = tiny.dataset(tiny.save_pairs(tmp_path / "text.jsonl", 4))
+    keys = vision_recipe(test_datasets=text, eval_steps=1)
+    if with_images == "test_datasets":
+        keys |= {"datasets": text, "test_datasets": keys["datasets"]}
+    said = refusal(tmp_path, keys)
+    assert re.search("has no column `images`, and the other set has one: add it", said)
+
+
 def test_a_text_model_is_refused(vision_recipe, tmp_path, parts):
     said = refusal(tmp_path, vision_recipe(base_model=str(parts["model"])))
-    assert "there is a column of images, and `base_model` takes only text" in said
+    assert "there is a column of images, which takes a vision-language model" in said
 
 
 def test_images_in_messages_need_a_column(recipe, tmp_path, pairs):

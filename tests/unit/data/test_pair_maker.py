@@ -108,7 +108,7 @@ def test_tokens_that_are_merged_are_noted():
 
 @pytest.mark.parametrize("images", [["a.png"], [], None])
 def test_images_beside_a_text_model_are_refused(images):
-    with pytest.raises(PairError, match="a column of images, and `base_model` takes"):
+    with pytest.raises(PairError, match="a column of images, which takes a vision"):
         chat()({**ROW, "images": images})
 
 
