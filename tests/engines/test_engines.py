@@ -250,7 +250,7 @@ def test_a_mixture_of_experts_keeps_its_router_loss(runs, name):
     assert series(pair[0], "aux_loss") == pytest.approx(alone, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", first(["zero3", "ddp", "zero2", "fsdp2"]))
+@pytest.mark.parametrize("name", first(["ddp", "zero3", "zero2", "fsdp2"]))
 def test_a_reference_that_moves_goes_on_from_a_checkpoint(runs, name):
     keys = dict(trl={"sync_ref_model": True, "ref_model_sync_steps": 3})
     whole = runs.single(**PACKED, **keys)
