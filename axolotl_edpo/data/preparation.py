@@ -241,8 +241,8 @@ class Preparation:
         Returns:
             A function and keywords of `Dataset.map`; None for a type that is not there.
         """
-        of_its_own = type(cfg)({**cfg, "datasets": cfg[self.key]})
-        found = load(kind, of_its_own, dataset_idx=dataset_idx)
+        as_datasets = type(cfg)({**cfg, "datasets": cfg[self.key]})
+        found = load(kind, as_datasets, dataset_idx=dataset_idx)
         if found is None:
             return None
         transform, keywords = found if isinstance(found, tuple) else (found, {})

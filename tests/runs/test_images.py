@@ -343,9 +343,7 @@ def test_packing_is_refused(vision_recipe, tmp_path, keys, said):
     assert re.match(said, refusal(tmp_path, vision_recipe(**keys)))
 
 
-def test_packing_where_it_is_possible_is_said_not_to_be(
-    vision_recipe, tmp_path, caplog
-):
+def test_auto_packing_pads_with_a_warning(vision_recipe, tmp_path, caplog):
     made = tiny.build(tmp_path, vision_recipe(sample_packing="auto"))
     assert "`sample_packing: auto`: batches are padded" in caplog.text
     train, evaluation = made.batcher.collators.values()
