@@ -143,7 +143,7 @@ class ImageTokens:
         return {**tokens, IMAGES: images}, missing
 
     def _left_out(self, talk: Conversation, example: Mapping[str, Any]) -> list[str]:
-        """What the template does not write; refuses a pair of which it is an answer."""
+        """Names messages that the template leaves out; refuses a left-out answer."""
         context = prepare_multimodal_messages(example["prompt"], example["images"])
         answers = prepare_multimodal_messages([*talk.answers])
         parts = replace(talk, context=context, answers=(answers[0], answers[1]))

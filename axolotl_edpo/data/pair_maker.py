@@ -121,8 +121,7 @@ class PairMaker:
                 name: [answer]
                 for name, answer in zip(ANSWERS, talk.answers, strict=True)
             }
-            keywords = {**self.template.keywords, **talk.keywords}
-            made |= {"chat_template_kwargs": keywords} if keywords else {}
+            made |= self._keywords(talk)
         columns, missing = self.images.columns({**row, **made}, talk)
         prompt, *answers = (len(columns[name]) for name in IDS)
         longest = prompt + max(answers)
@@ -150,9 +149,13 @@ class PairMaker:
             )
         longest = max(map(len, whole))
         self._require_length(longest)
+        lengths = [len(prompt), longest]
+        return {**made, **self._keywords(talk), NOTES: "", LENGTHS: lengths}
+
+    def _keywords(self, talk: Conversation) -> dict[str, Any]:
+        """The column of variables of the chat template, if there are any, for TRL."""
         keywords = {**self.template.keywords, **talk.keywords}
-        more = {"chat_template_kwargs": keywords} if keywords else {}
-        return {**made, **more, NOTES: "", LENGTHS: [len(prompt), longest]}
+        return {"chat_template_kwargs": keywords} if keywords else {}
 
     def _render(self, row: dict[str, Any]) -> tuple[PairText, list[str]]:
         talk = CHAT_TYPES[self.kind](row, self.fields)

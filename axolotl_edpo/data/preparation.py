@@ -111,7 +111,7 @@ def load_noted(
 
 
 def _image_tokens(cfg: Any, tokenizer: Any) -> ImageTokens | None:
-    """What tokenizes pairs with images; None if model or axolotl takes only text."""
+    """Makes the tokenizer of pairs with images; None if only text can be trained."""
     if not (cfg.is_multimodal and upstream_data.takes_images()):
         return None
     collator = upstream_data.image_collator(cfg, tokenizer)

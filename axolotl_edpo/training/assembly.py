@@ -106,7 +106,7 @@ def make_batcher(trainer: Any, wanted: LayoutSettings) -> PairBatcher:
     """
     make_collator = _collator_maker(trainer.data_collator)
     trainer.data_collator = keep_examples
-    args, layout = trainer.args, wanted
+    args = trainer.args
     if has_images(trainer.train_dataset):
         layout = LayoutSettings(shares=False)
     else:

@@ -42,21 +42,17 @@ TOWER = dict(
 SIZE = {"height": 16, "width": 16}
 
 
-def _tokenizer(tokens: list[str], image: str, **named: str) -> Any:
+def _tokenizer(tokens: list[str], image: str) -> Any:
     tokenizer = tiny.byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": tokens})
     tokenizer.chat_template = CHAT_TEMPLATE.replace("IMAGE", image)
-    for name, token in named.items():
-        setattr(tokenizer, name, token)
-        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
     return tokenizer
 
 
-def _gemma3(folder: Path) -> tuple[Any, Any]:
+def _gemma3() -> tuple[Any, Any]:
     marks = ["<start_of_image>", "<end_of_image>", "<image_soft_token>"]
     named = dict(zip(("boi_token", "eoi_token", "image_token"), marks, strict=True))
-    tokenizer = _tokenizer([], marks[0])
-    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    tokenizer = _tokenizer(marks, marks[0])
     tokenizer = type(tokenizer)(
         tokenizer_object=tokenizer.backend_tokenizer,
         chat_template=tokenizer.chat_template,
@@ -78,7 +74,7 @@ def _gemma3(folder: Path) -> tuple[Any, Any]:
     return config, processor
 
 
-def _llava(folder: Path) -> tuple[Any, Any]:
+def _llava() -> tuple[Any, Any]:
     tokenizer = _tokenizer(["<image>"], "<image>")
     images = LlavaImageProcessorPil(
         size={"shortest_edge": 16}, crop_size=SIZE, do_pad=False
@@ -101,7 +97,7 @@ def _llava(folder: Path) -> tuple[Any, Any]:
     return config, processor
 
 
-def _idefics3(folder: Path) -> tuple[Any, Any]:
+def _idefics3() -> tuple[Any, Any]:
     around, image, whole = "<fake_token_around_image>", "<image>", "<global-img>"
     tokenizer = _tokenizer([around, image, whole, "<end_of_utterance>"], image)
     images = Idefics3ImageProcessorPil(
@@ -119,7 +115,7 @@ def _idefics3(folder: Path) -> tuple[Any, Any]:
     return config, processor
 
 
-FAMILIES: dict[str, Callable[[Path], tuple[Any, Any]]] = {
+FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "gemma3": _gemma3,
     "llava": _llava,
     "idefics3": _idefics3,
@@ -137,7 +133,7 @@ def save_model(folder: Path, kind: str) -> Path:
         The folder, for `base_model`.
     """
     torch.manual_seed(0)
-    config, processor = FAMILIES[kind](folder)
+    config, processor = FAMILIES[kind]()
     processor.chat_template = processor.tokenizer.chat_template
     AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
     processor.save_pretrained(folder)
