@@ -4,6 +4,7 @@
 #   make study  ε-DPO, DPO, β-DPO and TR-DPO on a world with a known true reward
 #   make bench  head, training runs, balance and data, measured; writes benchmarks/RESULTS.md
 #   make lint   what pre-commit checks
+#   make docs   the site of README.md and docs/, into build/site; checks its links
 # And with the Python that is there, in .venv or not, so that a machine without network
 # and with a GPU can run it; results are in build/gpu:
 #   make gpu         all that is to be measured on a GPU, within BUDGET seconds
@@ -23,7 +24,7 @@ export AXOLOTL_DO_NOT_TRACK ?= 1
 # further. Set TORCH to another one, or to the path or URL of a wheel.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo study test test-all test-rest bench gpu gpu-wheels lint clean venv
+.PHONY: demo docs study test test-all test-rest bench gpu gpu-wheels lint clean venv
 
 venv:
 	@PATH="$(PATH_OUTSIDE)" tools/make-venv $(VENV) "$(PYTHON)"
@@ -98,6 +99,12 @@ gpu:
 
 gpu-wheels:
 	"$$(tools/find-python 3.12)" benchmarks/gpu_wheels.py
+
+# Needs no axolotl: the API is read from the source.
+docs: | venv
+	$(PIP) -q $$(python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", \
+		"rb"))["project"]["optional-dependencies"]["docs"])')
+	mkdocs build
 
 lint: $(VENV)/installed-dev
 	ruff check .

@@ -707,7 +707,7 @@ def test_entries_and_prepared_data(tmp_path):
     assert upstream_data.prepared_root(cfg) == tmp_path
     assert upstream_data.prepared_path(cfg, "a") == tmp_path / "a"
     unset = upstream_data.prepared_root(DictDefault())
-    assert unset == Path("last_run_prepared"), "README: the cache"
+    assert unset == Path("last_run_prepared"), "docs/reference.md: the cache"
 
 
 # Code of axolotl that runs in supervised training only.

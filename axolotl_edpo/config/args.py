@@ -69,7 +69,8 @@ class EDPOArgs(BaseModel):
 
     beta: Positive | None = Field(
         default=None,
-        description="Initial KL penalty β > 0; `rl_beta` means the same (absent: 0.1)",
+        description="Initial KL penalty β; `rl_beta` and `trl.beta` mean the same "
+        "(absent: 0.1)",
     )
     edpo_epsilon: Number = Field(
         default=0.01,
@@ -79,13 +80,13 @@ class EDPOArgs(BaseModel):
     )
     edpo_beta_mean: BetaMean = Field(
         default="arithmetic",
-        description="Mean of the pairs' β that is the next step's β: `arithmetic` "
+        description="Mean of the pairs' β̃ that becomes the next step's β: `arithmetic` "
         "(the paper's Eq. 6) or `harmonic` (the authors' released code)",
     )
     edpo_control: Control = Field(
         default="epsilon",
-        description="What moves β: `epsilon` (ε-DPO), `fixed` (nothing: DPO) or "
-        "`batch_margin` (the margins of each step's pairs: β-DPO)",
+        description="What moves β: `epsilon` (ε-DPO), `fixed` (nothing moves it: DPO) "
+        "or `batch_margin` (the margins of each step's pairs: β-DPO)",
     )
     edpo_margin_weight: Number = Field(
         default=0.6,
@@ -121,51 +122,56 @@ class EDPOArgs(BaseModel):
     )
     edpo_prefix_sharing: Switch = Field(
         default="auto",
-        description="Whether a prompt is in a packed row once, for chosen and rejected "
-        "(`auto`: where pairs are packed or padding-free and the model can)",
+        description="Whether a packed row holds a prompt once, for chosen and rejected "
+        "(`auto`: where pairs are packed or padding-free, and the model can)",
     )
     edpo_reference_cache: str | None = Field(
         default=None,
         min_length=1,
-        description="Folder of what is kept of the reference, which runs may share; "
-        "with `precompute_ref_log_probs: true` (absent: `edpo_reference` in "
+        description="Folder of the reference's cache, which runs may share; with "
+        "`precompute_ref_log_probs: true` (absent: `edpo_reference` in "
         "`dataset_prepared_path`)",
     )
     edpo_sample_packing: Switch = Field(
         default=False,
-        description="What `sample_packing` becomes, which axolotl refuses beside `rl`: "
-        "one row per micro-batch, pairs of a step balanced by tokens (`auto`: "
-        "padded, where the model cannot)",
+        description="Write `sample_packing`. A micro-batch is one row without padding, "
+        "and the pairs of a step are balanced by tokens (`auto`: padded, where the "
+        "model cannot pack)",
     )
     edpo_eval_sample_packing: bool | None = Field(
         default=None,
-        description="What `eval_sample_packing` becomes (absent: as in training)",
+        description="Write `eval_sample_packing`. The same in evaluation (absent: as "
+        "in training)",
     )
 
 
 class Bounds(BaseModel):
     """Bounds of axolotl's options that axolotl does not check."""
 
-    learning_rate: Number | None = Field(None, ge=0, description="Of the optimizer")
-    num_epochs: Number | None = Field(None, gt=0, description="Times over the data")
-    micro_batch_size: int | None = Field(None, gt=0, description="Pairs at once")
+    learning_rate: Number | None = Field(
+        None, ge=0, description="Rate of the optimizer"
+    )
+    num_epochs: Number | None = Field(None, gt=0, description="Passes over the data")
+    micro_batch_size: int | None = Field(
+        None, gt=0, description="Pairs of a micro-batch on a GPU"
+    )
     gradient_accumulation_steps: int | None = Field(
-        None, gt=0, description="Micro-batches of an optimizer step"
+        None, gt=0, description="Micro-batches of an optimizer step on a GPU"
     )
     sequence_len: int | None = Field(
-        None, gt=0, description="Tokens of a prompt and an answer, at most"
+        None, gt=0, description="Most tokens of a prompt with one answer"
     )
     val_set_size: Number | None = Field(
-        None, ge=0, lt=1, description="Share of the pairs that evaluate"
+        None, ge=0, lt=1, description="Share of the pairs set aside for evaluation"
     )
     logging_steps: Number | None = Field(None, gt=0, description="Steps between logs")
     save_steps: Number | None = Field(None, ge=0, description="Steps between saves")
     lora_r: int | None = Field(None, gt=0, description="Rank of the adapter")
     lora_dropout: Number | None = Field(
-        None, ge=0, le=1, description="Probability of the adapter's dropout"
+        None, ge=0, le=1, description="Dropout of the adapter; has no effect here"
     )
     dpo_loss_type: list[str] | None = Field(None, description="Names of losses")
-    dpo_loss_weights: list[Number] | None = Field(None, description="One per loss")
+    dpo_loss_weights: list[Number] | None = Field(None, description="A weight per loss")
     dpo_label_smoothing: Number | None = Field(
         None, description="Share of labels believed to be flipped"
     )
@@ -175,23 +181,28 @@ class Bounds(BaseModel):
         le=1,
         description="Weight of the tokens that one answer is longer by",
     )
-    context_parallel_size: int | None = Field(None, description="1 here")
-    sequence_parallel_degree: int | None = Field(None, description="1 here")
-    tensor_parallel_size: int | None = Field(None, description="1 here")
-    expert_parallel_size: int | None = Field(None, description="1 here")
+    context_parallel_size: int | None = Field(None, description="Only 1")
+    sequence_parallel_degree: int | None = Field(None, description="Only 1")
+    tensor_parallel_size: int | None = Field(None, description="Only 1")
+    expert_parallel_size: int | None = Field(None, description="Only 1")
     ray_num_workers: int | None = Field(None, description="Processes that Ray starts")
-    fsdp_version: int | None = Field(None, description="2 here")
+    fsdp_version: int | None = Field(None, description="Only 2")
 
 
 class Moving(BaseModel):
     """Keys of `trl:` that let the reference follow the policy (TR-DPO)."""
 
-    sync_ref_model: bool | None = Field(None, description="Whether it does")
+    sync_ref_model: bool | None = Field(
+        None, description="Whether the reference follows the policy"
+    )
     ref_model_mixup_alpha: Number | None = Field(
-        None, gt=0, le=1, description="Share of the policy that it takes over"
+        None,
+        gt=0,
+        le=1,
+        description="Share of the policy that the reference takes over",
     )
     ref_model_sync_steps: int | None = Field(
-        None, gt=0, description="Optimizer steps from one time to the next"
+        None, gt=0, description="Optimizer steps between two such updates"
     )
 
 

@@ -70,4 +70,5 @@ def edpo_schema(file: str | None) -> None:
         click.echo(text)
         return
     Path(file).write_text(text + "\n")
-    click.echo(f"Wrote {file}: name it in a recipe's first line, see the README.")
+    line = f"# yaml-language-server: $schema={file}"
+    click.echo(f"Wrote {file}. For completion, begin a recipe with the line: {line}")

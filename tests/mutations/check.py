@@ -27,7 +27,14 @@ import yaml
 ROOT = Path(__file__).parent.parent.parent
 LIST = Path(__file__).with_name("mutations.yml")
 COPIED = ("axolotl_edpo", "benchmarks", "docs", "examples", "tests", "tools")
-FILES = ("Makefile", "README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml")
+FILES = (
+    "Makefile",
+    "README.md",
+    "CHANGELOG.md",
+    "LICENSE",
+    "mkdocs.yml",
+    "pyproject.toml",
+)
 COMPILED = shutil.ignore_patterns("__pycache__")
 # What nearly all tests import, and nothing of this project: a process that is forked
 # from here imports the package of its copy.

@@ -251,11 +251,18 @@ def test_recipe_says_which_line_an_older_axolotl_needs(path):
     assert "plugins: [axolotl_edpo.EDPOPlugin]" in path.read_text()
 
 
+@pytest.mark.parametrize("path", selected(RECIPES, saves_per_epoch=True))
+def test_recipe_saves_more_than_once_so_that_a_killed_run_can_resume(path):
+    recipe = read(path)
+    assert recipe["saves_per_epoch"] * recipe["num_epochs"] > 1
+    assert recipe["save_total_limit"] == 2 and "save_only_model" not in recipe
+
+
 def test_sweep_reaches_learning_rate_and_epsilon(shrink, tmp_path):
     from axolotl.cli.config import load_cfg
     from axolotl.cli.utils.train import generate_config_files
 
-    base = tiny.write(tmp_path, shrink(read(EXAMPLES / "llama3_lora_edpo.yml")))
+    base = tiny.write(tmp_path, shrink(read(EXAMPLES / "llama3_edpo.yml")))
     seen = set()
     for file, is_group in generate_config_files(
         str(base), str(EXAMPLES / "sweep_edpo.yml")
@@ -263,6 +270,7 @@ def test_sweep_reaches_learning_rate_and_epsilon(shrink, tmp_path):
         cfg = load_cfg(file)
         os.unlink(file)
         assert is_group and cfg.trainer_cls == "axolotl_edpo.trainer.EDPOTrainer"
+        assert cfg.precompute_ref_log_probs is True
         seen.add((cfg.learning_rate, cfg.edpo_epsilon))
     rates, epsilons = (3e-7, 5e-7, 7e-7, 1e-6), (0.005, 0.01, 0.02)
     assert seen == {(rate, epsilon) for rate in rates for epsilon in epsilons}
