@@ -83,7 +83,7 @@ class EDPOTrainer(AxolotlDPOTrainer):
 
     def _make_parts(self, settings: EDPOSettings) -> None:
         controller = make_controller(settings.controller)
-        loss = assembly.make_loss(self)
+        loss = assembly.make_loss(self, settings)
         forward = CompletionForward(self.accelerator)
         reference = assembly.make_reference(self, forward, settings.cache, loss)
         scorer = assembly.make_scorer(self, forward, reference, controller, loss)

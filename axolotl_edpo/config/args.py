@@ -107,6 +107,13 @@ class EDPOArgs(BaseModel):
         description="With `edpo_control: batch_margin`: share of a step's pairs that "
         "its filter keeps (paper: 0.8; 1: no filter)",
     )
+    edpo_length_penalty: Number = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="R-DPO: by how much a token lowers the reward of its answer; with "
+        "`dpo_loss_type` `sigmoid` or `robust` (0: not at all, plain DPO)",
+    )
     edpo_log_pairs: Count | None = Field(
         default=None,
         gt=0,

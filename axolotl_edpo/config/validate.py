@@ -153,6 +153,7 @@ def _check_loss(recipe: Recipe) -> None:
         tuple(recipe.get("dpo_loss_weights") or [1.0] * len(types)),
         recipe.get("dpo_label_smoothing") or 0.0,
         bool(recipe.get("dpo_use_weighting")),
+        length_penalty=float(recipe.get("edpo_length_penalty") or 0),
     )
 
 

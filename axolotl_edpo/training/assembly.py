@@ -76,14 +76,15 @@ def set_up(trainer: Any) -> None:
     trainer.args.logging_nan_inf_filter = False
 
 
-def make_loss(trainer: Any) -> PreferenceLoss:
-    """The preference loss that TRL's trainer has read from the recipe."""
+def make_loss(trainer: Any, settings: EDPOSettings) -> PreferenceLoss:
+    """The preference loss: what TRL's trainer has read of it, and our settings."""
     return PreferenceLoss(
         tuple(trainer.loss_types),
         tuple(trainer.loss_weights),
         trainer.label_smoothing,
         trainer.use_weighting,
         1.0 if trainer.ld_alpha is None else trainer.ld_alpha,
+        settings.length_penalty,
     )
 
 

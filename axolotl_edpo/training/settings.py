@@ -20,6 +20,7 @@ class EDPOSettings:
         models: Where policy and reference come from.
         cache: Cache of the reference; None: the reference runs for every batch.
         log_pairs: Pairs are traced every so many optimizer steps; None: never.
+        length_penalty: By how much a token lowers the reward of its answer; 0: not.
         max_kl: The run stops beyond this KL per token, nats; None: no bound.
         sets: Names of the sets of `test_datasets:`; empty if there are fewer than two.
     """
@@ -28,6 +29,7 @@ class EDPOSettings:
     layout: LayoutSettings = field(default_factory=LayoutSettings)
     models: ModelSettings = field(default_factory=ModelSettings)
     cache: CacheSettings | None = None
+    length_penalty: float = 0.0
     log_pairs: int | None = None
     max_kl: float | None = None
     sets: tuple[str, ...] = ()
@@ -45,6 +47,7 @@ class EDPOSettings:
             LayoutSettings.from_config(cfg),
             ModelSettings.from_config(cfg),
             CacheSettings.from_config(cfg),
+            cfg.edpo_length_penalty,
             cfg.edpo_log_pairs,
             cfg.edpo_max_kl,
             set_names(cfg),

@@ -213,6 +213,7 @@ HEADS = {
     ),
     "added tokens": dict(special_tokens={"pad_token": "<new>"}),
     "sft": dict(dpo_loss_type=["sigmoid", "sft"]),
+    "length penalty": dict(edpo_length_penalty=0.03),
     "checkpointing": dict(gradient_checkpointing=True),
     "checkpointing-lora": dict(**LORA, gradient_checkpointing=True),
 }

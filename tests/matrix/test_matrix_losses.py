@@ -68,6 +68,11 @@ SMOOTHED = Cell(
     {"dpo_label_smoothing": 0.2},
     note="TRL takes it with `sigmoid` and leaves it without effect",
 )
+PENALIZED = Cell(
+    "`edpo_length_penalty: 0.03` (R-DPO)",
+    {"edpo_length_penalty": 0.03},
+    note="TRL has no such loss; with `sigmoid` and `robust`, and any `edpo_control`",
+)
 LIGER = Cell(
     "`dpo_use_liger_kernel: true`",
     {"dpo_use_liger_kernel": True},
@@ -116,6 +121,12 @@ WRONG = [
         note="it would have no effect",
     ),
     Cell(
+        "`dpo_loss_type: [ipo]`, `edpo_length_penalty: 0.03`",
+        {"dpo_loss_type": ["ipo"], "edpo_length_penalty": 0.03},
+        r"`edpo_length_penalty: 0.03`.*only sigmoid, robust",
+        note="it would have no effect",
+    ),
+    Cell(
         "`dpo_loss_type: [exo_pair]` without `dpo_label_smoothing`",
         {"dpo_loss_type": ["exo_pair"]},
         r"`dpo_label_smoothing: 0.0`.*above 0",
@@ -145,6 +156,7 @@ CELLS = [
     *OTHERS,
     WPO_HINGE,
     SMOOTHED,
+    PENALIZED,
     LIGER,
     LIGER_MODEL,
     LIGER_KERNELS,
@@ -165,7 +177,7 @@ def test_with_a_tiny_epsilon_a_loss_is_trls_own(cell, recipe, tmp_path):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4, abs=1e-5)
 
 
-@matrix.cells([WPO_HINGE, SMOOTHED, LIGER])
+@matrix.cells([WPO_HINGE, SMOOTHED, PENALIZED, LIGER])
 def test_it_trains(cell, recipe, tmp_path):
     matrix.assert_cell(cell, tmp_path, recipe(**cell.keys))
 

@@ -140,7 +140,7 @@ OPTIONS = {
         "gradient_checkpointing_kwargs": {"use_reentrant": True},
     },
     "pad_to_multiple_of": {"pad_to_multiple_of": 64},
-    "label-smoothing": {"dpo_label_smoothing": 0.1},
+    "smoothed-penalized": {"dpo_label_smoothing": 0.1, "edpo_length_penalty": 0.03},
 }
 
 
