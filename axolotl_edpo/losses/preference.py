@@ -20,6 +20,8 @@ the β̃ of the pair, and α is `dpo_label_smoothing`:
 
 The numbers are arXiv's. If all pairs have the same β, the losses are those of TRL, with
 one exception: TRL's `sigmoid` ignores α. `sft` has no β, so it cannot be the only loss.
+
+`reference_free.py` has the losses without a reference, each of which stands alone.
 """
 
 import math
@@ -32,6 +34,13 @@ import torch.nn.functional as F
 
 from ..errors import refuse
 from .edpo import preference_loss
+from .reference_free import (
+    NLL_WEIGHT,
+    REFERENCE_FREE,
+    ReferenceFreeLoss,
+    Terms,
+    reference_free,
+)
 
 SFT = "sft"
 # τ of `discopop`: TRL's default. axolotl has no key for it.
@@ -42,8 +51,9 @@ class Answers(NamedTuple):
     """What a loss needs of the answers of each pair. Every field has shape (pairs,).
 
     Attributes:
-        chosen: log π_θ - log π_ref of the chosen answer, nats, with gradient.
-        rejected: log π_θ - log π_ref of the rejected answer, nats, with gradient.
+        chosen: log π_θ - log π_ref of the chosen answer, nats, with gradient; without a
+            reference log π_θ.
+        rejected: The same of the rejected answer.
         chosen_tokens: Tokens of the chosen answer.
         rejected_tokens: Tokens of the rejected answer.
         betas: β̃ of each pair, no gradient.
@@ -183,13 +193,14 @@ class PreferenceLoss:
     """The loss of a recipe: a weighted sum of the losses in `types`.
 
     Attributes:
-        types: Names in LOSSES, or `sft`.
+        types: Names in LOSSES, or `sft`; or one of REFERENCE_FREE.
         weights: Weight of each type in the sum, > 0.
         label_smoothing: α, the assumed share of flipped labels, 0 <= α < 0.5.
         weighted: Whether `wpo_weights` multiply the losses of pairs
             (`dpo_use_weighting`; WPO, arXiv 2406.11827).
         ld_alpha: Weight of those tokens of the longer answer that are beyond the length
             of the shorter one, from 0 to 1 (`dpo_ld_alpha`; LD-DPO, arXiv 2409.06411).
+        terms: Settings of a loss without a reference.
 
     Raises:
         ValueError: If a type is unknown, or if two settings contradict each other.
@@ -200,6 +211,7 @@ class PreferenceLoss:
     label_smoothing: float = 0.0
     weighted: bool = False
     ld_alpha: float = 1.0
+    terms: Terms = Terms()
 
     def __post_init__(self) -> None:
         for name in self.types:
@@ -213,14 +225,40 @@ class PreferenceLoss:
             refuse("dpo_use_weighting", True, remedy)
         if not 0 <= self.ld_alpha <= 1:
             refuse("dpo_ld_alpha", self.ld_alpha, "set a number from 0 to 1")
+        if not self.has_reference:
+            _check_reference_free(self)
+
+    @property
+    def reference_free(self) -> ReferenceFreeLoss | None:
+        """The loss, if it has no reference; else None."""
+        return reference_free(self.types)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares the policy with a reference."""
+        return self.reference_free is None
 
     @property
     def sft_weight(self) -> float:
-        """Weight of `sft` in the sum; 0 if it is not in `types`."""
+        """Weight of the mean of -log π_θ over chosen tokens, as `sft` or as NLL."""
+        if self.reference_free is not None:
+            return self.weights[0] * self.reference_free.weight_of_nll(self.terms)
         return self._weights().get(SFT, 0.0)
 
+    def rewards(self, answers: Answers) -> tuple[torch.Tensor, torch.Tensor]:
+        """β̃ times what the loss compares: log-ratios, or scores under the policy.
+
+        Args:
+            answers: The log-ratios, lengths and β̃ of the pairs.
+
+        Returns:
+            Of chosen and of rejected answers, each of shape (pairs,), no gradient.
+        """
+        chosen, rejected = self._scores(answers)
+        return answers.betas * chosen.detach(), answers.betas * rejected.detach()
+
     def losses(self, answers: Answers) -> torch.Tensor:
-        """Weighted sum of all types except `sft`, for each pair.
+        """Weighted sum of all types for each pair, without `sft` and NLL.
 
         Args:
             answers: The log-ratios, lengths and β̃ of the pairs.
@@ -228,6 +266,11 @@ class PreferenceLoss:
         Returns:
             Shape (pairs,), with gradient.
         """
+        if self.reference_free is not None:
+            chosen, rejected = self._scores(answers)
+            formula = self.reference_free.loss
+            losses = formula(chosen - rejected, answers.betas, self.terms)
+            return self.weights[0] * losses
         losses = torch.zeros_like(answers.chosen)
         for name, weight in self._weights().items():
             if name != SFT:
@@ -249,6 +292,14 @@ class PreferenceLoss:
         if self.ld_alpha == 1:
             return values
         return values * tail_weights(lengths, len(values), self.ld_alpha)
+
+    def _scores(self, answers: Answers) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the loss compares, of chosen and of rejected answers."""
+        if self.reference_free is None:
+            return answers.chosen, answers.rejected
+        score = self.reference_free.score
+        chosen = score(answers.chosen, answers.chosen_tokens)
+        return chosen, score(answers.rejected, answers.rejected_tokens)
 
     def _weights(self) -> Mapping[str, float]:
         return dict(zip(self.types, self.weights, strict=True))
@@ -291,8 +342,9 @@ def tail_weights(lengths: torch.Tensor, tokens: int, alpha: float) -> torch.Tens
 def _check_type(name: str) -> None:
     if name in REFUSED:
         refuse("dpo_loss_type", name, f"{REFUSED[name]}; use another, or `rl: dpo`")
-    if name not in (*LOSSES, SFT):
-        refuse("dpo_loss_type", name, f"use one of {', '.join((*LOSSES, SFT))}")
+    known = (*LOSSES, SFT, *REFERENCE_FREE)
+    if name not in known:
+        refuse("dpo_loss_type", name, f"use one of {', '.join(known)}")
 
 
 def _check_weights(types: Sequence[str], weights: Sequence[float]) -> None:
@@ -314,3 +366,17 @@ def _check_smoothing(types: Sequence[str], smoothing: float) -> None:
         refuse(key, smoothing, remedy)
     if "exo_pair" in types and not smoothing:
         refuse(key, smoothing, "`exo_pair` needs it above 0, its paper has 0.001")
+
+
+def _check_reference_free(loss: PreferenceLoss) -> None:
+    if len(loss.types) > 1:
+        alone = f"{', '.join(REFERENCE_FREE)} have no reference, and stand alone"
+        instead = (
+            f"; `{NLL_WEIGHT}` takes the place of `sft`" if SFT in loss.types else ""
+        )
+        refuse("dpo_loss_type", [*loss.types], f"name one loss: {alone}{instead}")
+    if loss.weighted:
+        refuse("dpo_use_weighting", True, "remove it: WPO weighs losses of log-ratios")
+    if loss.ld_alpha != 1:
+        remedy = "remove it: LD-DPO weighs log-ratios of tokens"
+        refuse("dpo_ld_alpha", loss.ld_alpha, remedy)
