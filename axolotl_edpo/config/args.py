@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 from ..errors import quote
 from ..losses.beta_controller import Control
 from ..losses.edpo import BetaMean
+from ..losses.reference_free import reference_free
 
 PREFIX = "edpo_"
 CONTROL = "edpo_control"
@@ -61,6 +62,9 @@ def _switch(value: Any) -> Any:
 Switch = Annotated[bool | Literal["auto"], BeforeValidator(_switch)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
 Count = Annotated[int, BeforeValidator(_no_bool)]
+NotNegative = Annotated[
+    float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_no_bool)
+]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_no_bool)]
 
 
@@ -126,6 +130,11 @@ class EDPOArgs(BaseModel):
         "above this, in nats per token (absent: it goes on, and a warning names a "
         "collapse)",
     )
+    edpo_slic_delta: Positive | None = Field(
+        default=None,
+        description="With `dpo_loss_type: [slic]`: δ, the difference of "
+        "log-probabilities from which on a pair teaches nothing, in nats (absent: 1)",
+    )
     edpo_prefix_sharing: Switch = Field(
         default="auto",
         description="Whether a prompt is in a packed row once, for chosen and rejected "
@@ -182,6 +191,13 @@ class Bounds(BaseModel):
         le=1,
         description="Weight of the tokens that one answer is longer by",
     )
+    simpo_gamma: NotNegative | None = Field(
+        None, description="The margin of rewards that SimPO aims at"
+    )
+    cpo_alpha: NotNegative | None = Field(
+        None, description="Weight of the likelihood of chosen answers"
+    )
+    orpo_alpha: Positive | None = Field(None, description="Weight of the odds ratio")
     context_parallel_size: int | None = Field(None, description="1 here")
     sequence_parallel_degree: int | None = Field(None, description="1 here")
     tensor_parallel_size: int | None = Field(None, description="1 here")
@@ -247,4 +263,7 @@ def handed_on(recipe: Mapping[str, Any]) -> dict[str, Any]:
         arguments |= {key: trl[key] for key in keys if trl.get(key) is not None}
     if recipe.get("curriculum_sampling"):
         arguments["train_sampling_strategy"] = "sequential"
+    loss = reference_free(recipe.get("dpo_loss_type"))
+    if loss is not None and not loss.has_beta:
+        arguments["beta"] = 1.0  # or axolotl would pass on `orpo_alpha`
     return arguments

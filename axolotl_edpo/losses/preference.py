@@ -26,6 +26,8 @@ R-DPO (ρ > 0; α in its paper) lowers the reward of an answer by ρ per token. 
 for another reward, which Proposition 1 of ε-DPO allows, and the term is the same under
 every β. So Δ±, the step s, the margins of β-DPO and the movement of β are functions of
 log-ratios alone. The logged rewards stay β(log π_θ - log π_ref), as in TRL.
+
+`reference_free.py` has the losses without a reference, each of which stands alone.
 """
 
 import math
@@ -38,6 +40,13 @@ import torch.nn.functional as F
 
 from ..errors import refuse
 from .edpo import preference_loss
+from .reference_free import (
+    NLL_WEIGHT,
+    REFERENCE_FREE,
+    ReferenceFreeLoss,
+    Terms,
+    reference_free,
+)
 
 SFT = "sft"
 # τ of `discopop`: TRL's default. axolotl has no key for it.
@@ -48,8 +57,9 @@ class Answers(NamedTuple):
     """What a loss needs of the answers of each pair. Every field has shape (pairs,).
 
     Attributes:
-        chosen: log π_θ - log π_ref of the chosen answer, nats, with gradient.
-        rejected: log π_θ - log π_ref of the rejected answer, nats, with gradient.
+        chosen: log π_θ - log π_ref of the chosen answer, nats, with gradient; without a
+            reference log π_θ.
+        rejected: The same of the rejected answer.
         chosen_tokens: Tokens of the chosen answer.
         rejected_tokens: Tokens of the rejected answer.
         betas: β̃ of each pair, no gradient.
@@ -204,7 +214,7 @@ class PreferenceLoss:
     """The loss of a recipe: a weighted sum of the losses in `types`.
 
     Attributes:
-        types: Names in LOSSES, or `sft`.
+        types: Names in LOSSES, or `sft`; or one of REFERENCE_FREE.
         weights: Weight of each type in the sum, > 0.
         label_smoothing: α, the assumed share of flipped labels, 0 <= α < 0.5.
         weighted: Whether `wpo_weights` multiply the losses of pairs
@@ -213,6 +223,7 @@ class PreferenceLoss:
             of the shorter one, from 0 to 1 (`dpo_ld_alpha`; LD-DPO, arXiv 2409.06411).
         length_penalty: ρ >= 0, by which each token lowers the reward of its answer
             (`edpo_length_penalty`; R-DPO, arXiv 2403.19159).
+        terms: Settings of a loss without a reference.
 
     Raises:
         ValueError: If a type is unknown, or if two settings contradict each other.
@@ -224,6 +235,7 @@ class PreferenceLoss:
     weighted: bool = False
     ld_alpha: float = 1.0
     length_penalty: float = 0.0
+    terms: Terms = Terms()
 
     def __post_init__(self) -> None:
         for name in self.types:
@@ -238,14 +250,40 @@ class PreferenceLoss:
             refuse("dpo_use_weighting", True, remedy)
         if not 0 <= self.ld_alpha <= 1:
             refuse("dpo_ld_alpha", self.ld_alpha, "set a number from 0 to 1")
+        if not self.has_reference:
+            _check_reference_free(self)
+
+    @property
+    def reference_free(self) -> ReferenceFreeLoss | None:
+        """The loss, if it has no reference; else None."""
+        return reference_free(self.types)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares the policy with a reference."""
+        return self.reference_free is None
 
     @property
     def sft_weight(self) -> float:
-        """Weight of `sft` in the sum; 0 if it is not in `types`."""
+        """Weight of the mean of -log π_θ over chosen tokens, as `sft` or as NLL."""
+        if self.reference_free is not None:
+            return self.weights[0] * self.reference_free.weight_of_nll(self.terms)
         return self._weights().get(SFT, 0.0)
 
+    def rewards(self, answers: Answers) -> tuple[torch.Tensor, torch.Tensor]:
+        """β̃ times what the loss compares: log-ratios, or scores under the policy.
+
+        Args:
+            answers: The log-ratios, lengths and β̃ of the pairs.
+
+        Returns:
+            Of chosen and of rejected answers, each of shape (pairs,), no gradient.
+        """
+        chosen, rejected = self._scores(answers)
+        return answers.betas * chosen.detach(), answers.betas * rejected.detach()
+
     def losses(self, answers: Answers) -> torch.Tensor:
-        """Weighted sum of all types except `sft`, for each pair.
+        """Weighted sum of all types for each pair, without `sft` and NLL.
 
         Args:
             answers: The log-ratios, lengths and β̃ of the pairs.
@@ -253,6 +291,11 @@ class PreferenceLoss:
         Returns:
             Shape (pairs,), with gradient.
         """
+        if self.reference_free is not None:
+            chosen, rejected = self._scores(answers)
+            formula = self.reference_free.loss
+            losses = formula(chosen - rejected, answers.betas, self.terms)
+            return self.weights[0] * losses
         losses = torch.zeros_like(answers.chosen)
         for name, weight in self._weights().items():
             if name != SFT:
@@ -274,6 +317,14 @@ class PreferenceLoss:
         if self.ld_alpha == 1:
             return values
         return values * tail_weights(lengths, len(values), self.ld_alpha)
+
+    def _scores(self, answers: Answers) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the loss compares, of chosen and of rejected answers."""
+        if self.reference_free is None:
+            return answers.chosen, answers.rejected
+        score = self.reference_free.score
+        chosen = score(answers.chosen, answers.chosen_tokens)
+        return chosen, score(answers.rejected, answers.rejected_tokens)
 
     def _weights(self) -> Mapping[str, float]:
         return dict(zip(self.types, self.weights, strict=True))
@@ -316,8 +367,9 @@ def tail_weights(lengths: torch.Tensor, tokens: int, alpha: float) -> torch.Tens
 def _check_type(name: str) -> None:
     if name in REFUSED:
         refuse("dpo_loss_type", name, f"{REFUSED[name]}; use another, or `rl: dpo`")
-    if name not in (*LOSSES, SFT):
-        refuse("dpo_loss_type", name, f"use one of {', '.join((*LOSSES, SFT))}")
+    known = (*LOSSES, SFT, *REFERENCE_FREE)
+    if name not in known:
+        refuse("dpo_loss_type", name, f"use one of {', '.join(known)}")
 
 
 def _check_weights(types: Sequence[str], weights: Sequence[float]) -> None:
@@ -345,3 +397,17 @@ def _check_penalty(types: Sequence[str], penalty: float) -> None:
     if penalty and not any(name in PENALIZED for name in types):
         remedy = f"remove it: of the losses, only {', '.join(PENALIZED)} have it"
         refuse("edpo_length_penalty", penalty, remedy)
+
+
+def _check_reference_free(loss: PreferenceLoss) -> None:
+    if len(loss.types) > 1:
+        alone = f"{', '.join(REFERENCE_FREE)} have no reference, and stand alone"
+        instead = (
+            f"; `{NLL_WEIGHT}` takes the place of `sft`" if SFT in loss.types else ""
+        )
+        refuse("dpo_loss_type", [*loss.types], f"name one loss: {alone}{instead}")
+    if loss.weighted:
+        refuse("dpo_use_weighting", True, "remove it: WPO weighs losses of log-ratios")
+    if loss.ld_alpha != 1:
+        remedy = "remove it: LD-DPO weighs log-ratios of tokens"
+        refuse("dpo_ld_alpha", loss.ld_alpha, remedy)

@@ -6,6 +6,7 @@ from typing import Any
 from ..data.evaluation_sets import set_names
 from ..data.layout import LayoutSettings
 from ..losses.beta_controller import ControllerSettings
+from ..losses.reference_free import Terms
 from ..models.start import ModelSettings
 from ..reference.precompute import CacheSettings
 
@@ -23,6 +24,7 @@ class EDPOSettings:
         length_penalty: By how much a token lowers the reward of its answer; 0: not.
         max_kl: The run stops beyond this KL per token, nats; None: no bound.
         sets: Names of the sets of `test_datasets:`; empty if there are fewer than two.
+        terms: Settings of a loss without a reference.
     """
 
     controller: ControllerSettings
@@ -33,6 +35,7 @@ class EDPOSettings:
     log_pairs: int | None = None
     max_kl: float | None = None
     sets: tuple[str, ...] = ()
+    terms: Terms = field(default_factory=Terms)
 
     @classmethod
     def from_config(cls, cfg: Any, beta: float) -> "EDPOSettings":
@@ -51,4 +54,5 @@ class EDPOSettings:
             cfg.edpo_log_pairs,
             cfg.edpo_max_kl,
             set_names(cfg),
+            Terms.from_config(cfg),
         )
