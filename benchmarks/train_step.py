@@ -264,11 +264,13 @@ class Clock(TrainerCallback):
             self._reference.fill = self.fill
 
     def fill(self, *args, **keywords) -> None:
+        """Fills the cache, and measures how long it takes."""
         began = perf_counter()
         self._fill(*args, **keywords)
         self.cache_seconds = perf_counter() - began
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Notes the time, after the GPU has finished the step."""
         if ON_GPU:
             torch.cuda.synchronize()
         self.ends.append(perf_counter())
