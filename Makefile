@@ -86,6 +86,8 @@ bench: $(VENV)/installed-test
 	python benchmarks/parts.py $(addprefix --data ,$(DATA)) --write
 	for adapter in "" "--adapter lora"; do python benchmarks/train_step.py \
 		$(addprefix --data ,$(DATA)) $(BODY) $(PATHS) $$adapter --write || exit; done
+	python benchmarks/train_step.py $(addprefix --data ,$(DATA)) $(BODY) --repeats 2 \
+		--contenders reference-free --baseline fixed --write
 	python benchmarks/balance.py $(addprefix --data ,$(DATA)) --write
 	python benchmarks/prepare.py $(addprefix --data ,$(DATA)) --write
 

@@ -35,10 +35,12 @@ from .config.validate import (
     without_effect,
 )
 from .errors import quote
+from .losses.reference_free import reference_free
 from .upstream import (
     automatic_plugins,
     dropped_words,
     keep_adapter_in_float32,
+    load_reference_if,
     loss_watchdog,
     named_plugins,
     recipe_keys,
@@ -115,6 +117,7 @@ class EDPOPlugin(BasePlugin):
     def pre_model_load(self, cfg) -> None:
         """Refuses what this machine or this model cannot do, and sets the seed.
 
+        It also keeps axolotl from loading a reference for a loss that has none.
         DeepSpeed gathers weights while a model is loaded, on CPU ranks one by one.
         Loading a model may draw random weights: an adapter, embeddings of new tokens.
         With the seed set, they are equal on every rank and in every run.
@@ -137,6 +140,8 @@ class EDPOPlugin(BasePlugin):
         check_recipe_adapter(cfg)
         if cfg.deepspeed:
             wait_for_every_gather()
+        if not _has_reference(cfg):
+            load_reference_if(_has_reference)
         set_seed(DEFAULT_SEED if cfg.seed is None else cfg.seed)
 
     def add_callbacks_post_trainer(self, cfg, trainer) -> list:
@@ -237,6 +242,10 @@ def _lower(cfg: dict, beta: float | None) -> None:
         LOG.info(f"`{LIGER}`: this head takes the place of Liger's loss.")
     if beta is not None:
         cfg.update(beta=beta, rl_beta=beta)
+
+
+def _has_reference(cfg) -> bool:
+    return cfg.trainer_cls != TRAINER or reference_free(cfg.dpo_loss_type) is None
 
 
 def _has_accelerator() -> bool:

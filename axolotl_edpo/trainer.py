@@ -25,7 +25,6 @@ from .reference.provider import Reference
 from .run_files import CONTROLLER
 from .training import assembly, checkpointing, finite_checks
 from .training.batching import PairBatcher
-from .training.callbacks import EDPOCallback
 from .training.citation import PAPER
 from .training.margin_filter import MarginFilter
 from .training.metrics import Mode
@@ -40,7 +39,7 @@ class EDPOTrainer(AxolotlDPOTrainer):
 
     Args:
         model: The policy.
-        ref_model: The reference; None if it is the policy with another adapter.
+        ref_model: The reference; None if it is no separate model.
         settings: Settings of the recipe. By default, those of the recipe that axolotl
             runs.
         **kwargs: Further arguments of AxolotlDPOTrainer.
@@ -71,32 +70,33 @@ class EDPOTrainer(AxolotlDPOTrainer):
     ):
         if settings is None:
             settings = EDPOSettings.from_config(upstream.recipe_config(), args.beta)
-        models = starting_models(model, ref_model, peft_config, settings.models)
+        self.loss = loss = assembly.make_loss(args, settings)
+        models = starting_models(model, ref_model, peft_config, settings.models, loss)
         self.ref_model: Any = models.reference  # is sharded within super()
         kwargs |= {"args": args, "data_collator": trl_collator(args, data_collator)}
         kwargs |= {"peft_config": models.peft_config}
-        super().__init__(models.policy, models.reference, **kwargs)
+        with upstream.reference_of_trl(loss.has_reference):
+            super().__init__(models.policy, models.reference, **kwargs)
         if settings.models.adapter_dir:
-            resolve_reference_adapter(self.model, trains=peft_config is not None)
+            keeps = loss.has_reference and peft_config is not None
+            resolve_reference_adapter(self.model, keeps)
         assembly.set_up(self)
         self._make_parts(settings)
 
     def _make_parts(self, settings: EDPOSettings) -> None:
-        controller = make_controller(settings.controller)
-        loss = assembly.make_loss(self)
-        forward = CompletionForward(self.accelerator)
+        self.controller = controller = make_controller(settings.controller)
+        self.forward = forward = CompletionForward(self.accelerator)
+        loss = self.loss
         reference = assembly.make_reference(self, forward, settings.cache, loss)
         scorer = assembly.make_scorer(self, forward, reference, controller, loss)
-        mean = assembly.make_mean(self, loss)
-        records = assembly.make_records(self, settings, controller, mean)
-        self.controller, self.loss, self.mean = controller, loss, mean
-        self.forward, self.reference = forward, reference
-        self.scorer, self.records = scorer, records
+        self.mean = assembly.make_mean(self, loss)
+        records = assembly.make_records(self, settings, controller, self.mean)
+        self.reference, self.scorer, self.records = reference, scorer, records
         self.batcher = assembly.make_batcher(self, settings.layout)
         self.margin_filter = assembly.make_margin_filter(
             self, controller, scorer, loss, records.finite
         )
-        self._callback = EDPOCallback(controller, reference, records, settings.max_kl)
+        self._callback = assembly.make_callback(self, settings)
         self.add_callback(self._callback)
         self._is_prepared = False
 

@@ -8,7 +8,8 @@ Supported: axolotl 0.19, 0.20 and 0.21, with torch 2.11 to 2.14, transformers 5.
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,46 @@ def leave_losses_as_they_are(trainer: Any) -> None:
     `loss_is_scaled_for_ga` from 5.19 on, and `model_accepts_loss_kwargs` before.
     """
     trainer.loss_is_scaled_for_ga = trainer.model_accepts_loss_kwargs = True
+
+
+def load_reference_if(is_wanted: Callable[[Any], bool]) -> None:
+    """Lets axolotl load a reference model only where it is wanted.
+
+    axolotl 0.19 to 0.21 load one for any `rl: dpo` without an adapter. They find
+    `setup_reference_model` in this Python module, after they have loaded the policy.
+
+    Args:
+        is_wanted: Whether the run of a config has a reference.
+    """
+    from axolotl import train
+
+    load: Any = train.setup_reference_model
+    load = getattr(load, "of_axolotl", load)
+
+    def call(cfg: Any, *args: Any) -> Any:
+        return load(cfg, *args) if is_wanted(cfg) else None
+
+    call.of_axolotl = load  # type: ignore[attr-defined]
+    train.setup_reference_model = call
+
+
+@contextmanager
+def reference_of_trl(wanted: bool) -> Iterator[None]:
+    """Within it, TRL's DPO trainer loads a reference only if it is wanted.
+
+    TRL 1.9 to 1.14 load one by `create_model_from_path` in this Python module, if they
+    are given none and the policy has no adapter.
+    """
+    from trl.trainer import dpo_trainer
+
+    names: Any = dpo_trainer
+    load = names.create_model_from_path
+    if not wanted:
+        names.create_model_from_path = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        names.create_model_from_path = load
 
 
 def patches_adapters_late() -> bool:

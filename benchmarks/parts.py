@@ -65,6 +65,7 @@ class Recorder(TrainerCallback):
     """Profiles STEPS steps, the second and those after it, and prints their parts."""
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Starts the profile after the first step; ends and prints it STEPS later."""
         if state.global_step == 1:
             self._profile = profile(activities=[ProfilerActivity.CPU])
             self._profile.start()

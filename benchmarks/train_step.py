@@ -93,6 +93,7 @@ PACKED = {**EDPO, "sample_packing": True}
 # not `auto`: a model that cannot share is an error and not measured as `packed`
 SHARED = {**PACKED, "edpo_prefix_sharing": True}
 CACHED = {"precompute_ref_log_probs": True}
+FIXED = {**SHARED, "edpo_control": "fixed", "edpo_epsilon": None}
 # Recipe keys of each contender.
 CONTENDERS = {
     "dpo": DPO,
@@ -104,13 +105,15 @@ CONTENDERS = {
     "padded-cached": {**EDPO, **CACHED},
     "cached": {**SHARED, **CACHED},
     "traced": {**SHARED, "edpo_log_pairs": 1},
-    "fixed": {**SHARED, "edpo_control": "fixed", "edpo_epsilon": None},
+    "fixed": FIXED,
+    "reference-free": {**FIXED, "dpo_loss_type": ["simpo"], "simpo_gamma": 0.0},
     "batch_margin": {**SHARED, "edpo_control": "batch_margin", "edpo_epsilon": None},
 }
 RIVALS = ("dpo", "dpo-chunked")
 # What the name of a contender ends with that runs the package of another checkout.
 BEFORE = " before"
-MORE = ("padding-free", "padded-cached", "traced", "fixed", "batch_margin")
+MORE = ("padding-free", "padded-cached", "traced", "fixed", "reference-free")
+MORE += ("batch_margin",)
 DEFAULT = [name for name in CONTENDERS if name not in MORE]
 LEGEND = (
     "Contenders: `dpo` is axolotl's `rl: dpo` and `dpo-chunked` the same with "
@@ -120,7 +123,7 @@ LEGEND = (
     "prompt in its row once; `cached` that, and `padded-cached` as `padded`, with "
     "`precompute_ref_log_probs`, where the cache is there; `traced` as `shared` with "
     "`edpo_log_pairs: 1`; `fixed` and `batch_margin` as `shared` with that "
-    "`edpo_control`."
+    "`edpo_control`; `reference-free` as `fixed` with `dpo_loss_type: [simpo]`, γ 0."
 )
 # What liger-kernel may put into a model's layers.
 LAYER_KERNELS = (
@@ -261,11 +264,13 @@ class Clock(TrainerCallback):
             self._reference.fill = self.fill
 
     def fill(self, *args, **keywords) -> None:
+        """Fills the cache, and measures how long it takes."""
         began = perf_counter()
         self._fill(*args, **keywords)
         self.cache_seconds = perf_counter() - began
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Notes the time, after the GPU has finished the step."""
         if ON_GPU:
             torch.cuda.synchronize()
         self.ends.append(perf_counter())
@@ -705,7 +710,9 @@ def check_preparation(prepared: Path, name: str) -> None:
 
 
 def check_start(name: str, run: Run) -> None:
-    """That policy and reference were equal at the first step.
+    """That policy and reference were equal at the first step, or had no reference.
+
+    A random model gives both answers nearly the same log-probability per token.
 
     Raises:
         RuntimeError: Names the contender.

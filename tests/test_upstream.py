@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MethodType
 
 import axolotl
+import axolotl.train as axolotl_train
 import pytest
 import torch
 from accelerate import Accelerator
@@ -57,6 +58,7 @@ from transformers.models.mixtral import modeling_mixtral
 from trl import DPOConfig, DPOTrainer
 from trl.data_utils import is_conversational
 from trl.models.utils import _ForwardRedirection
+from trl.trainer import dpo_trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import disable_dropout_in_model
 
@@ -256,6 +258,45 @@ def test_a_pretrained_adapter_gets_a_reference_copy_named_ref():
     assert 'model.add_adapter("ref", default_config)' in source(DPOTrainer.__init__), (
         "forward.py: REFERENCE_ADAPTER"
     )
+
+
+def test_a_reference_is_loaded_by_two_functions_that_are_replaced():
+    """axolotl's after the policy is loaded; TRL's where it is given none."""
+    source = inspect.getsource(setup_model_and_trainer)
+    policy, reference = (
+        "setup_model_and_tokenizer(cfg)",
+        "= setup_reference_model(cfg, ",
+    )
+    assert source.index(policy) < source.index(reference), "upstream.py"
+    hook = inspect.getsource(ModelLoader.load)
+    assert "pre_model_load(self.cfg)" in hook, "plugin.py: pre_model_load"
+    source = inspect.getsource(DPOTrainer.__init__)
+    *_, own = source.partition("if ref_model is None:")
+    assert "self.ref_model = create_model_from_path(" in own, "upstream.py"
+    assert own.count("create_model_from_path(") == 1
+    load = dpo_trainer.create_model_from_path
+    with upstream.reference_of_trl(False):
+        assert dpo_trainer.create_model_from_path("a", dtype=None) is None
+    assert dpo_trainer.create_model_from_path is load
+    with upstream.reference_of_trl(True):
+        assert dpo_trainer.create_model_from_path is load
+
+
+def test_axolotls_reference_is_asked_for_where_it_is_wanted(monkeypatch):
+    monkeypatch.setattr(axolotl_train, "setup_reference_model", lambda *args: args)
+    for _ in range(2):  # replaced once
+        upstream.load_reference_if(lambda cfg: cfg["wanted"])
+    asked = axolotl_train.setup_reference_model
+    assert asked({"wanted": False}, 1, 2) is None
+    assert asked({"wanted": True}, 1, 2) == ({"wanted": True}, 1, 2)
+    assert not hasattr(asked.of_axolotl, "of_axolotl")
+
+
+def test_axolotl_passes_orpo_alpha_on_as_beta_and_a_plugin_comes_later():
+    source = inspect.getsource(HFRLTrainerBuilder._build_training_arguments)
+    as_beta = 'training_args_kwargs["beta"] = self.cfg.orpo_alpha'
+    later = "training_args_kwargs.update(plugin_training_args)"
+    assert source.index(as_beta) < source.index(later), "config/args.py: handed_on"
 
 
 def test_the_forward_redirection_restores_before_it_calls():

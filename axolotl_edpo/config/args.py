@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 from ..errors import quote
 from ..losses.beta_controller import Control
 from ..losses.edpo import BetaMean
+from ..losses.reference_free import reference_free
 
 PREFIX = "edpo_"
 CONTROL = "edpo_control"
@@ -61,6 +62,9 @@ def _switch(value: Any) -> Any:
 Switch = Annotated[bool | Literal["auto"], BeforeValidator(_switch)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
 Count = Annotated[int, BeforeValidator(_no_bool)]
+NotNegative = Annotated[
+    float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_no_bool)
+]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_no_bool)]
 
 
@@ -108,6 +112,13 @@ class EDPOArgs(BaseModel):
         description="With `edpo_control: batch_margin`: share of a step's pairs that "
         "its filter keeps (paper: 0.8; 1: no filter)",
     )
+    edpo_length_penalty: Number = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="R-DPO: by how much a token lowers the reward of its answer; with "
+        "`dpo_loss_type` `sigmoid` or `robust` (0: not at all, plain DPO)",
+    )
     edpo_log_pairs: Count | None = Field(
         default=None,
         gt=0,
@@ -119,6 +130,11 @@ class EDPOArgs(BaseModel):
         description="Training stops with a checkpoint when `kl/policy_ref` of a log is "
         "above this, in nats per token (absent: it goes on, and a warning names a "
         "collapse)",
+    )
+    edpo_slic_delta: Positive | None = Field(
+        default=None,
+        description="With `dpo_loss_type: [slic]`: δ, the difference of "
+        "log-probabilities from which on a pair teaches nothing, in nats (absent: 1)",
     )
     edpo_prefix_sharing: Switch = Field(
         default="auto",
@@ -181,6 +197,13 @@ class Bounds(BaseModel):
         le=1,
         description="Weight of the tokens that one answer is longer by",
     )
+    simpo_gamma: NotNegative | None = Field(
+        None, description="The margin of rewards that SimPO aims at"
+    )
+    cpo_alpha: NotNegative | None = Field(
+        None, description="Weight of the likelihood of chosen answers"
+    )
+    orpo_alpha: Positive | None = Field(None, description="Weight of the odds ratio")
     context_parallel_size: int | None = Field(None, description="Only 1")
     sequence_parallel_degree: int | None = Field(None, description="Only 1")
     tensor_parallel_size: int | None = Field(None, description="Only 1")
@@ -251,4 +274,7 @@ def handed_on(recipe: Mapping[str, Any]) -> dict[str, Any]:
         arguments |= {key: trl[key] for key in keys if trl.get(key) is not None}
     if recipe.get("curriculum_sampling"):
         arguments["train_sampling_strategy"] = "sequential"
+    loss = reference_free(recipe.get("dpo_loss_type"))
+    if loss is not None and not loss.has_beta:
+        arguments["beta"] = 1.0  # or axolotl would pass on `orpo_alpha`
     return arguments

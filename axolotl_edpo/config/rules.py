@@ -13,6 +13,7 @@ from ..errors import quote, refuse
 from ..losses.beta_controller import Control
 from ..losses.edpo import LOWEST_BATCH_BETA
 from ..losses.preference import SFT
+from ..losses.reference_free import REFERENCE_FREE
 from ..upstream_data import takes_images
 from .args import CACHE, CONTROL, LOWERED, OF_CONTROL, PRECOMPUTE
 
@@ -131,14 +132,14 @@ CONTROL_RULES = (
 # --- what this version does not compute ----------------------------------------------
 
 SUPERVISED = "remove it: axolotl gives it to supervised training only"
-NOISE = "remove it: its noise would count as distance from the reference"
+NOISE = "remove it: its noise would count as part of the log-probabilities"
 # Keys that ask for another loss or batch than this version computes, or that would have
 # no effect -> what to set instead.
 UNSUPPORTED = {
-    "reference_free": "remove it: ε-DPO compares policy and reference",
+    "reference_free": "remove it: of `dpo_loss_type`, "
+    f"{', '.join(REFERENCE_FREE)} have no reference",
     "dpo_norm_loss": "remove it",
     "fsdp": "set `fsdp_version: 2` and `fsdp_config:`",
-    "orpo_alpha": "remove it: axolotl would take it for `beta`",
     "dataset_shard_num": "axolotl ignores it beside `rl`: set `split: train[:10%]` in "
     "`datasets:`",
     "reward_model": "remove it: it asks for another trainer",

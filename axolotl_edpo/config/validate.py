@@ -17,6 +17,7 @@ from . import rules
 from .args import LOWERED, PREFIX, Bounds, EDPOArgs, Moving, lowered_packing
 from .dataset_entries import check_entries
 from .lora_kernels import KERNEL_RULES
+from .loss_rules import LOSS_RULES
 from .rules import Recipe
 from .typos import check_edpo_keys
 
@@ -153,6 +154,8 @@ def _check_loss(recipe: Recipe) -> None:
         tuple(recipe.get("dpo_loss_weights") or [1.0] * len(types)),
         recipe.get("dpo_label_smoothing") or 0.0,
         bool(recipe.get("dpo_use_weighting")),
+        1.0 if recipe.get("dpo_ld_alpha") is None else recipe["dpo_ld_alpha"],
+        length_penalty=float(recipe.get("edpo_length_penalty") or 0),
     )
 
 
@@ -215,6 +218,7 @@ CHECKS: tuple[Callable[[Recipe], None], ...] = (
     _check_context,
     *rules.DISPATCH_RULES,
     _check_loss,
+    *LOSS_RULES,
     check_entries,
     *rules.ADAPTER_RULES,
     _check_moving,

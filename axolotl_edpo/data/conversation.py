@@ -99,7 +99,7 @@ def require_same_context(
     both = zip_longest(_said(chosen), _said(rejected), fillvalue=())
     for number, (a, b) in enumerate(both, 1):
         if a != b:
-            one, other = _difference(a, b)
+            one, other = _differing_parts(a, b)
             raise PairError(
                 f"`{columns[0]}` and `{columns[1]}` answer different conversations: "
                 f"message {number} is {one} in one and {other} in the other. ε-DPO "
@@ -107,8 +107,13 @@ def require_same_context(
             )
 
 
-def _difference(one: tuple, other: tuple) -> tuple[str, str]:
-    """What differs in two messages, of which one may be absent."""
+def _differing_parts(one: tuple, other: tuple) -> tuple[str, str]:
+    """Quotes the first part in which two messages differ; one of them may be absent.
+
+    Args:
+        one: A message as `_said` returns it; empty if it is absent.
+        other: The other message.
+    """
     if not (one and other):
         return _quoted(one), _quoted(other)
     place = next(i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
@@ -216,7 +221,8 @@ def _tools(row: Mapping[str, Any]) -> list[Any] | None:
         tools = _json(tools, "`tools`") if tools.strip() else None
     if tools is not None and not isinstance(tools, list):
         raise PairError(
-            "`tools` is not a list of functions: see axolotl's `field_tools`"
+            f"`tools` is a {type(tools).__name__}: write a list of functions, or JSON "
+            "text of such a list"
         )
     return without_none(tools) or None
 
@@ -247,7 +253,7 @@ def texts_of(message: Message) -> list[str]:
 
 
 def _said(messages: Sequence[Message]) -> list[tuple]:
-    """What distinguishes messages: text, role, calls and thoughts."""
+    """Text, role, calls and thoughts of each message: if they are equal, so is it."""
     keys = ("content", "role", "tool_calls", *THOUGHTS)
     return [tuple(map(message.get, keys)) for message in messages]
 

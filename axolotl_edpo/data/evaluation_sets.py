@@ -1,8 +1,9 @@
-"""The sets of `test_datasets:`, which axolotl merges into one: names, and who is whose.
+"""Names of the sets of `test_datasets:`, and the number of the set of each pair.
 
-While several are prepared, each pair gets the number of its entry in the column SET.
-Their names come from the entries alone, so that a run that finds prepared data knows
-them.
+axolotl merges the entries of `test_datasets:` into one data set. If there are several,
+each pair gets the number of its entry in the column SET while it is prepared.
+
+The names depend on the recipe alone. So a run that finds prepared data knows them, too.
 """
 
 import re
@@ -20,10 +21,12 @@ ENDING = r"\.(jsonl?|parquet|arrow|csv|txt)(\.\w+)?$"
 def set_names(cfg: Any) -> tuple[str, ...]:
     """A name for each entry of `test_datasets:`; empty if there are fewer than two.
 
-    It is the name of the file or data set without folder, owner and ending; with the
-    split where several have the same name. If that is not enough, all are numbered.
-    Empty as well with `dataset_exact_deduplication`: a pair of two sets is then left in
-    one of them.
+    A set is named after its file or data set, without folder, owner and ending. If
+    several sets have the same name, their splits are added. If names are still equal,
+    all are numbered.
+
+    With `dataset_exact_deduplication` the sets have no names either: a pair that is in
+    two sets is then kept in one of them only.
 
     Args:
         cfg: axolotl's config.
@@ -54,5 +57,11 @@ def _split(entry: Mapping[str, Any]) -> str:
 
 
 def numbered(make: Any, number: int, row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a `PairMaker` makes of a row, with the number of its set."""
+    """Makes a pair of a row, and adds the number of its set in the column SET.
+
+    Args:
+        make: The `PairMaker` of the row's entry.
+        number: Number of that entry in `test_datasets:`; the first is 0.
+        row: A row of the data.
+    """
     return {**make(row), SET: number}

@@ -33,8 +33,8 @@ class ImagePairCollator(DataCollatorForVisionPreference):
     def torch_call(self, examples: list[dict[str, Any]]) -> Batch:  # type: ignore[override]
         """Lays out one micro-batch.
 
-        A batch without images gets a pair with a blank one, which is not scored: some
-        engines need every rank to run the vision tower.
+        A batch without images gets one more pair, with a blank image. It is not scored,
+        but some engines need every rank to run the vision tower.
 
         Args:
             examples: Pairs of the data set, with texts or messages and with images.

@@ -1,7 +1,8 @@
-"""Makes the texts of a pair of a row, and refuses rows that would lose something.
+"""`PairMaker`: turns a row of a data set into the texts of a pair.
 
-axolotl's dataset types do the reading. For `chat_template` types, the chat template
-renders the two whole conversations, and their text is what counts.
+axolotl's dataset types read the row. For `chat_template` types, the pair gets the text
+that the chat template writes for the two whole conversations. A row is refused if a
+part of it would be lost.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -25,8 +26,9 @@ from .rendering import ChatTemplate, PairText, left_out, render_pair
 
 # Columns of the texts of a pair.
 TEXTS = ("prompt", *ANSWERS)
-# Columns that a row gets beside them: lines "kind: detail" on what is not as under
-# `rl: dpo`; tokens of the prompt, and of the longer sequence.
+# Two more columns that a row gets. NOTES: lines "kind: detail", one for each way in
+# which the pair differs from that of `rl: dpo`. LENGTHS: the number of tokens of the
+# prompt, and of the longer of the two sequences.
 NOTES, LENGTHS = "edpo_notes", "edpo_lengths"
 # Kinds of notes.
 TEMPLATE, MERGED, REPEATED = "template", "merged", "repeated"
@@ -169,7 +171,7 @@ class PairMaker:
         except Exception as error:  # whatever a type and a template make of it
             return pair, [*notes, f"{TEMPLATE}: it fails with {type(error).__name__}"]
         if pair != dpo:
-            notes.append(f"{TEMPLATE}: {_difference(pair, dpo)}")
+            notes.append(f"{TEMPLATE}: {_where_texts_differ(pair, dpo)}")
         return pair, notes
 
     def _read(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -208,7 +210,7 @@ class PairMaker:
 
 
 class _Seen(dict):
-    """A row that remembers which values were read of it."""
+    """A row that records which of its values were read."""
 
     def __init__(self, row: Mapping[str, Any]):
         super().__init__(row)
@@ -220,11 +222,15 @@ class _Seen(dict):
         return value
 
     def get(self, key, default=None):
+        """As `dict.get`, and records the read."""
         return self[key] if key in self else default
 
 
 class _Nothing:
-    """Is false as None is, and can be found in a text."""
+    """Takes the place of None in a row: it is false, too, and its text is unique.
+
+    If that text is in what a dataset type makes, the type wrote the None as text.
+    """
 
     def __init__(self, key: str):
         self._key = key
@@ -237,7 +243,14 @@ class _Nothing:
 
 
 def _require_texts(made: Mapping[str, Any], read: Mapping[str, Any]) -> None:
-    """Refuses what is no text, text that Python made of a list, and empty answers."""
+    """Refuses a pair with a value that is no text, or that is empty.
+
+    A type may also write a list as Python prints it. Such a text is refused, too.
+
+    Args:
+        made: The pair as the type made it.
+        read: Name -> value of the columns that the type has read.
+    """
     if _is_messages(made):
         return _require_messages(made)
     for name in sorted(TEXTS, key=lambda name: made.get(name) is not None):
@@ -275,7 +288,7 @@ def _require_messages(made: Mapping[str, Any]) -> None:
 
 
 def _require_image_parts(talk: Conversation) -> None:
-    """Refuses what the collator of axolotl leaves out, or fails with."""
+    """Refuses parts and tools that axolotl's collator of images does not handle."""
     _require_kinds(talk.context, ("text", "image"))
     _require_kinds(talk.answers, ("text",))
     if talk.tools:
@@ -335,8 +348,8 @@ def _require_question(row: Mapping[str, Any]) -> None:
             )
 
 
-def _difference(pair: PairText, dpo: PairText) -> str:
-    """Both texts around the first character that differs."""
+def _where_texts_differ(pair: PairText, dpo: PairText) -> str:
+    """Quotes the texts of a pair and of `rl: dpo` where they first differ."""
     ours, theirs = (p.prompt + "|" + p.chosen for p in (pair, dpo))
     if ours == theirs:
         ours, theirs = pair.rejected, dpo.rejected

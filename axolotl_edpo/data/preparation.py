@@ -82,14 +82,15 @@ def prepare(load: Prepare, cfg: Any, tokenizer: Any) -> tuple[Dataset, Dataset |
             set, file, row and remedy.
     """
     train, evaluation = load_noted(load, cfg, tokenizer)
-    said = None if evaluation is None else _said("test_datasets", evaluation)
-    return _said("datasets", train), said
+    if evaluation is not None:
+        evaluation = _log_notes("test_datasets", evaluation)
+    return _log_notes("datasets", train), evaluation
 
 
 def load_noted(
     load: Prepare, cfg: Any, tokenizer: Any
 ) -> tuple[Dataset, Dataset | None]:
-    """Loads both sets with the columns NOTES and LENGTHS, of which nothing is said.
+    """Loads both sets with the columns NOTES and LENGTHS, and logs no notes.
 
     The arguments and errors are those of `prepare`.
     """
@@ -280,7 +281,7 @@ class Preparation:
         return sample
 
     def is_kept(self) -> Callable[..., bool]:
-        """The function that tells pairs that are short enough."""
+        """The function of a pair that tells whether it is short enough."""
         strategy = (self.cfg.excess_length_strategy or "drop").lower()
         return partial(_is_kept, truncates=strategy == "truncate")
 
@@ -362,8 +363,8 @@ def _is_untyped(entry: Mapping[str, Any]) -> bool:
     return entry["type"] == UNTYPED
 
 
-def _said(key: str, dataset: Dataset) -> Dataset:
-    """Says what was noted of the pairs, and removes the notes."""
+def _log_notes(key: str, dataset: Dataset) -> Dataset:
+    """Logs a warning for each kind of note; returns the data without their columns."""
     for line in notes_in_words(key, dataset):
         LOG.warning(f"{line} `axolotl edpo-inspect` shows them.")
     return dataset.remove_columns([NOTES, LENGTHS])

@@ -1,4 +1,4 @@
-"""What prepared data were made of: a fingerprint, and which part of it changed.
+"""Records what prepared data were made of, and tells which part of it has changed.
 
 axolotl names a folder of prepared data after the recipe alone. Under `rl: edpo` the
 name also depends on the contents of files, on the chat template and on the tokenizer.
@@ -44,7 +44,7 @@ def made_of(
     template: str,
     processor: Any,
 ) -> dict[str, str]:
-    """Everything that prepared data depend on: what it is -> its value or digest.
+    """All that prepared data depend on: name of a part -> its value or digest.
 
     Args:
         cfg: axolotl's config.

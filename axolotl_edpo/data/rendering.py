@@ -33,6 +33,7 @@ class PairText:
 
     @property
     def answers(self) -> tuple[str, str]:
+        """The text of the chosen and of the rejected answer."""
         return self.chosen, self.rejected
 
 
@@ -160,9 +161,10 @@ def _marked(message: Message) -> Message:
 
 
 def _lost(message: Message, text: str) -> list[str]:
-    """Parts of an answer that a text has not, each in a place of its own.
+    """The parts of an answer that are missing in a text.
 
-    The longest is looked for first, as it may have the others in it.
+    Two parts may be equal, or one may contain the other. So a place of the text counts
+    for one part only, and the longest part is looked for first.
     """
     lost = []
     for part in sorted(_parts(message), key=len, reverse=True):
@@ -175,9 +177,16 @@ def _lost(message: Message, text: str) -> list[str]:
 
 
 def left_out(talk: Conversation, pair: PairText) -> Iterator[str]:
-    """Names what of a context or of its tools is not in the text.
+    """Names messages of the context, and `tools`, that the text of a pair leaves out.
 
     Thoughts of earlier answers are not looked for: templates leave them out on purpose.
+
+    Args:
+        talk: The conversation.
+        pair: Its text, as a template wrote it.
+
+    Yields:
+        Names for a message to the user.
     """
     text = pair.prompt + pair.chosen
     for message in talk.context:
@@ -207,7 +216,10 @@ def _parts(message: Message, thoughts: bool = True) -> list[str]:
 
 
 def _arguments(message: Message) -> Iterator[str]:
-    """Texts that a message hands to functions, whose names `tools` may have, too."""
+    """The arguments of a message's tool calls that are text.
+
+    Names of functions are not among them: `tools` may contain these, too.
+    """
     for call in message.get("tool_calls") or ():
         given = (call.get("function") or call).get("arguments")
         values = given.values() if isinstance(given, Mapping) else ()

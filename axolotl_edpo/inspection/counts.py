@@ -10,7 +10,7 @@ from .pair_set import SAME, TRUNCATED, PairSet
 
 
 def lines(found: PairSet) -> Iterator[str]:
-    """What is to be known of all pairs of a set."""
+    """A line for each kind of note, and the lengths of all pairs of a set."""
     name, total = f"`{found.key}`", len(found)
     yield f"{name}: {total} pairs{_left_out(found)}"
     yield from notes_in_words(found.key, found.pairs)

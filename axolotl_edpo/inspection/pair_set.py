@@ -147,7 +147,7 @@ def _left_out(cfg: Any, key: str, sets: list[Dataset | None], late: int) -> int 
         cfg: axolotl's config.
         key: `datasets` or `test_datasets`.
         sets: What axolotl prepared for training and for evaluation.
-        late: Rows that are left out after that.
+        late: Rows that TRL leaves out after that.
     """
     if not cfg.test_datasets:  # evaluation pairs are taken from `datasets`
         entries, made = cfg.datasets, sets

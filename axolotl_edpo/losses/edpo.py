@@ -56,9 +56,12 @@ def pair_betas(steps: torch.Tensor, beta: float, epsilon: float) -> torch.Tensor
 
 
 def preference_loss(
-    log_ratios: torch.Tensor, betas: torch.Tensor, label_smoothing: float = 0.0
+    log_ratios: torch.Tensor,
+    betas: torch.Tensor,
+    label_smoothing: float = 0.0,
+    offsets: torch.Tensor | float = 0.0,
 ) -> torch.Tensor:
-    """DPO loss of each pair, -log σ(β̃ · log_ratio).
+    """DPO loss of each pair, -log σ(β̃ · log_ratio + offset).
 
     With label smoothing α it is the conservative DPO loss: the expected loss if each
     label is flipped with probability α.
@@ -68,11 +71,12 @@ def preference_loss(
             of rejected. The loss has a gradient for these only.
         betas: β̃, shape (pairs,); no gradient.
         label_smoothing: α, 0 <= α < 0.5.
+        offsets: What is added to the logit β̃ · log_ratio, shape (pairs,).
 
     Returns:
         Shape (pairs,), nats.
     """
-    logits = betas.detach() * log_ratios
+    logits = betas.detach() * log_ratios + offsets
     loss = -(1 - label_smoothing) * F.logsigmoid(logits)
     # log σ(-x) is log(1 - σ(x)) without cancellation
     return loss - label_smoothing * F.logsigmoid(-logits)

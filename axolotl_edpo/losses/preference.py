@@ -2,9 +2,10 @@
 
 w and l are the log-ratios log π_θ - log π_ref of the chosen and the rejected answer.
 Each is a sum over the tokens of its answer; |w| and |l| are the numbers of tokens. β is
-the β̃ of the pair, and α is `dpo_label_smoothing`:
+the β̃ of the pair, α is `dpo_label_smoothing`, and ρ is `edpo_length_penalty`:
 
-    sigmoid        -(1-α) log σ(β(w - l)) - α log σ(-β(w - l))     DPO, 2305.18290
+    sigmoid        -(1-α) log σ(x) - α log σ(-x),                  DPO, 2305.18290
+                   x = β(w - l) + ρ(|w| - |l|)                     R-DPO, 2403.19159
     robust         `sigmoid` with -α/(1-2α) in place of α          2403.00409
     hinge          max(0, 1 - β(w - l))                            SLiC, 2305.10425
     ipo            (w/|w| - l/|l| - 1/(2β))²                       IPO, 2310.12036
@@ -20,6 +21,13 @@ the β̃ of the pair, and α is `dpo_label_smoothing`:
 
 The numbers are arXiv's. If all pairs have the same β, the losses are those of TRL, with
 one exception: TRL's `sigmoid` ignores α. `sft` has no β, so it cannot be the only loss.
+
+R-DPO (ρ > 0; α in its paper) lowers the reward of an answer by ρ per token. That is DPO
+for another reward, which Proposition 1 of ε-DPO allows, and the term is the same under
+every β. So Δ±, the step s, the margins of β-DPO and the movement of β are functions of
+log-ratios alone. The logged rewards stay β(log π_θ - log π_ref), as in TRL.
+
+`reference_free.py` has the losses without a reference, each of which stands alone.
 """
 
 import math
@@ -32,6 +40,13 @@ import torch.nn.functional as F
 
 from ..errors import refuse
 from .edpo import preference_loss
+from .reference_free import (
+    NLL_WEIGHT,
+    REFERENCE_FREE,
+    ReferenceFreeLoss,
+    Terms,
+    reference_free,
+)
 
 SFT = "sft"
 # τ of `discopop`: TRL's default. axolotl has no key for it.
@@ -42,8 +57,9 @@ class Answers(NamedTuple):
     """What a loss needs of the answers of each pair. Every field has shape (pairs,).
 
     Attributes:
-        chosen: log π_θ - log π_ref of the chosen answer, nats, with gradient.
-        rejected: log π_θ - log π_ref of the rejected answer, nats, with gradient.
+        chosen: log π_θ - log π_ref of the chosen answer, nats, with gradient; without a
+            reference log π_θ.
+        rejected: The same of the rejected answer.
         chosen_tokens: Tokens of the chosen answer.
         rejected_tokens: Tokens of the rejected answer.
         betas: β̃ of each pair, no gradient.
@@ -91,71 +107,84 @@ class Answers(NamedTuple):
         return self.betas * self.margins
 
     @property
+    def length_differences(self) -> torch.Tensor:
+        """Tokens of chosen minus tokens of rejected; shape (pairs,)."""
+        return self.chosen_tokens - self.rejected_tokens
+
+    @property
     def mean_margins(self) -> torch.Tensor:
         """The margin of log-ratios per token, nats per token; shape (pairs,)."""
         chosen = self.chosen / self.chosen_tokens.clamp(min=1)
         return chosen - self.rejected / self.rejected_tokens.clamp(min=1)
 
 
-def _sigmoid(answers: Answers, smoothing: float) -> torch.Tensor:
-    return preference_loss(answers.margins, answers.betas, smoothing)
+def _sigmoid(answers: Answers, loss: "PreferenceLoss") -> torch.Tensor:
+    return _smoothed(answers, loss, loss.label_smoothing)
 
 
-def _robust(answers: Answers, smoothing: float) -> torch.Tensor:
-    robust_smoothing = -smoothing / (1 - 2 * smoothing)
-    return preference_loss(answers.margins, answers.betas, robust_smoothing)
+def _robust(answers: Answers, loss: "PreferenceLoss") -> torch.Tensor:
+    return _smoothed(
+        answers, loss, -loss.label_smoothing / (1 - 2 * loss.label_smoothing)
+    )
 
 
-def _hinge(answers: Answers, smoothing: float) -> torch.Tensor:
+def _smoothed(
+    answers: Answers, loss: "PreferenceLoss", smoothing: float
+) -> torch.Tensor:
+    penalties = loss.length_penalty * answers.length_differences
+    return preference_loss(answers.margins, answers.betas, smoothing, penalties)
+
+
+def _hinge(answers: Answers, loss: "PreferenceLoss") -> torch.Tensor:
     return F.relu(1 - answers.reward_margins)
 
 
-def _ipo(answers: Answers, smoothing: float) -> torch.Tensor:
+def _ipo(answers: Answers, loss: "PreferenceLoss") -> torch.Tensor:
     return (answers.mean_margins - 0.5 / answers.betas) ** 2
 
 
-def _sigmoid_norm(answers: Answers, smoothing: float) -> torch.Tensor:
+def _sigmoid_norm(answers: Answers, loss: "PreferenceLoss") -> torch.Tensor:
     return preference_loss(answers.mean_margins, answers.betas)
 
 
-def _exo_pair(answers: Answers, smoothing: float) -> torch.Tensor:
+def _exo_pair(answers: Answers, loss: "PreferenceLoss") -> torch.Tensor:
     x = answers.reward_margins
-    right = F.logsigmoid(x) - math.log1p(-smoothing)
-    wrong = F.logsigmoid(-x) - math.log(smoothing)
+    right = F.logsigmoid(x) - math.log1p(-loss.label_smoothing)
+    wrong = F.logsigmoid(-x) - math.log(loss.label_smoothing)
     return x.sigmoid() * right + (-x).sigmoid() * wrong
 
 
-def _nca_pair(answers: Answers, smoothing: float) -> torch.Tensor:
+def _nca_pair(answers: Answers, loss: "PreferenceLoss") -> torch.Tensor:
     chosen, rejected = answers.chosen_rewards, answers.rejected_rewards
     lowered = F.logsigmoid(-chosen) + F.logsigmoid(-rejected)
     return -F.logsigmoid(chosen) - 0.5 * lowered
 
 
-def _bco_pair(answers: Answers, smoothing: float) -> torch.Tensor:
+def _bco_pair(answers: Answers, loss: "PreferenceLoss") -> torch.Tensor:
     chosen, rejected = answers.chosen_rewards, answers.rejected_rewards
     return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
 
 
-def _sppo_hard(answers: Answers, smoothing: float) -> torch.Tensor:
+def _sppo_hard(answers: Answers, loss: "PreferenceLoss") -> torch.Tensor:
     target = 0.5 / answers.betas
     return (answers.chosen - target) ** 2 + (answers.rejected + target) ** 2
 
 
-def _apo_zero(answers: Answers, smoothing: float) -> torch.Tensor:
+def _apo_zero(answers: Answers, loss: "PreferenceLoss") -> torch.Tensor:
     # 1 - σ(x) = σ(-x)
     return (-answers.chosen_rewards).sigmoid() + answers.rejected_rewards.sigmoid()
 
 
-def _apo_down(answers: Answers, smoothing: float) -> torch.Tensor:
+def _apo_down(answers: Answers, loss: "PreferenceLoss") -> torch.Tensor:
     return answers.chosen_rewards.sigmoid() + (-answers.reward_margins).sigmoid()
 
 
-def _discopop(answers: Answers, smoothing: float) -> torch.Tensor:
+def _discopop(answers: Answers, loss: "PreferenceLoss") -> torch.Tensor:
     x = answers.reward_margins
     return torch.lerp(-F.logsigmoid(x), (-x).exp(), (x / DISCOPOP_TAU).sigmoid())
 
 
-LOSSES: dict[str, Callable[[Answers, float], torch.Tensor]] = {
+LOSSES: dict[str, Callable[[Answers, "PreferenceLoss"], torch.Tensor]] = {
     "sigmoid": _sigmoid,
     "robust": _robust,
     "hinge": _hinge,
@@ -171,6 +200,8 @@ LOSSES: dict[str, Callable[[Answers, float], torch.Tensor]] = {
 }
 # Losses that use α.
 SMOOTHED = ("sigmoid", "robust", "exo_pair")
+# Losses that use ρ.
+PENALIZED = ("sigmoid", "robust")
 # Losses of TRL that cannot have a β per pair, with the reason.
 REFUSED = dict.fromkeys(
     ("aot", "aot_unpaired"),
@@ -183,13 +214,16 @@ class PreferenceLoss:
     """The loss of a recipe: a weighted sum of the losses in `types`.
 
     Attributes:
-        types: Names in LOSSES, or `sft`.
+        types: Names in LOSSES, or `sft`; or one of REFERENCE_FREE.
         weights: Weight of each type in the sum, > 0.
         label_smoothing: α, the assumed share of flipped labels, 0 <= α < 0.5.
         weighted: Whether `wpo_weights` multiply the losses of pairs
             (`dpo_use_weighting`; WPO, arXiv 2406.11827).
         ld_alpha: Weight of those tokens of the longer answer that are beyond the length
             of the shorter one, from 0 to 1 (`dpo_ld_alpha`; LD-DPO, arXiv 2409.06411).
+        length_penalty: ρ >= 0, by which each token lowers the reward of its answer
+            (`edpo_length_penalty`; R-DPO, arXiv 2403.19159).
+        terms: Settings of a loss without a reference.
 
     Raises:
         ValueError: If a type is unknown, or if two settings contradict each other.
@@ -200,12 +234,15 @@ class PreferenceLoss:
     label_smoothing: float = 0.0
     weighted: bool = False
     ld_alpha: float = 1.0
+    length_penalty: float = 0.0
+    terms: Terms = Terms()
 
     def __post_init__(self) -> None:
         for name in self.types:
             _check_type(name)
         _check_weights(self.types, self.weights)
         _check_smoothing(self.types, self.label_smoothing)
+        _check_penalty(self.types, self.length_penalty)
         if all(name == SFT for name in self.types):
             refuse("dpo_loss_type", [*self.types], "add one with a β, like `sigmoid`")
         if self.weighted and SFT in self.types:
@@ -213,14 +250,40 @@ class PreferenceLoss:
             refuse("dpo_use_weighting", True, remedy)
         if not 0 <= self.ld_alpha <= 1:
             refuse("dpo_ld_alpha", self.ld_alpha, "set a number from 0 to 1")
+        if not self.has_reference:
+            _check_reference_free(self)
+
+    @property
+    def reference_free(self) -> ReferenceFreeLoss | None:
+        """The loss, if it has no reference; else None."""
+        return reference_free(self.types)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares the policy with a reference."""
+        return self.reference_free is None
 
     @property
     def sft_weight(self) -> float:
-        """Weight of `sft` in the sum; 0 if it is not in `types`."""
+        """Weight of the mean of -log π_θ over chosen tokens, as `sft` or as NLL."""
+        if self.reference_free is not None:
+            return self.weights[0] * self.reference_free.weight_of_nll(self.terms)
         return self._weights().get(SFT, 0.0)
 
+    def rewards(self, answers: Answers) -> tuple[torch.Tensor, torch.Tensor]:
+        """β̃ times what the loss compares: log-ratios, or scores under the policy.
+
+        Args:
+            answers: The log-ratios, lengths and β̃ of the pairs.
+
+        Returns:
+            Of chosen and of rejected answers, each of shape (pairs,), no gradient.
+        """
+        chosen, rejected = self._scores(answers)
+        return answers.betas * chosen.detach(), answers.betas * rejected.detach()
+
     def losses(self, answers: Answers) -> torch.Tensor:
-        """Weighted sum of all types except `sft`, for each pair.
+        """Weighted sum of all types for each pair, without `sft` and NLL.
 
         Args:
             answers: The log-ratios, lengths and β̃ of the pairs.
@@ -228,10 +291,15 @@ class PreferenceLoss:
         Returns:
             Shape (pairs,), with gradient.
         """
+        if self.reference_free is not None:
+            chosen, rejected = self._scores(answers)
+            formula = self.reference_free.loss
+            losses = formula(chosen - rejected, answers.betas, self.terms)
+            return self.weights[0] * losses
         losses = torch.zeros_like(answers.chosen)
         for name, weight in self._weights().items():
             if name != SFT:
-                losses = losses + weight * LOSSES[name](answers, self.label_smoothing)
+                losses = losses + weight * LOSSES[name](answers, self)
         return losses
 
     def token_weighted(
@@ -249,6 +317,14 @@ class PreferenceLoss:
         if self.ld_alpha == 1:
             return values
         return values * tail_weights(lengths, len(values), self.ld_alpha)
+
+    def _scores(self, answers: Answers) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the loss compares, of chosen and of rejected answers."""
+        if self.reference_free is None:
+            return answers.chosen, answers.rejected
+        score = self.reference_free.score
+        chosen = score(answers.chosen, answers.chosen_tokens)
+        return chosen, score(answers.rejected, answers.rejected_tokens)
 
     def _weights(self) -> Mapping[str, float]:
         return dict(zip(self.types, self.weights, strict=True))
@@ -291,8 +367,9 @@ def tail_weights(lengths: torch.Tensor, tokens: int, alpha: float) -> torch.Tens
 def _check_type(name: str) -> None:
     if name in REFUSED:
         refuse("dpo_loss_type", name, f"{REFUSED[name]}; use another, or `rl: dpo`")
-    if name not in (*LOSSES, SFT):
-        refuse("dpo_loss_type", name, f"use one of {', '.join((*LOSSES, SFT))}")
+    known = (*LOSSES, SFT, *REFERENCE_FREE)
+    if name not in known:
+        refuse("dpo_loss_type", name, f"use one of {', '.join(known)}")
 
 
 def _check_weights(types: Sequence[str], weights: Sequence[float]) -> None:
@@ -314,3 +391,23 @@ def _check_smoothing(types: Sequence[str], smoothing: float) -> None:
         refuse(key, smoothing, remedy)
     if "exo_pair" in types and not smoothing:
         refuse(key, smoothing, "`exo_pair` needs it above 0, its paper has 0.001")
+
+
+def _check_penalty(types: Sequence[str], penalty: float) -> None:
+    if penalty and not any(name in PENALIZED for name in types):
+        remedy = f"remove it: of the losses, only {', '.join(PENALIZED)} have it"
+        refuse("edpo_length_penalty", penalty, remedy)
+
+
+def _check_reference_free(loss: PreferenceLoss) -> None:
+    if len(loss.types) > 1:
+        alone = f"{', '.join(REFERENCE_FREE)} have no reference, and stand alone"
+        instead = (
+            f"; `{NLL_WEIGHT}` takes the place of `sft`" if SFT in loss.types else ""
+        )
+        refuse("dpo_loss_type", [*loss.types], f"name one loss: {alone}{instead}")
+    if loss.weighted:
+        refuse("dpo_use_weighting", True, "remove it: WPO weighs losses of log-ratios")
+    if loss.ld_alpha != 1:
+        remedy = "remove it: LD-DPO weighs log-ratios of tokens"
+        refuse("dpo_ld_alpha", loss.ld_alpha, remedy)

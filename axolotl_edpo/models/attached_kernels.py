@@ -49,7 +49,7 @@ def check_activation(cfg: Any) -> None:
 
 
 def check_attached(cfg: Any, model: Any) -> None:
-    """Refuses kernels that are attached to no layer, or that leave a part out.
+    """Refuses kernels that no layer has, and adapters of which kernels ignore a part.
 
     Args:
         cfg: axolotl's config, validated.
@@ -73,10 +73,10 @@ def check_attached(cfg: Any, model: Any) -> None:
 
 
 def attached_kernels(model: Any) -> set[str]:
-    """The keys of LoRA kernels that axolotl has attached to a layer of a model.
+    """The keys of the LoRA kernels that axolotl has attached to layers of a model.
 
-    axolotl 0.21 sets methods of single modules: to its functions for `lora_mlp_kernel`
-    and so on, or by names of their own in layers of linear attention.
+    axolotl 0.21 attaches a kernel by setting a method of a module. It is known by the
+    function, or, in layers of linear attention, by the name of the method.
     """
     # imported here, as it loads bitsandbytes, which most runs do not need
     from axolotl.kernels import lora
@@ -101,7 +101,11 @@ def attached_kernels(model: Any) -> set[str]:
 
 
 def _left_out(model: PeftModel) -> str:
-    """What the kernels would not train or compute of an adapter; "" if nothing."""
+    """Names a part of the active adapter that LoRA kernels ignore; "" if there is none.
+
+    The kernels compute x W + scaling · x A B. So they do not train biases, and they do
+    not compute variants of LoRA, such as DoRA.
+    """
     name = model.active_adapter
     if model.peft_config[name].bias != "none":  # type: ignore[attr-defined]
         return "trained biases"

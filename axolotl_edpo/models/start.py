@@ -4,6 +4,7 @@ no adapter                          reference: a second copy of `base_model`
 new adapter                         reference: the policy with the adapter off
 `lora_model_dir`, train             reference: a copy of the loaded adapter
 `lora_model_dir`, evaluate          reference: the policy with the adapter off
+a loss without a reference          none, and only the policy is loaded
 """
 
 import copy
@@ -15,6 +16,7 @@ from axolotl.utils.logging import get_logger
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from ..losses.preference import PreferenceLoss
 from .forward import (
     REFERENCE_ADAPTER,
     causal_lm,
@@ -69,16 +71,19 @@ def starting_models(
     reference: PreTrainedModel | None,
     peft_config: Any,
     settings: ModelSettings,
+    loss: PreferenceLoss,
 ) -> StartingModels:
     """Loads the adapter of `lora_model_dir`, or prepares a separate reference.
 
     Args:
         policy: The policy that axolotl loaded, without adapter.
         reference: The reference that axolotl loaded. axolotl loads one only in
-            training, and only if there is no adapter; else None.
+            training, and only if there is no adapter and the loss has a reference; else
+            None.
         peft_config: Config of the adapter that trains. None without an adapter, and in
             evaluation.
         settings: Where policy and reference come from.
+        loss: The recipe's loss, which may have no reference.
 
     Raises:
         ValueError: If PEFT cannot copy the adapter, for the reference.
@@ -90,7 +95,7 @@ def starting_models(
         if peft_config is not None:
             _require_copyable(policy)
         return StartingModels(policy, reference, None)
-    if settings.from_recipe and peft_config is None:
+    if settings.from_recipe and peft_config is None and loss.has_reference:
         reference = _copy_of_base(policy, reference)
     return StartingModels(policy, reference, peft_config)
 
@@ -127,18 +132,19 @@ def _require_copyable(policy: PeftModel) -> None:
         )
 
 
-def resolve_reference_adapter(policy: PeftModel, trains: bool) -> None:
+def resolve_reference_adapter(policy: PeftModel, keeps: bool) -> None:
     """Sets up the reference of a policy with an adapter from `lora_model_dir`.
 
     In training the reference is the adapter `ref`, a copy of the loaded adapter. It is
     not saved, because transformers cannot resume from a checkpoint with two adapters.
-    In evaluation the reference is the policy with the adapter off; `ref` is removed.
+    In evaluation the reference is the policy with the adapter off; `ref` is removed. So
+    it is where the loss has no reference.
 
     Args:
         policy: The policy, after TRL's trainer has added the adapter `ref`.
-        trains: Whether the adapter is trained; if not, it is evaluated.
+        keeps: Whether `ref` is the reference.
     """
-    if not trains:
+    if not keeps:
         if REFERENCE_ADAPTER in policy.peft_config:
             policy.delete_adapter(REFERENCE_ADAPTER)
         return

@@ -340,6 +340,7 @@ def gradient_tile_kernel(
     CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """The gradient by the logits of a token, one block of a tile per program."""
     token = tl.program_id(0)
     row = token.to(tl.int64) * tile
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -382,6 +383,7 @@ def gradient_tile(
 
 @triton.jit
 def rescale_kernel(values, factors, width, BLOCK: tl.constexpr):
+    """Multiplies a row by its factor, one row per program."""
     token = tl.program_id(0)
     factor = tl.load(factors + token)
     if factor != 1:  # after the first tiles, m of most rows stays the same

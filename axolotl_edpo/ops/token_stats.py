@@ -215,6 +215,7 @@ class _TokenStatsOfHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call: Call, head: Head, reference: HeadLogits | None, *factors):
+        """The statistics, and what the way of backward needs."""
         policy = HeadLogits(head, Operands.from_flat(factors))
         wanted = Operands.from_flat(ctx.needs_input_grad[3:])
         kept, gradients = _prepare_gradients(call, policy, wanted)
@@ -237,6 +238,7 @@ class _TokenStatsOfHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logp, *_):
+        """The gradients by the operands, from that by `policy_logp`."""
         # the gradient of a sum is an expanded tensor; the kernels need a contiguous one
         gradients = ctx.way(ctx, grad_logp.contiguous())
         return None, None, None, *gradients.flat

@@ -1,4 +1,4 @@
-"""What is kept of a reference on disk, by pair, in files with checksums.
+"""`ReferenceCache`: keeps what a reference computed for each pair, in files on disk.
 
     FOLDER/FINGERPRINT/NAME.safetensors      a shard, which holds some pairs
         pairs       (pairs, 16)              digest of the tokens of each pair
@@ -6,16 +6,19 @@
         checksums   (pairs, 8)               checksum of what is kept of each pair
         hidden      (tokens, hidden)         pair after pair, chosen, then rejected
 
-A shard keeps the hidden states of each token, or one number for each answer. Then, in
-place of `hidden`, it has
+A cache keeps either the hidden states of every scored token, or only the
+log-probabilities of the two answers of a pair. In the second case, the shards have
+this tensor instead of `hidden`:
 
         logps       (2 x pairs,)             pair after pair, chosen, then rejected
 
-FINGERPRINT names the reference. Pairs are looked up by the digest of their tokens. So
-data may be shuffled, split or extended. Several runs may write to one folder at once.
+FINGERPRINT is a digest of the reference, so each reference has a folder. A pair is
+looked up by the digest of its tokens, so data may be shuffled, split or extended.
+Several runs may write to one folder at once.
 
-A shard is written under a temporary name and renamed when it is complete. Every byte
-is checked before use. A damaged shard counts as absent: its pairs are computed anew.
+A shard is written under a temporary name, and renamed when it is complete. Each byte is
+compared with its checksum before it is used. A damaged shard is ignored, and its pairs
+are computed again.
 """
 
 import time
@@ -146,7 +149,10 @@ class Shard:
 
 
 def _checked_tensors(path: Path, fingerprint: str) -> dict[str, torch.Tensor]:
-    """The tensors of a shard by name, memory-mapped; all but one are checked."""
+    """The tensors of a shard by name, memory-mapped.
+
+    All are checked but the kept values: `Shard.read` checks those of a pair.
+    """
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}

@@ -73,8 +73,8 @@ class CachedRead(ReferenceStates):
         The measured time does not include the asynchronous copy to a GPU.
 
         Args:
-            policy: The same of the policy. It gives the device and, for a batch without
-                pairs, width and dtype.
+            policy: Hidden states or log-probabilities of the policy. They give the
+                device and, for a batch without pairs, width and dtype.
 
         Returns:
             Hidden states, shape (tokens, hidden), or log-probabilities, shape (2 x

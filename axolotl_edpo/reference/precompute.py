@@ -145,10 +145,12 @@ class PrecomputePass:
 
     @property
     def rank(self) -> int:
+        """Rank of this process."""
         return self.accelerator.process_index
 
     @property
     def ranks(self) -> int:
+        """Number of ranks."""
         return self.accelerator.num_processes
 
     def fill(self, pairs: Sequence[DataPair]) -> None:

@@ -1,4 +1,4 @@
-"""What the reference says at the scored positions of a batch."""
+"""`ReferenceStates`: what the policy is compared with, for the tokens of a batch."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -14,13 +14,14 @@ class ReferenceStates(ABC):
 
     @abstractmethod
     def given(self, policy: torch.Tensor) -> torch.Tensor:
-        """Returns them, called inside the policy's forward.
+        """The reference's states; called inside the policy's forward.
 
         Args:
-            policy: The same of the policy, shape (tokens, ...) or (2 x pairs,).
+            policy: The policy's states of these tokens, shape (tokens, ...); or its
+                log-probabilities of the answers, shape (2 x pairs,).
 
         Returns:
-            The same shape.
+            Those of the reference, in the same shape.
         """
 
 

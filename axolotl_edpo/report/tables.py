@@ -15,7 +15,7 @@ SHOWN = 10
 FOLD = 280
 CONTROLS: dict[str | None, str] = {
     "epsilon": "ε-DPO, a β per pair (edpo_control: epsilon)",
-    "fixed": "DPO, one β throughout (edpo_control: fixed)",
+    "fixed": "one β throughout, DPO by default (edpo_control: fixed)",
     "batch_margin": "β-DPO, a β per step from its margins (edpo_control: batch_margin)",
     None: "none of `rl: edpo`",
 }

@@ -49,7 +49,8 @@ class Memory(NamedTuple):
             copy in its buckets.
         optimizer: AdamW's two moments, and DeepSpeed's float32 copy of the weights.
         reference: Weights of a reference that is a separate model. If it has a cache,
-            only its head; nothing if only log-probabilities are kept.
+            only its head; nothing if only log-probabilities are kept, or if the loss
+            has no reference.
         head: Matrices and hidden states of the op, the gradient of a head that trains,
             and for ZeRO-3 and FSDP2 the gathered embedding and head.
         layer: For ZeRO-3 and FSDP2, gathered layers and the gradient of one layer. For
@@ -228,6 +229,7 @@ def memory(
     four_bit: bool = False,
     cached: bool = False,
     two_numbers: bool = False,
+    reference_free: bool = False,
     itemsize: int = 2,
     float32_root: bool = False,
     sync: bool = False,
@@ -247,6 +249,7 @@ def memory(
         two_numbers: Whether the cache keeps two log-probabilities per pair, no hidden
             states (`edpo_control: fixed` or `batch_margin`). Then the reference's head
             is not needed.
+        reference_free: Whether the loss has no reference (`dpo_loss_type: [simpo]`).
         itemsize: Bytes per weight.
         float32_root: Whether embedding and head are in float32. axolotl does this if
             all weights train with `ddp` and attention is `sdpa` or `eager`.
@@ -271,10 +274,11 @@ def memory(
         itemsize=itemsize,
     )
     parts = _engine_memory(training, engine, live, sync)
-    reference = training.weights / parts.shards if full else 0
+    separate = full and not reference_free
+    reference = training.weights / parts.shards if separate else 0
     head = (4 if float32_root else itemsize) * sizes.head / parts.shards
-    compares = not (cached and two_numbers)
-    kept = head * compares if full and cached else reference
+    compares = not (reference_free or cached and two_numbers)
+    kept = head * compares if separate and cached else reference
     adapter = 0 if full else parts.trainable
     tiles = _tiles(sizes, tokens, itemsize, device, full, compares)
     return Memory(
@@ -370,6 +374,7 @@ def main(arguments: list[str] | None = None) -> None:
             four_bit=options.four_bit,
             cached=options.cached,
             two_numbers=options.two_numbers,
+            reference_free=options.reference_free,
             sync=options.sync_each_batch,
         )
         cells = (f"{value / 2**30:.1f}" for value in (*parts, parts.total))
@@ -386,6 +391,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cached", action="store_true", help="precomputed reference")
     numbers = "with --cached, for `edpo_control: fixed` and `batch_margin`"
     parser.add_argument("--two-numbers", action="store_true", help=numbers)
+    free = "for `dpo_loss_type` cpo, slic, rrhf, simpo and orpo"
+    parser.add_argument("--reference-free", action="store_true", help=free)
     parser.add_argument("--sync-each-batch", action="store_true", help="for FSDP2")
     parser.add_argument("--engines", nargs="+", default=get_args(Engine))
     return parser

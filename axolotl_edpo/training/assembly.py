@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from .. import upstream
@@ -26,6 +26,7 @@ from ..models.forward import causal_lm, compile_layers, disable_attention_dropou
 from ..models.moe import has_router_loss
 from ..models.packing_support import prepare_models, resolve_layout
 from ..models.start import save_adapter_only
+from ..reference.no_reference import NoReference
 from ..reference.precompute import CacheSettings
 from ..reference.provider import (
     AdapterReference,
@@ -36,8 +37,10 @@ from ..reference.provider import (
 )
 from . import first_step
 from .batching import PairBatcher
+from .callbacks import EDPOCallback
 from .finite_checks import FiniteCheck, refuse_broken_weights
 from .first_step import FirstStep
+from .health import HealthCheck
 from .margin_filter import MarginFilter
 from .metrics import PairMetrics
 from .pair_outcomes import MeanOverStep
@@ -76,14 +79,21 @@ def set_up(trainer: Any) -> None:
     trainer.args.logging_nan_inf_filter = False
 
 
-def make_loss(trainer: Any) -> PreferenceLoss:
-    """The preference loss that TRL's trainer has read from the recipe."""
+def make_loss(args: DPOConfig, settings: EDPOSettings) -> PreferenceLoss:
+    """The preference loss of a recipe.
+
+    Args:
+        args: TRL's arguments.
+        settings: Settings that TRL does not have.
+    """
     return PreferenceLoss(
-        tuple(trainer.loss_types),
-        tuple(trainer.loss_weights),
-        trainer.label_smoothing,
-        trainer.use_weighting,
-        1.0 if trainer.ld_alpha is None else trainer.ld_alpha,
+        tuple(args.loss_type),
+        tuple(args.loss_weights or [1.0] * len(args.loss_type)),
+        args.label_smoothing,
+        args.use_weighting,
+        1.0 if args.ld_alpha is None else args.ld_alpha,
+        settings.length_penalty,
+        settings.terms,
     )
 
 
@@ -134,7 +144,16 @@ def make_reference(
     cache: CacheSettings | None,
     loss: PreferenceLoss,
 ) -> Reference:
-    """A reference model, an adapter of the policy's model, or a cache of either."""
+    """A reference model, an adapter of the policy's model, a cache of either; or none.
+
+    Args:
+        trainer: TRL's trainer.
+        forward: Runs models up to the head.
+        cache: Settings of the cache; None: the reference runs for every batch.
+        loss: The recipe's loss.
+    """
+    if not loss.has_reference:
+        return NoReference(forward)
     live: LiveReference = AdapterReference(forward)
     if trainer.ref_model is not None:
         live = ModelReference(forward, trainer.ref_model)
@@ -200,10 +219,11 @@ def make_first_step(trainer: Any, settings: EDPOSettings) -> FirstStep:
     """Compares policy and reference in the first step of a recipe.
 
     A reference that is an argument of the trainer may be any model. With dropout, both
-    differ from the start. So nothing is compared then.
+    differ from the start. A loss may have no reference. So nothing is compared then.
     """
     accelerator, bound = trainer.accelerator, None
-    if settings.models.from_recipe and trainer.args.disable_dropout:
+    compares = settings.models.from_recipe and trainer.loss.has_reference
+    if compares and trainer.args.disable_dropout:
         exact = _is_float32(trainer)
         bound = first_step.FLOAT32_BOUND if exact else first_step.ROUNDED_BOUND
     engine = accelerator.state.deepspeed_plugin
@@ -220,6 +240,13 @@ def _is_float32(trainer: Any) -> bool:
     dtypes = {weight.dtype for weight in trainer.model.parameters()}
     mixed = trainer.accelerator.mixed_precision != "no"
     return dtypes == {torch.float32} and not (mixed or trainer.args.tf32)
+
+
+def make_callback(trainer: Any, settings: EDPOSettings) -> EDPOCallback:
+    """Builds what happens once per run and step, when the trainer has its parts."""
+    health = HealthCheck(settings.max_kl, trainer.loss.has_reference)
+    parts = trainer.controller, trainer.reference, trainer.records
+    return EDPOCallback(*parts, health)
 
 
 def make_margin_filter(

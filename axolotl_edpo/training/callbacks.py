@@ -27,7 +27,7 @@ class EDPOCallback(TrainerCallback):
         controller: Holds β.
         reference: The run's reference.
         records: The run's records.
-        max_kl: `edpo_max_kl`, nats per token; None: no bound.
+        health: Names overfitting and collapse.
     """
 
     def __init__(
@@ -35,10 +35,10 @@ class EDPOCallback(TrainerCallback):
         controller: BetaController,
         reference: Reference,
         records: StepRecords,
-        max_kl: float | None = None,
+        health: HealthCheck,
     ):
         self._controller, self._reference = controller, reference
-        self._records, self._health = records, HealthCheck(max_kl)
+        self._records, self._health = records, health
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Starts with β₀, or with β of the checkpoint that the run resumes."""

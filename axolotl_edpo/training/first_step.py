@@ -9,7 +9,8 @@ It is exactly 0 where both run the same kernels on the same rows. It is rounding
 they do not: under `torch_compile`, or when the reference is read from a cache. Weights
 that were loaded or gathered wrongly make it larger than any rounding.
 
-A fault that both share is not seen, such as wrong weights below an adapter.
+A fault that both share is not seen, such as wrong weights below an adapter. A loss
+without a reference has nothing to compare.
 """
 
 import math

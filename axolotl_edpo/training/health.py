@@ -6,10 +6,12 @@
     collapse             both rewards are below 0, and KL per token is large
     edpo_max_kl          (in the last log alone) KL per token is above the user's bound
 
-The first three get one line each per run. The last one stops the run. Nothing is
-computed for it: a log holds means over all ranks, so all ranks see the same. What was
-found is kept in `log_history`, in the entry of that log. So it is in every later
-checkpoint, a resumed run does not repeat it, and `axolotl edpo-report` marks it.
+The first three get one line each per run. The last one stops the run. Where the loss
+has no reference, rewards do not start at 0, so of the first three only overfitting is
+looked for. Nothing is computed for it: a log holds means over all ranks, so all ranks
+see the same. What was found is kept in `log_history`, in the entry of that log. So it
+is in every later checkpoint, a resumed run does not repeat it, and `axolotl
+edpo-report` marks it.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,11 +41,13 @@ class Condition:
         name: Its name, in the line and in the report.
         holds: Whether a log of training shows it.
         text: What it means, and what to do.
+        compares: Whether it takes rewards for distances from a reference.
     """
 
     name: str
     holds: Callable[[Log], bool]
     text: str
+    compares: bool = True
 
 
 def _overfits(log: Log) -> bool:
@@ -69,6 +73,7 @@ CONDITIONS = (
         "are told apart: they teach little more. Compare "
         "`eval_rewards/accuracies`; train fewer `num_epochs`, lower `learning_rate` or "
         "raise `beta`",
+        compares=False,
     ),
     Condition(
         "exploding margins",
@@ -92,10 +97,12 @@ class HealthCheck:
 
     Args:
         max_kl: `edpo_max_kl`: most KL per token of a log, nats; None: no bound.
+        has_reference: Whether the loss has a reference.
     """
 
-    def __init__(self, max_kl: float | None = None):
+    def __init__(self, max_kl: float | None = None, has_reference: bool = True):
         self._max_kl = max_kl
+        self._conditions = [c for c in CONDITIONS if has_reference or not c.compares]
         self._named: set[str] = set()
 
     def begin(self, history: Iterable[Log]) -> None:
@@ -116,7 +123,7 @@ class HealthCheck:
         recent = [*islice(filter(_is_training, reversed(history)), WINDOW)]
         found = {
             condition.name: f"in each of the last {WINDOW} logs {condition.text}"
-            for condition in CONDITIONS
+            for condition in self._conditions
             if condition.name not in self._named
             and len(recent) == WINDOW
             and all(map(condition.holds, recent))

@@ -40,17 +40,21 @@ class AnswerStats(TokenStats):
 
 
 class PairOutcomes(NamedTuple):
-    """The outcomes of a batch's pairs; each tensor has shape (pairs,).
+    """The outcomes of a batch's pairs.
+
+    Each tensor except `log_ratios` has shape (pairs,).
 
     Attributes:
         plus: Δ+, nats.
         minus: Δ-, nats.
         steps: s of Eq. 5, in {-1, 0, +1}.
         betas: β̃ = β / (1 + ε s).
-        losses: Preference loss without the `sft` term, with gradient.
+        losses: Preference loss without `sft` and NLL, with gradient.
         sft: -log π_θ of the chosen answer, nats, with gradient.
-        chosen_rewards: β̃ · (log π_θ - log π_ref) of the chosen answer.
-        rejected_rewards: β̃ · (log π_θ - log π_ref) of the rejected answer.
+        chosen_rewards: Reward of the chosen answer, see `PreferenceLoss.rewards`.
+        rejected_rewards: Reward of the rejected answer.
+        log_ratios: Shape (2 x pairs,), nats: log π_θ - log π_ref of all chosen, then of
+            all rejected answers; without a reference log π_θ. No gradient.
     """
 
     plus: torch.Tensor
@@ -61,12 +65,7 @@ class PairOutcomes(NamedTuple):
     sft: torch.Tensor
     chosen_rewards: torch.Tensor
     rejected_rewards: torch.Tensor
-
-    @property
-    def log_ratios(self) -> torch.Tensor:
-        """log π_θ - log π_ref of all chosen, then of all rejected answers, nats."""
-        rewards = self.chosen_rewards, self.rejected_rewards
-        return torch.cat([reward / self.betas for reward in rewards])
+    log_ratios: torch.Tensor
 
     @property
     def margins(self) -> torch.Tensor:
@@ -99,15 +98,15 @@ def pair_outcomes(
     steps = edpo.steps(plus, minus)
     betas = controller.pair_betas(steps)
     log_ratios = answer_ratios(stats, lengths, loss)
-    losses = loss.losses(Answers.from_sequences(log_ratios, lengths, betas))
+    answers = Answers.from_sequences(log_ratios, lengths, betas)
+    losses = loss.losses(answers)
     if loss.weighted:
         losses = losses * wpo_weights(_relative_logps(stats, lengths))
     if weights is not None:
         losses = losses * weights
     sft = -sum_per_sequence(stats.policy_logp, lengths).chunk(2)[0]
-    chosen, rejected = log_ratios.detach().chunk(2)
-    rewards = betas * chosen, betas * rejected
-    return PairOutcomes(plus, minus, steps, betas, losses, sft, *rewards)
+    kept = *loss.rewards(answers), log_ratios.detach()
+    return PairOutcomes(plus, minus, steps, betas, losses, sft, *kept)
 
 
 def answer_ratios(
@@ -160,7 +159,8 @@ class MeanOverStep:
 
     Attributes:
         ranks: Number of ranks over which the engine averages gradients.
-        sft_weight: Weight of the mean of -log π_θ over chosen tokens; 0 without `sft`.
+        sft_weight: Weight of the mean of -log π_θ over chosen tokens; 0 if the loss
+            has no such term.
         router_weight: Weight of the router loss of a mixture of experts.
     """
 

@@ -1,7 +1,7 @@
 """`SetMetrics`: the metrics of each set of `test_datasets:`, beside those of all pairs.
 
-One evaluation runs over the pairs of all sets. Their values are added once more for the
-set of each pair, so nothing runs twice, and `eval_loss` is that of all pairs.
+One evaluation runs over the pairs of all sets. Each value is added to the mean over all
+pairs, and also to the mean of its pair's set. So no pair runs twice.
 """
 
 from collections.abc import Callable

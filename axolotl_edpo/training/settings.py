@@ -6,6 +6,7 @@ from typing import Any
 from ..data.evaluation_sets import set_names
 from ..data.layout import LayoutSettings
 from ..losses.beta_controller import ControllerSettings
+from ..losses.reference_free import Terms
 from ..models.start import ModelSettings
 from ..reference.precompute import CacheSettings
 
@@ -20,17 +21,21 @@ class EDPOSettings:
         models: Where policy and reference come from.
         cache: Cache of the reference; None: the reference runs for every batch.
         log_pairs: Pairs are traced every so many optimizer steps; None: never.
+        length_penalty: By how much a token lowers the reward of its answer; 0: not.
         max_kl: The run stops beyond this KL per token, nats; None: no bound.
         sets: Names of the sets of `test_datasets:`; empty if there are fewer than two.
+        terms: Settings of a loss without a reference.
     """
 
     controller: ControllerSettings
     layout: LayoutSettings = field(default_factory=LayoutSettings)
     models: ModelSettings = field(default_factory=ModelSettings)
     cache: CacheSettings | None = None
+    length_penalty: float = 0.0
     log_pairs: int | None = None
     max_kl: float | None = None
     sets: tuple[str, ...] = ()
+    terms: Terms = field(default_factory=Terms)
 
     @classmethod
     def from_config(cls, cfg: Any, beta: float) -> "EDPOSettings":
@@ -45,7 +50,9 @@ class EDPOSettings:
             LayoutSettings.from_config(cfg),
             ModelSettings.from_config(cfg),
             CacheSettings.from_config(cfg),
+            cfg.edpo_length_penalty,
             cfg.edpo_log_pairs,
             cfg.edpo_max_kl,
             set_names(cfg),
+            Terms.from_config(cfg),
         )

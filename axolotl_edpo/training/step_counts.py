@@ -11,7 +11,7 @@ from .finite_checks import FiniteCheck
 
 
 class StepCounts:
-    """Counts on the device: one all-reduce, one wait for the device per optimizer step.
+    """Counts on the device; once per optimizer step, sums over ranks and waits for it.
 
     Args:
         accelerator: The run's accelerator.

@@ -17,9 +17,11 @@ from helpers.tiers import first, only, rest
 from helpers.tiny import CACHED, LORA, NF4
 from helpers.weights import weights
 from torch.multiprocessing import ProcessRaisedException
+from transformers import LlamaForCausalLM, LlamaModel
 
 import axolotl_edpo
 from axolotl_edpo.losses.edpo import next_beta
+from axolotl_edpo.losses.reference_free import REFERENCE_FREE
 from axolotl_edpo.run_files import WARNINGS, checkpoints, is_complete
 from axolotl_edpo.training.callbacks import EDPOCallback
 from axolotl_edpo.upstream import patches_adapters_late
@@ -182,6 +184,52 @@ def test_two_numbers_are_enough_for_a_fixed_beta(runs, name, adapter, tmp_path):
     assert sum(file.stat().st_size for file in files) < 1024 + 56 * 40
 
 
+def alone(train):
+    """The probe: what is loaded and what runs on this rank, in a run of ten steps."""
+    loads, forwards = [], []
+    load, forward = LlamaForCausalLM.from_pretrained, LlamaModel.forward
+
+    def counted(calls, call):
+        return lambda *args, **keys: (calls.append(1), call(*args, **keys))[1]
+
+    LlamaForCausalLM.from_pretrained = counted(loads, load)
+    LlamaModel.forward = counted(forwards, forward)
+    trainer = train()
+    seen = dict(loads=len(loads), forwards=len(forwards))
+    return trainer, seen | {"model": trainer.ref_model is not None}
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "adapter"),
+    only(
+        [
+            ("ddp", "orpo", {}),
+            *(("zero3", loss, {}) for loss in REFERENCE_FREE),
+            *((name, "simpo", LORA) for name in SHARDING),
+            *(("ddp", loss, {}) for loss in REFERENCE_FREE if loss != "orpo"),
+            ("fsdp2", "simpo", {}),
+        ],
+        lambda name, loss, adapter: (name, loss) == ("ddp", "orpo"),
+    ),
+)
+def test_without_a_reference_two_ranks_train_as_one(runs, name, loss, adapter):
+    """One model is loaded; it runs for micro-batches and at the start, and no more."""
+    keys = dict(edpo_control="fixed", edpo_epsilon=None, **PACKED, **adapter)
+    keys |= dict(dpo_loss_type=[loss], probe="test_engines:alone")
+    if not REFERENCE_FREE[loss].has_beta:
+        keys["beta"] = None
+    (alone,) = single = runs.single(**keys)
+    pair = runs.double(name, **keys)
+    assert_same_weights(pair, single, atol=1e-6)
+    for metric in ("loss", "rewards/margins", "grad_norm"):
+        for run in pair:
+            expected = pytest.approx(series(alone, metric), rel=1e-3, abs=1e-6)
+            assert series(run, metric) == expected, metric
+    for run, batches in ((alone, 40), *((run, 20) for run in pair)):
+        assert run["loads"] == 1 and not run["model"]
+        assert run["forwards"] - batches == alone["forwards"] - 40
+
+
 @pytest.mark.parametrize("adapter", first([{}, HEAD_LORA]), ids=["full", "lora"])
 def test_bf16_rounds_no_statistic_of_the_head(runs, adapter):
     """In mixed precision FSDP2 casts what a forward returns, and copies arguments."""
@@ -213,6 +261,7 @@ HEADS = {
     ),
     "added tokens": dict(special_tokens={"pad_token": "<new>"}),
     "sft": dict(dpo_loss_type=["sigmoid", "sft"]),
+    "length penalty": dict(edpo_length_penalty=0.03),
     "checkpointing": dict(gradient_checkpointing=True),
     "checkpointing-lora": dict(**LORA, gradient_checkpointing=True),
 }

@@ -12,6 +12,7 @@ from axolotl.cli.config import load_cfg
 from axolotl.cli.train import ray_train_func
 from helpers import processes, ranks, tiny
 from helpers.commands import installed
+from helpers.killed_runs import dying
 from helpers.tiers import first, rest
 from torch.multiprocessing import ProcessExitedException
 
@@ -101,12 +102,6 @@ def alone(shared, recipe):
     return [*betas(trainer.state.log_history), trainer.controller.beta]
 
 
-def dying(keys: dict, **where) -> dict:
-    """The recipe, of which rank 1 dies."""
-    plugins = [*keys["plugins"], "helpers.killed_runs.Dying"]
-    return {**keys, "plugins": plugins, "dies": {"rank": 1, **where}}
-
-
 @pytest.fixture(scope="module")
 def launchable(shared, recipe):
     """A recipe in a folder that two ranks take from a launcher."""
@@ -119,7 +114,7 @@ def launchable(shared, recipe):
 def killed(launchable):
     """Rank 1 is killed after step 7: what came of it, and the last checkpoint."""
     folder, keys = launchable
-    return launch(folder, dying(keys, step=7)), last_complete(folder / "out")
+    return launch(folder, dying(keys, rank=1, step=7)), last_complete(folder / "out")
 
 
 @rest
@@ -155,7 +150,7 @@ def test_a_checkpoint_counts_when_every_rank_has_written_its_part(
     folder = shared / engine
     keys = recipe(folder, engine)
     with pytest.raises(ProcessExitedException, match=r"process 1 .*SIGKILL"):
-        ranks.run(folder, dying(keys, save=6))
+        ranks.run(folder, dying(keys, rank=1, save=6))
     cut = folder / "out" / "checkpoint-6"
     assert (cut / "rng_state_1.pth").stat().st_size == 100
     assert not (cut / "trainer_state.json").exists()

@@ -14,7 +14,7 @@ from helpers.engines import STAGES, engine, series
 from helpers.tiers import first, rest
 from helpers.weights import assert_same_weights
 
-STARTS = 40
+STARTS = 10
 QWEN = dict(hidden_size=48, head_dim=12)
 MODELS = {
     "tied": ("qwen2", {**QWEN, "tie_word_embeddings": True}),
@@ -123,8 +123,10 @@ def test_no_weight_is_read_before_its_gather_was_waited_for(tmp_path, model):
 @rest
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("model", MODELS)
-def test_forty_starts_under_zero3_are_the_run_of_one_process(tmp_path, model):
-    """As gloo has it: with DeepSpeed 0.18.9, 8 to 20 of 40 were not."""
+def test_starts_under_zero3_are_the_run_of_one_process(tmp_path, model):
+    """In gloo's own order. With DeepSpeed 0.18.9, 8 to 20 of 40 starts were wrong
+    before the mend, and none of 40 after it. Ten do, as above every gather is late.
+    """
     starts = Starts(tmp_path, model)
     for number in range(STARTS):
         starts.equal(f"start{number}")
@@ -141,8 +143,9 @@ def test_a_reference_that_differs_stops_all_ranks_before_the_first_update(
     keys = dict(engine(tmp_path, name), plugins=["axolotl_edpo.EDPOPlugin"])
     keys["plugins"].append("helpers.ranks.BrokenReference")
     for code, error in processes.ended(ranks.start(tmp_path, recipe(**keys))):
+        assert code == 1, error
         last = error.splitlines()[-1]
-        assert code == 1 and "WrongStart: the run starts from its reference" in last
+        assert "WrongStart: the run starts from its reference" in last, error
         assert f"nats per token on {where} (rounding: below 0.01)" in last
         assert ("install DeepSpeed" in last) == (name == "zero3")
     assert not (tmp_path / "out" / "model.safetensors").exists()

@@ -13,6 +13,7 @@ class HalfTails(BasePlugin):
     """`dpo_ld_alpha: 0.5`, for axolotl before 0.21 too, whose TRL can do it."""
 
     def get_training_args(self, cfg) -> dict:
+        """Sets the argument of TRL's trainer."""
         # a plugin stays in the process, for recipes that do not name it too
         return {"ld_alpha": 0.5} if HALF_TAILS[-1] in (cfg.plugins or ()) else {}
 

@@ -90,6 +90,7 @@ def options() -> str:
     for name, option in EDPOArgs.model_json_schema()["properties"].items():
         key = written.get(name, name)
         text = option["description"].removeprefix(f"Write `{key}`. ")
+        text = text.replace("|", "\\|")
         rows.append((f"`{key}`", values(option), default(option), text))
     return table(("key", "values", "default", "meaning"), rows)
 

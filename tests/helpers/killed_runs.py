@@ -48,10 +48,19 @@ def train_until_killed(folder: Path, keys: dict, step: int) -> None:
         keys: The recipe.
         step: The optimizer step after which the process dies.
     """
-    plugins = [*keys["plugins"], "helpers.killed_runs.Dying"]
-    dying = {**keys, "plugins": plugins, "dies": {"rank": 0, "step": step}}
     with pytest.raises(ProcessExitedException, match="SIGKILL"):
-        ranks.run(folder, dying, 1)
+        ranks.run(folder, dying(keys, rank=0, step=step), 1)
+
+
+def dying(keys: dict, **dies: int) -> dict:
+    """A copy of a recipe in which `Dying` kills a rank.
+
+    Args:
+        keys: The recipe.
+        **dies: The rank, and the step, save or shard at which it dies.
+    """
+    plugins = [*keys["plugins"], "helpers.killed_runs.Dying"]
+    return {**keys, "plugins": plugins, "dies": dies}
 
 
 class Dying(BasePlugin):

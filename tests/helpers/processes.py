@@ -15,6 +15,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -83,9 +84,13 @@ def wait(context: mp.ProcessContext, seconds: float = LIMIT) -> None:
 
 
 def ended(context: mp.ProcessContext, seconds: float = LIMIT) -> list[tuple[int, str]]:
-    """Exit code and error of each process, none of which was ended by another.
+    """Waits until each process ends by itself; aborts those that are there for longer.
 
-    Those that are there for longer are aborted.
+    Returns:
+        Exit code and error of each process. The error is "" if the process succeeded,
+        and its traceback if it raised. Of a process that ended in another way, it is
+        the stacks that were written as it was aborted or crashed, and a last line that
+        says how it ended.
     """
     until = time.monotonic() + seconds
     for process in context.processes:
@@ -93,13 +98,27 @@ def ended(context: mp.ProcessContext, seconds: float = LIMIT) -> list[tuple[int,
         if process.is_alive():
             abort([process.pid])
         process.join()
-    codes = [process.exitcode for process in context.processes]
-    return [*zip(codes, map(_error, context.error_files), strict=True)]
+    pairs = zip(context.processes, map(Path, context.error_files), strict=True)
+    return [(process.exitcode, _error(process, file)) for process, file in pairs]
 
 
-def _error(file: str) -> str:
-    path = Path(file)
-    return pickle.loads(path.read_bytes()) if path.exists() else ""
+def _error(process: Any, file: Path) -> str:
+    """The error of a process that has ended, as `ended` returns it.
+
+    Args:
+        process: The process.
+        file: Where PyTorch has pickled its traceback, if it raised.
+    """
+    if file.exists():
+        return pickle.loads(file.read_bytes())
+    if not process.exitcode:
+        return ""
+    stacks = _stacks_file(process.pid)
+    written = stacks.read_text() if stacks.exists() else ""
+    how = f"exit code {process.exitcode}"
+    if process.exitcode < 0:
+        how = signal.Signals(-process.exitcode).name
+    return f"{written}ended without an exception: {how}"
 
 
 def run(function: Callable, *arguments, count: int = 1, seconds: float = LIMIT) -> None:

@@ -17,7 +17,7 @@ RELATIVE_TO_LOGITS = 1e-6
 
 
 def inputs(
-    tokens=9,
+    tokens=5,
     hidden=24,
     vocab=61,
     distance=0.05,
@@ -98,5 +98,6 @@ def assert_as_exact_as_pytorch(ours, plain, exact, logit_size):
 
 
 def gradients(logp, leaves):
+    """Gradients by the leaves of a sum of log-probabilities with unlike weights."""
     weights = torch.linspace(-1, 1, len(logp), device=logp.device)
     return torch.autograd.grad((logp * weights).sum(), leaves)

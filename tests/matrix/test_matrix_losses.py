@@ -7,6 +7,7 @@ from transformers import LlamaForCausalLM
 
 from axolotl_edpo.config.validate import check_recipe
 from axolotl_edpo.losses.preference import LOSSES, REFUSED, SFT
+from axolotl_edpo.losses.reference_free import REFERENCE_FREE
 
 TITLE = "Losses"
 INTRO = """
@@ -58,6 +59,19 @@ OTHERS = [
         {"dpo_use_weighting": True, "dpo_loss_type": ["ipo", "nca_pair"]},
     ),
 ]
+NO_REFERENCE = [
+    Cell(
+        f"`dpo_loss_type: [{name}]`, `edpo_control: fixed`",
+        {
+            "dpo_loss_type": [name],
+            "edpo_control": "fixed",
+            "edpo_epsilon": None,
+            **({} if loss.has_beta else {"beta": None}),
+        },
+        note="without a reference: no second model is loaded",
+    )
+    for name, loss in REFERENCE_FREE.items()
+]
 WPO_HINGE = Cell(
     "`dpo_use_weighting: true`, `dpo_loss_type: [hinge]`",
     {"dpo_use_weighting": True, "dpo_loss_type": ["hinge"]},
@@ -67,6 +81,11 @@ SMOOTHED = Cell(
     "`dpo_label_smoothing: 0.2` (conservative DPO)",
     {"dpo_label_smoothing": 0.2},
     note="TRL takes it with `sigmoid` and leaves it without effect",
+)
+PENALIZED = Cell(
+    "`edpo_length_penalty: 0.03` (R-DPO)",
+    {"edpo_length_penalty": 0.03},
+    note="TRL has no such loss; with `sigmoid` and `robust`, and any `edpo_control`",
 )
 LIGER = Cell(
     "`dpo_use_liger_kernel: true`",
@@ -104,6 +123,18 @@ WRONG = [
         note="it has no β: there would be nothing for ε-DPO to do",
     ),
     Cell(
+        "`dpo_loss_type: [simpo]`",
+        {"dpo_loss_type": ["simpo"]},
+        "set `edpo_control: fixed`",
+        note="without a reference, nothing says how β should move",
+    ),
+    Cell(
+        "`dpo_loss_type: [cpo, sigmoid]`",
+        {"dpo_loss_type": ["cpo", "sigmoid"], "edpo_control": "fixed"},
+        "stand alone",
+        note="rewards and NLL are of one loss",
+    ),
+    Cell(
         "`dpo_loss_type: [sigmoidd]`",
         {"dpo_loss_type": ["sigmoidd"]},
         r"`dpo_loss_type: sigmoidd`.*use one of sigmoid, ",
@@ -113,6 +144,12 @@ WRONG = [
         "`dpo_loss_type: [hinge]`, `dpo_label_smoothing: 0.1`",
         {"dpo_loss_type": ["hinge"], "dpo_label_smoothing": 0.1},
         r"`dpo_label_smoothing: 0.1`.*only sigmoid, robust, exo_pair",
+        note="it would have no effect",
+    ),
+    Cell(
+        "`dpo_loss_type: [ipo]`, `edpo_length_penalty: 0.03`",
+        {"dpo_loss_type": ["ipo"], "edpo_length_penalty": 0.03},
+        r"`edpo_length_penalty: 0.03`.*only sigmoid, robust",
         note="it would have no effect",
     ),
     Cell(
@@ -143,8 +180,10 @@ WRONG = [
 CELLS = [
     *TYPES,
     *OTHERS,
+    *NO_REFERENCE,
     WPO_HINGE,
     SMOOTHED,
+    PENALIZED,
     LIGER,
     LIGER_MODEL,
     LIGER_KERNELS,
@@ -165,9 +204,17 @@ def test_with_a_tiny_epsilon_a_loss_is_trls_own(cell, recipe, tmp_path):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4, abs=1e-5)
 
 
-@matrix.cells([WPO_HINGE, SMOOTHED, LIGER])
+@matrix.cells([WPO_HINGE, SMOOTHED, PENALIZED, LIGER])
 def test_it_trains(cell, recipe, tmp_path):
     matrix.assert_cell(cell, tmp_path, recipe(**cell.keys))
+
+
+@matrix.cells(NO_REFERENCE)
+def test_it_trains_without_a_reference(cell, recipe, tmp_path):
+    trainer = tiny.train(tmp_path, recipe(**cell.keys, max_steps=2))
+    assert trainer.ref_model is None
+    for log in tiny.logs(trainer):
+        assert log["grad_norm"] > 0 and log["rewards/chosen"] < 0
 
 
 @matrix.cells([LIGER_MODEL])

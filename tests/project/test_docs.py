@@ -26,7 +26,10 @@ LINKED = [
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # Key of a part of a recipe on a page -> keys that it needs beside it.
-NEEDED = {"lora_target_modules": {"adapter": "lora", "lora_r": 8}}
+NEEDED = {
+    "lora_target_modules": {"adapter": "lora", "lora_r": 8},
+    "edpo_control": {"edpo_epsilon": None},
+}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -126,6 +129,7 @@ def test_every_page_is_in_the_readme_and_on_the_site():
         "index.md",
         "CHANGELOG.md",
         "benchmarks/RESULTS.md",
+        "examples/table1/README.md",
         "examples/study/README.md",
         "examples/study/RESULTS.md",
     }

@@ -19,6 +19,7 @@ import textwrap
 import pytest
 import yaml
 from helpers import ranks, tiny
+from helpers.examples import ENGINE, header, read, save_parts, shrunk
 from helpers.paths import ROOT
 from helpers.tiers import rest
 from transformers import AutoTokenizer
@@ -28,37 +29,6 @@ from axolotl_edpo.trainer import EDPOTrainer
 EXAMPLES = ROOT / "examples"
 SWEEPS = sorted(EXAMPLES.glob("sweep*.yml"))
 RECIPES = sorted(set(EXAMPLES.glob("*.yml")) - set(SWEEPS))
-ENGINE = ("deepspeed", "fsdp_version", "fsdp_config", "accelerator_config")
-REMOVED = (*ENGINE, "saves_per_epoch", "save_steps")
-TURN = ["<start_of_turn>", "<end_of_turn>"]
-# What sets these families apart from Llama.
-ARCHITECTURES = {
-    "llama": {},
-    "mistral": dict(sliding_window=16),
-    "gemma2": dict(
-        vocab_size=len(tiny.byte_tokenizer()) + len(TURN),
-        query_pre_attn_scalar=8,
-        sliding_window=16,
-        attn_logit_softcapping=5.0,
-        final_logit_softcapping=3.0,
-    ),
-}
-
-
-def read(path) -> dict:
-    return tiny.named(yaml.safe_load(path.read_text()))
-
-
-def header(path) -> str:
-    """The comment a file opens with, without its marks."""
-    lines = path.read_text().splitlines()
-    end = next((i for i, line in enumerate(lines) if line[:1] != "#"), len(lines))
-    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:end])
-
-
-def architecture(recipe: dict) -> str:
-    name = recipe["base_model"].lower()
-    return next((kind for kind in ("gemma2", "mistral") if kind[:6] in name), "llama")
 
 
 def selected(paths, **wanted):
@@ -81,47 +51,13 @@ def as_started_from_the_repository(monkeypatch):
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """One tiny model for each family, 8 pairs and their prepared folder."""
-    folder = tmp_path_factory.mktemp("parts")
-    models = {
-        kind: tiny.save_model(folder / kind, kind, **config)
-        for kind, config in ARCHITECTURES.items()
-    }
-    tokenizer = tiny.byte_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": TURN})
-    tokenizer.chat_template = None  # as Gemma 2's base model has none
-    tokenizer.save_pretrained(models["gemma2"])
-    pairs = tiny.save_pairs(folder / "pairs.jsonl", 8)
-    return {"models": models, "pairs": pairs, "prepared": folder / "prepared"}
+    return save_parts(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture
 def shrink(parts, tmp_path):
     """Swaps in what makes a recipe tiny."""
-
-    def swap(recipe: dict) -> dict:
-        local = dict(path=str(parts["pairs"]), ds_type="json")
-        small = {
-            key: [{**entry, **local} for entry in recipe[key]]
-            for key in ("datasets", "test_datasets")
-            if key in recipe
-        }
-        small |= dict(
-            base_model=str(parts["models"][architecture(recipe)]),
-            dataset_prepared_path=str(parts["prepared"]),
-            dataset_num_proc=1,
-            output_dir=str(tmp_path / "out"),
-            micro_batch_size=2,
-            gradient_accumulation_steps=2,
-            max_steps=2,
-            save_strategy="no",
-        )
-        if recipe["attn_implementation"].startswith("flash"):
-            small["attn_implementation"] = "sdpa"
-        kept = {key: recipe[key] for key in recipe if key not in REMOVED}
-        return {**kept, **small}
-
-    return swap
+    return lambda recipe: shrunk(recipe, parts, tmp_path)
 
 
 def losses(trainer) -> list[float]:

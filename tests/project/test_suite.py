@@ -52,6 +52,27 @@ def test_ranks_that_hang_are_aborted_and_their_stacks_are_in_the_error():
         processes.run(sleep, count=2, seconds=2)
 
 
+def end(number: int, ways: list) -> None:
+    """Ends as the list says: by a signal, by an exit code, or with an exception."""
+    way = ways[number]
+    if isinstance(way, signal.Signals):
+        os.kill(os.getpid(), way)
+    raise SystemExit(way) if isinstance(way, int) else RuntimeError(way)
+
+
+def test_every_process_that_fails_says_how():
+    """Also one that PyTorch has no traceback of."""
+    ways = [signal.SIGKILL, signal.SIGABRT, 3, 0, "it raised"]
+    killed, aborted, left, fine, raised = processes.ended(
+        processes.start(end, ways, count=len(ways))
+    )
+    assert killed == (-signal.SIGKILL, "ended without an exception: SIGKILL")
+    assert aborted[0] == -signal.SIGABRT and " in end\n" in aborted[1]
+    assert aborted[1].endswith("\nended without an exception: SIGABRT")
+    assert left == (3, "ended without an exception: exit code 3") and fine == (0, "")
+    assert raised[0] == 1 and raised[1].endswith("RuntimeError: it raised\n")
+
+
 def test_an_aborted_process_is_gone():
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     time.sleep(0.5)

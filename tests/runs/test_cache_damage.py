@@ -205,7 +205,7 @@ def killed(request, many, tmp_path_factory):
         kill(many.start(folder, cache), cache, due, 2 * rng.random() * a_shard)
         seen.append(stamps(cache))
     torn = many.start(folder, cache, KILLED + "Dying", dies={"rank": 0, "shard": 3})
-    assert processes.ended(torn) == [(-signal.SIGKILL, "")]
+    assert [code for code, _ in processes.ended(torn)] == [-signal.SIGKILL]
     seen.append(stamps(cache))
     return Killed(cache, seen)
 
@@ -350,7 +350,8 @@ def test_damage_while_a_run_trains_stops_it(few, cache, tmp_path, step):
     keys = dict(save_strategy="steps", save_steps=1, auto_resume_from_checkpoints=True)
     context = few.start(tmp_path, cache, KILLED + "Flipping", flips=step, **keys)
     ((code, error),) = processes.ended(context)
-    assert code == 1 and re.search(IN_USE.format(cache), error.splitlines()[-1])
+    assert code == 1, error
+    assert re.search(IN_USE.format(cache), error.splitlines()[-1]), error
     out = tmp_path / "out"
     assert not (out / "model.safetensors").exists()
     saved = sorted(path.name for path in out.glob("checkpoint-*"))
@@ -409,8 +410,9 @@ def test_a_disk_that_fills_up_stops_every_rank_and_later_the_pass_goes_on(
     for code, error in processes.ended(
         few.start(tmp_path, full, KILLED + "FillingDisk", count=count, **keys)
     ):
+        assert code == 1, error
         last = error.splitlines()[-1]
-        assert code == 1 and last.startswith("ValueError: `precompute_ref_log_probs: t")
+        assert last.startswith("ValueError: `precompute_ref_log_probs: t"), error
         assert "[Errno 28] No space left on device" in last
         assert "`edpo_reference_cache`" in last
     assert not partials(full) and not (tmp_path / "out" / "model.safetensors").exists()
@@ -433,8 +435,9 @@ def test_what_stops_one_rank_stops_all(few, cache, tmp_path, plugin, message):
     keys = dict(gradient_accumulation_steps=1)
     context = few.start(tmp_path, cache, KILLED + plugin, count=2, **keys)
     for code, error in processes.ended(context):
+        assert code == 1, error
         last = error.splitlines()[-1]
-        assert code == 1 and last.startswith("ValueError: `precompute_ref_log_probs: t")
+        assert last.startswith("ValueError: `precompute_ref_log_probs: t"), error
         assert message in last
 
 

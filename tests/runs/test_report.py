@@ -49,10 +49,43 @@ def outputs(parts, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def small(outputs, tmp_path_factory):
+    """The ε-DPO run, of which two curves were logged: drawing takes the longest."""
+    folder = tmp_path_factory.mktemp("small") / "epsilon"
+    shutil.copytree(outputs / "epsilon", folder)
+    kept = {"step", "epoch", "loss", "kl/beta", "eval_loss", "eval_kl/beta"}
+    for file in folder.glob("checkpoint-*/trainer_state.json"):
+        state, written = json.loads(file.read_text()), file.stat().st_mtime
+        state["log_history"] = [
+            {name: log[name] for name in log.keys() & kept}
+            for log in state["log_history"]
+        ]
+        file.write_text(json.dumps(state))
+        os.utime(file, (written, written))
+    return folder
+
+
 @pytest.fixture
-def run(outputs, tmp_path):
-    """A copy of the ε-DPO run, to damage."""
-    return Path(shutil.copytree(outputs / "epsilon", tmp_path / "epsilon"))
+def run(small, tmp_path):
+    """A copy of the small run, to damage."""
+    return Path(shutil.copytree(small, tmp_path / "epsilon"))
+
+
+@pytest.fixture(scope="module")
+def alone(outputs, tmp_path_factory):
+    """Folder of the page of the ε-DPO run."""
+    folder = tmp_path_factory.mktemp("alone")
+    report(outputs / "epsilon", "--out", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(outputs, tmp_path_factory):
+    """Folder of the page of all runs."""
+    folder = tmp_path_factory.mktemp("together")
+    report(*(outputs / kind for kind in KINDS), "--out", folder)
+    return folder
 
 
 def state_of(checkpoint: Path) -> dict:
@@ -78,8 +111,8 @@ def test_numbers_are_those_that_were_logged(outputs, tmp_path, kind):
     assert result["controller"] == state["stateful_callbacks"].get("EDPO", {})
 
 
-def test_the_page_says_what_the_run_was_and_where_it_ended(outputs, tmp_path):
-    page = page_of(tmp_path, outputs / "epsilon")
+def test_the_page_says_what_the_run_was_and_where_it_ended(outputs, alone):
+    page = Page(alone)
     state = state_of(outputs / "epsilon" / "checkpoint-10")
     first, last = state["log_history"][1], state["log_history"][-2]
     assert first["step"], last["step"] == (1, 10)
@@ -94,11 +127,11 @@ def test_the_page_says_what_the_run_was_and_where_it_ended(outputs, tmp_path):
     assert "Not logged" not in body and "no evaluation" not in body
 
 
-def test_every_chart_is_in_the_page_and_a_picture(outputs, tmp_path):
-    page = page_of(tmp_path, outputs / "epsilon")
+def test_every_chart_is_in_the_page_and_a_picture(alone):
+    page = Page(alone)
     titles = {"KL penalty β", "Loss", "Reward margin", "Share of pairs, by how β̃ moved"}
     assert titles <= {*page.text("svg").splitlines()}
-    pictures = sorted(path.name for path in tmp_path.glob("*.png"))
+    pictures = sorted(path.name for path in alone.glob("*.png"))
     assert pictures == [
         "kl_beta.png",
         "kl_policy_ref.png",
@@ -113,7 +146,7 @@ def test_every_chart_is_in_the_page_and_a_picture(outputs, tmp_path):
     assert page.source.count("<svg") == page.source.count("<figure>") == len(pictures)
     blue = numpy.array(matplotlib.colors.to_rgb(figures.BLUE))
     for name in pictures:
-        image = imread(BytesIO((tmp_path / name).read_bytes()))
+        image = imread(BytesIO((alone / name).read_bytes()))
         assert image.shape[0] > 400 and image.shape[1] == 800
         drawn = numpy.abs(image[..., :3] - blue).max(axis=-1) < 0.02
         assert 50 < drawn.sum() < 0.2 * drawn.size, name
@@ -133,9 +166,9 @@ def test_the_curves_are_where_the_values_are(outputs):
     assert up.get_ydata().tolist() == run.series("kl/p_epsilon_steps").values
 
 
-@pytest.mark.parametrize("paths", [["epsilon"], ["epsilon", "dpo"]], ids=len)
-def test_a_page_needs_no_other_file(outputs, tmp_path, paths):
-    page = page_of(tmp_path, *(outputs / path for path in paths))
+@pytest.mark.parametrize("folder", ["alone", "together"])
+def test_a_page_needs_no_other_file(request, folder):
+    page = Page(request.getfixturevalue(folder))
     assert "http" not in page.source and "<script" not in page.source
     names = {name for name, _ in page.attributes}
     assert not names & {"src", "srcset", "data", "onload", "xmlns"}
@@ -146,18 +179,16 @@ def test_a_page_needs_no_other_file(outputs, tmp_path, paths):
     assert not re.search(r"url\((?!#)|@import", page.source)
 
 
-def test_the_same_run_makes_the_same_page(outputs, tmp_path):
-    pages = [page_of(tmp_path / name, outputs / "epsilon").source for name in "ab"]
-    assert pages[0] == pages[1]
+def test_the_same_run_makes_the_same_page(outputs, alone, tmp_path):
+    assert page_of(tmp_path, outputs / "epsilon").source == Page(alone).source
 
 
 def test_without_a_folder_the_page_is_put_in_the_run(run):
-    printed = report(run)
     index = run / "edpo_report" / "index.html"
-    assert printed == f"Wrote {index} and 9 pictures beside it.\n"
-    assert not list(index.parent.glob("*.partial"))
+    index.parent.mkdir()
     index.write_text("an older page")
-    report(run)
+    assert report(run) == f"Wrote {index} and 4 pictures beside it.\n"
+    assert not list(index.parent.glob("*.partial"))
     assert "finished: 10 steps" in Page(index.parent).text()
 
 
@@ -238,9 +269,9 @@ def test_a_killed_run_is_read_up_to_its_last_checkpoint(recipe, tmp_path):
 # --- several -----------------------------------------------------------------------
 
 
-def test_several_runs_have_a_row_each_and_a_path_over_kl(outputs, tmp_path):
+def test_several_runs_have_a_row_each_and_a_path_over_kl(outputs, together, tmp_path):
     paths = [outputs / kind for kind in KINDS]
-    page = page_of(tmp_path / "page", *paths)
+    page = Page(together)
     rows = [t for tags, t in page.texts if tags[-1] == "th" and "tbody" in tags]
     assert rows == [*KINDS]
     titles = page.text("svg").splitlines()

@@ -16,8 +16,11 @@ from jsonschema.validators import Draft202012Validator
 from axolotl_edpo.config.args import EDPOArgs
 from axolotl_edpo.config.json_schema import edpo_schema, recipe_schema
 
+EXAMPLES = ROOT / "examples"
 RECIPES = [
-    path for path in (ROOT / "examples").glob("*.yml") if "sweep" not in path.stem
+    path
+    for path in (*EXAMPLES.glob("*.yml"), *EXAMPLES.glob("table1/*/*.yml"))
+    if "sweep" not in path.stem
 ]
 GROUP = "axolotl.cli_commands"
 
@@ -31,10 +34,10 @@ def schema():
 
 @pytest.fixture(scope="module")
 def base():
-    return yaml.safe_load((ROOT / "examples" / "tiny_edpo.yml").read_text())
+    return yaml.safe_load((EXAMPLES / "tiny_edpo.yml").read_text())
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(EXAMPLES)))
 def test_every_example_is_valid(schema, path):
     Draft202012Validator(schema).validate(yaml.safe_load(path.read_text()))
 

@@ -150,7 +150,7 @@ REFUSED = {
     "tools that are no JSON": ({**ROW, "tools": "f"}, "`tools` is not JSON ("),
     "tools that are no list": (
         {**ROW, "tools": '{"name": "f"}'},
-        "`tools` is not a list of functions: see axolotl's `field_tools`",
+        "`tools` is a dict: write a list of functions, or JSON text of such a list",
     ),
 }
 

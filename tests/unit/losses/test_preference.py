@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from axolotl_edpo.losses.preference import LOSSES, Answers, PreferenceLoss, wpo_weights
 from axolotl_edpo.ops.token_stats import TokenStats
@@ -55,6 +56,46 @@ def test_robust_is_unbiased_under_flipped_labels():
     robust = PreferenceLoss(("robust",), label_smoothing=0.2)
     mean = 0.8 * robust.losses(ANSWERS) + 0.2 * robust.losses(flipped)
     torch.testing.assert_close(mean, PreferenceLoss().losses(ANSWERS))
+
+
+def test_a_token_lowers_the_reward_of_its_answer_by_the_penalty():
+    """Lengths differ by -1, 4 and 0: 0.1 · 2.5 - 0.5, 0.2 · -1.2 + 2 and 0.4 · 0.1."""
+    x = torch.tensor([-0.25, 1.76, 0.04])
+    plain = PreferenceLoss(length_penalty=0.5).losses(ANSWERS)
+    torch.testing.assert_close(plain, torch.log1p(torch.exp(-x)))
+    flipped = torch.log1p(torch.exp(x))
+    smoothed = PreferenceLoss(label_smoothing=0.2, length_penalty=0.5)
+    expected = 0.8 * plain + 0.2 * flipped
+    torch.testing.assert_close(smoothed.losses(ANSWERS), expected)
+    robust = PreferenceLoss(("robust",), label_smoothing=0.2, length_penalty=0.5)
+    expected = (0.8 * plain - 0.2 * flipped) / 0.6
+    torch.testing.assert_close(robust.losses(ANSWERS), expected)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "robust"])
+def test_without_a_penalty_it_is_dpo_bit_for_bit(name):
+    margins = (ANSWERS.chosen - ANSWERS.rejected).requires_grad_()
+    chosen = ANSWERS.chosen.clone().requires_grad_()
+    answers = ANSWERS._replace(chosen=chosen)
+    loss = PreferenceLoss((name,), label_smoothing=0.2, length_penalty=0.0)
+    smoothing = {"sigmoid": 0.2, "robust": -0.2 / (1 - 2 * 0.2)}[name]
+    x = ANSWERS.betas * margins
+    expected = -(1 - smoothing) * F.logsigmoid(x) - smoothing * F.logsigmoid(-x)
+    found = loss.losses(answers)
+    assert torch.equal(found, expected)
+    gradients = (
+        torch.autograd.grad(values.sum(), of)[0]
+        for values, of in ((found, chosen), (expected, margins))
+    )
+    assert torch.equal(*gradients)
+
+
+def test_a_penalty_that_no_loss_has_is_refused():
+    for types in (("sigmoid",), ("ipo", "robust")):
+        assert PreferenceLoss(types, (1.0,) * len(types), length_penalty=0.5)
+    message = "`edpo_length_penalty: 0.5`.*of the losses, only sigmoid, robust have it"
+    with pytest.raises(ValueError, match=message):
+        PreferenceLoss(("ipo", "hinge"), (1.0, 1.0), length_penalty=0.5)
 
 
 def test_several_losses_add_up_by_their_weights():

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from helpers.gpu import needs_named_gpu
+from helpers.tiers import first
 from helpers.token_stats import assert_as_exact_as_pytorch, gradients, inputs, naive
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -69,7 +70,7 @@ tile_triton.rescale(space[0], shrinks)
 """
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("architecture", first([90, 80]))
 def test_every_kernel_compiles_for_a_gpu_that_is_not_here(architecture, monkeypatch):
     """As its launcher says: it has registers, and fuses no product with a sum."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -51,6 +51,16 @@ def test_an_8b_model_by_hand():
     assert adapter.reference == 0 and adapter.weights / 1e9 == pytest.approx(5.9, 0.02)
 
 
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+def test_a_loss_without_a_reference_needs_what_two_numbers_need(engine):
+    sizes = sizes_of(LLAMA_8B)
+    keys = dict(engine=engine, ranks=8, tokens=4096)
+    free = memory(sizes, **keys, reference_free=True)
+    numbers = memory(sizes, **keys, cached=True, two_numbers=True)
+    assert free == numbers._replace(let_go=0) and numbers.let_go > 0
+    assert free.reference == 0
+
+
 @pytest.mark.parametrize(
     ("engine", "copies"),
     [("ddp", 2), ("zero1", 1), ("zero2", 1 / 8), ("zero3", 1 / 8)],

@@ -14,6 +14,7 @@ from axolotl_edpo.run_files import CONTROLLER
 from axolotl_edpo.training.callbacks import EDPOCallback
 from axolotl_edpo.training.finite_checks import FiniteCheck
 from axolotl_edpo.training.first_step import FirstStep
+from axolotl_edpo.training.health import HealthCheck
 from axolotl_edpo.training.metrics import PairMetrics
 from axolotl_edpo.training.pair_outcomes import MeanOverStep
 from axolotl_edpo.training.records import StepRecords
@@ -32,7 +33,11 @@ def start(tmp_path):
         first_step = FirstStep(accelerator, 0.01, [])
         records = StepRecords(accelerator, metrics, counts, None, first_step)
         reference = AdapterReference(CompletionForward(accelerator))
-        return controller, records, EDPOCallback(controller, reference, records)
+        return (
+            controller,
+            records,
+            EDPOCallback(controller, reference, records, HealthCheck()),
+        )
 
     return parts
 

@@ -50,6 +50,13 @@ def named(check: HealthCheck, history: list[dict]) -> dict[int, list[str]]:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_without_a_reference_rewards_are_no_distances(name):
+    bad, _ = CASES[name]
+    found = named(HealthCheck(has_reference=False), logs(*[bad] * 5))
+    assert found == ({5: [name]} if name == "overfitting" else {})
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_a_condition_is_named_once_after_five_logs_in_a_row(name):
     bad, _ = CASES[name]
     four, five = [bad] * 4, [bad] * 5
