@@ -20,6 +20,7 @@ from torch.multiprocessing import ProcessRaisedException
 from transformers import LlamaForCausalLM, LlamaModel
 
 import axolotl_edpo
+from axolotl_edpo.distributed import gathered, write
 from axolotl_edpo.losses.edpo import next_beta
 from axolotl_edpo.losses.reference_free import REFERENCE_FREE
 from axolotl_edpo.run_files import WARNINGS, checkpoints, is_complete
@@ -517,19 +518,49 @@ def test_ranks_sum_up_twice_per_optimizer_step_and_once_per_log(runs, control):
         assert by_step[2::2] == [["pop", *step]] * 4
 
 
+def zero3_of_small_weights(folder: Path) -> dict:
+    """Keys of ZeRO-3, which would keep small weights whole, without that threshold."""
+    keys = engine(folder, "zero3")
+    path = Path(keys["deepspeed"])
+    config = json.loads(path.read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path.write_text(json.dumps(config))
+    return keys
+
+
+def written(train):
+    """The probe: overwrites a weight at the end of a step, and gathers it again."""
+    moved, end = [], EDPOCallback.on_step_end
+
+    def then_write(self, args, state, control, model, **kwargs):
+        end(self, args, state, control, model=model, **kwargs)
+        weight = model.model.layers[0].mlp.up_proj.weight
+        with gathered([weight]) as (whole,):
+            before = whole.detach().clone()
+        write(weight, before + 1)
+        with gathered([weight]) as (whole,):
+            moved.append((whole - before).mean().item())
+
+    EDPOCallback.on_step_end = then_write
+    return train(), {"moved": moved}
+
+
+@pytest.mark.parametrize("name", first(["zero3", "fsdp2"]))
+def test_a_weight_that_is_overwritten_stays_so(runs, name, tmp_path):
+    """As the reference of TR-DPO is, from a checkpoint."""
+    sharded = zero3_of_small_weights(tmp_path) if name == "zero3" else {}
+    pair = runs.double(name, probe="test_engines:written", max_steps=1, **sharded)
+    assert [*pair[0]["moved"], *pair[1]["moved"]] == pytest.approx([1.0, 1.0])
+
+
 @rest
 @pytest.mark.skipif(not patches_adapters_late(), reason="refused before axolotl 0.21")
 @pytest.mark.parametrize("name", SHARDING)
 def test_lora_kernels_find_the_weights_that_an_engine_shards(runs, name, tmp_path):
     """They read weights without calling the layers, of which engines gather them."""
     keys = dict(**PACKED, **LORA, max_steps=3)
-    single, sharded = runs.single(**keys), {}
-    if name == "zero3":  # without a threshold it would keep small weights whole
-        sharded = engine(tmp_path, name)
-        path = Path(sharded["deepspeed"])
-        config = json.loads(path.read_text())
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        path.write_text(json.dumps(config))
+    single = runs.single(**keys)
+    sharded = zero3_of_small_weights(tmp_path) if name == "zero3" else {}
     probe = "helpers.lora_kernels:probe"
     pair = runs.double(name, probe=probe, **keys, **KERNELS, **sharded)
     assert_same_run(pair, single)
