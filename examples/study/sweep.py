@@ -59,8 +59,8 @@ class Sweep(Training):
     fewer_seeds: int = 3
     betas: tuple[float, ...] = BETAS
     trial_seeds: tuple[int, ...] = (100, 101)
-    trial_rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4, 4e-4)
-    trial_betas: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
+    trial_rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
+    trial_betas: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
 
     def trials(self) -> list[Cell]:
         """DPO at each learning rate and β, on worlds of the trials."""
