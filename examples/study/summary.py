@@ -31,6 +31,7 @@ VARIED = (
     "edpo_epsilon",
     "edpo_beta_mean",
     "learning_rate",
+    "rl_beta",
     "trl",
     *SIGNS,
 )
@@ -103,7 +104,7 @@ def collect(cells: Sequence[Cell], work: Path, grid: str, seconds: float) -> Non
         "device": _device(),
         "versions": json.loads(files[0].read_text())["versions"],
         "minutes": seconds / 60,
-        "cells": [_compact(*both) for both in zip(cells, files, strict=True)],
+        "cells": [compact(*both) for both in zip(cells, files, strict=True)],
     }
     place = Places.of(grid).json
     place.parent.mkdir(exist_ok=True)
@@ -222,7 +223,7 @@ def _by(cells: Iterable[Result], key: str) -> dict[float, list[Result]]:
     return found
 
 
-def _compact(cell: Cell, file: Path) -> Result:
+def compact(cell: Cell, file: Path) -> Result:
     """A cell's result without what all cells share, nor what no figure shows."""
     result = json.loads(file.read_text())
     kept = {k: v for k, v in result.items() if k not in ("name", "versions", "series")}

@@ -13,6 +13,13 @@ from typing import Any
 from grid import BASELINE, EPSILON, REFERENCE, Cell, Training, build, moving_reference
 
 FIXED = {"edpo_control": "fixed"}
+# KTO is axolotl's: it compares no pairs, so its rows are single answers.
+KTO = {
+    "rl": "kto",
+    "plugins": [],
+    "sample_packing": False,
+    "remove_unused_columns": False,
+}
 FLIPPED = 0.2
 # Of methods with a reference, β₀ in the sweep.
 BETAS = (0.03, 0.1, 0.3, 1.0, 3.0)
@@ -32,6 +39,7 @@ LOSSES: dict[str, list[dict[str, Any]]] = {
         {"edpo_slic_delta": d, "dpo_loss_type": ["slic"]} for d in (0.5, 2.0, 10.0)
     ],
     "RRHF": [{"cpo_alpha": a, "dpo_loss_type": ["rrhf"]} for a in (0.1, 0.5, 1.0)],
+    "KTO": [KTO | {"rl_beta": b} for b in (0.1, 0.3, 1.0)],
     "ORPO": [{"orpo_alpha": a, "dpo_loss_type": ["orpo"]} for a in (0.1, 0.5, 2.0)],
     "R-DPO": [{"beta": 0.3, "edpo_length_penalty": a} for a in (0.05, 0.1, 0.5)],
     "SimPO": [
@@ -106,10 +114,16 @@ class Sweep(Training):
 
     def _table(self, seed: int) -> list[Cell]:
         return [
-            self.cell(seed, "table1", name, FIXED | keys, flipped=FLIPPED)
+            self.cell(seed, "table1", name, self._whole(keys), flipped=FLIPPED)
             for name, settings in LOSSES.items()
             for keys in settings
         ]
+
+    def _whole(self, keys: dict[str, Any]) -> dict[str, Any]:
+        """All keys of a loss of Table 1. A step of KTO has as many answers."""
+        if keys.get("rl") == "kto":
+            return keys | {"micro_batch_size": 2 * self.step_pairs}
+        return FIXED | keys
 
 
 SWEEP = Sweep(

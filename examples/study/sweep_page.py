@@ -12,7 +12,7 @@ from typing import Any
 
 import summary
 import sweep_figures
-from grid import BASELINE, HERE, REFERENCE
+from grid import BASELINE, HERE, REFERENCE, SIGNS
 from page import signed, table
 from regret import METHOD, Tests, tests
 from summary import Estimate, Result, estimate, methods, paired, select
@@ -252,9 +252,9 @@ def _settings(runs: Sequence[Result]) -> list[list[Result]]:
 
 def _keys(run: Result) -> str:
     """The keys of a run in which those of its method differ."""
-    shown = ("beta", "edpo_slic_delta", "cpo_alpha", "orpo_alpha", "simpo_gamma")
-    names = (*shown, "edpo_length_penalty")
-    return ", ".join(f"`{k}: {run['keys'][k]:g}`" for k in names if k in run["keys"])
+    keys = run["keys"]
+    shown = [key for key in ("beta", "rl_beta", *SIGNS) if key in keys]
+    return ", ".join(f"`{key}: {keys[key]:g}`" for key in shown)
 
 
 def _mean_reward(runs: Sequence[Result]) -> float:
