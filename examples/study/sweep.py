@@ -22,7 +22,7 @@ KTO = {
 }
 FLIPPED = 0.2
 # Of methods with a reference, β₀ in the sweep.
-BETAS = (0.03, 0.1, 0.3, 1.0, 3.0)
+BETAS = (0.1, 0.3, 1.0, 3.0, 10.0)
 METHODS: dict[str, dict[str, Any]] = {
     BASELINE: FIXED,
     "ε-DPO": {"edpo_epsilon": EPSILON},
@@ -34,14 +34,14 @@ DECIDING = (BASELINE, "ε-DPO")
 # Losses of Table 1 that are not in the sweep -> three settings of each.
 LOSSES: dict[str, list[dict[str, Any]]] = {
     "IPO": [{"beta": b, "dpo_loss_type": ["ipo"]} for b in (0.1, 0.3, 1.0)],
-    "CPO": [{"beta": b, "dpo_loss_type": ["cpo"]} for b in (0.03, 0.1, 0.3)],
+    "CPO": [{"beta": b, "dpo_loss_type": ["cpo"]} for b in (0.3, 1.0, 3.0)],
     "SLiC-HF": [
         {"edpo_slic_delta": d, "dpo_loss_type": ["slic"]} for d in (0.5, 2.0, 10.0)
     ],
     "RRHF": [{"cpo_alpha": a, "dpo_loss_type": ["rrhf"]} for a in (0.1, 0.5, 1.0)],
-    "KTO": [KTO | {"rl_beta": b} for b in (0.1, 0.3, 1.0)],
+    "KTO": [KTO | {"rl_beta": b} for b in (0.3, 1.0, 3.0)],
     "ORPO": [{"orpo_alpha": a, "dpo_loss_type": ["orpo"]} for a in (0.1, 0.5, 2.0)],
-    "R-DPO": [{"beta": 0.3, "edpo_length_penalty": a} for a in (0.05, 0.1, 0.5)],
+    "R-DPO": [{"beta": 1.0, "edpo_length_penalty": a} for a in (0.05, 0.1, 0.5)],
     "SimPO": [
         {"beta": b, "simpo_gamma": g, "dpo_loss_type": ["simpo"]}
         for b, g in ((2.5, 0.3), (2.5, 1.4), (10.0, 3.0))
@@ -130,6 +130,6 @@ SWEEP = Sweep(
     world=build.Settings(hidden_size=96, train_pairs=3760, rounds=2),
     epochs=1,
     step_pairs=8,
-    learning_rate=1e-4,
+    learning_rate=4e-4,
     recipe={"warmup_steps": 47, "logging_steps": 10},
 )
