@@ -26,6 +26,7 @@ import yaml
 from grid import REFERENCE, Cell, build
 
 SERIES = ("kl/beta", "kl/policy_ref", "rewards/margins", "kl/avg_steps")
+UNPAIRED = "unpaired.jsonl"  # of a world
 PACKAGES = ("axolotl-edpo", "axolotl", "trl", "transformers", "torch")
 
 
@@ -51,6 +52,24 @@ def build_world(work: Path, world: build.Settings) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _said_in(folder.with_suffix(".log")):
         build.main(world, folder)
+    write_whole(folder / UNPAIRED, _unpaired((folder / "train.jsonl").read_text()))
+
+
+def _unpaired(pairs: str) -> str:
+    """JSON lines with one answer each, and whether it was chosen: what KTO reads."""
+    rows = [
+        {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+        for pair in map(json.loads, pairs.splitlines())
+        for side in ("chosen", "rejected")
+    ]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file that is whole or not there."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(file)
 
 
 def run(work: Path, cell: Cell) -> Path:
@@ -78,9 +97,7 @@ def run(work: Path, cell: Cell) -> Path:
             f"{cell.name}: {type(error).__name__}: {error} (recipe {recipe}, output "
             f"{log}): what is done is kept; run the study again to go on"
         ) from error
-    partial = file.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(file)
+    write_whole(file, text)
     return file
 
 
@@ -89,21 +106,33 @@ def recipe_of(cell: Cell, world: Path, output: Path) -> dict[str, Any]:
     return {
         "base_model": str(world / "model"),
         **cell.keys,
-        "datasets": [
-            {
-                "path": str(world / "train.jsonl"),
-                "ds_type": "json",
-                "split": "train",
-                "type": "chat_template.default",
-                "field_messages": "prompt",
-                "field_chosen": "chosen",
-                "field_rejected": "rejected",
-            }
-        ],
+        "datasets": [(_answers if cell.keys.get("rl") == "kto" else _pairs)(world)],
         # inside the run: a lock that a killed study left is gone with it
         "dataset_prepared_path": str(output / "prepared"),
         "output_dir": str(output),
     }
+
+
+def _pairs(world: Path) -> dict[str, Any]:
+    return {
+        "path": str(world / "train.jsonl"),
+        "ds_type": "json",
+        "split": "train",
+        "type": "chat_template.default",
+        "field_messages": "prompt",
+        "field_chosen": "chosen",
+        "field_rejected": "rejected",
+    }
+
+
+def _answers(world: Path) -> dict[str, Any]:
+    """The same answers one by one, as `rl: kto` of axolotl takes them."""
+    template = {
+        "prompt_format": "<s><|user|>{prompt}<|assistant|>",
+        "completion_format": "{completion}</s>",
+    }
+    file = str(world / UNPAIRED)
+    return {"path": file, "ds_type": "json", "split": "train", "type": template}
 
 
 def train(recipe: Path):

@@ -91,7 +91,7 @@ def frontier(cells: Sequence[summary.Result]) -> Figure:
         panel.set_xscale("log")
         panel.set_ylim(start.mean - 0.3, start.mean + 1)
         panel.legend(frameon=False, loc="lower left", ncols=3, fontsize=9)
-        _tidy(panel)
+        tidy(panel)
     betas = ", ".join(f"{beta:g}" for beta in sorted(curves[BASELINE], reverse=True))
     figure.suptitle(f"Reward against KL; along a curve β = {betas}")
     figure.supxlabel("KL(policy ‖ initial reference) per answer, nats")
@@ -236,11 +236,12 @@ def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Any]
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     for panel in axes:
-        _tidy(panel)
+        tidy(panel)
     return figure, axes
 
 
-def _tidy(panel: Any) -> None:
+def tidy(panel: Any) -> None:
+    """A light grid, and no frame above and beside."""
     panel.grid(alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
 

@@ -14,7 +14,7 @@ them are flipped, the order in which they are trained on, and the sampled answer
 import hashlib
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,14 @@ POLICIES = {
 }
 REFERENCE, BASELINE = "reference", "DPO"
 EPSILON, BETA = 0.01, 0.1
+# Keys of losses in the names of cells.
+SIGNS = {
+    "cpo_alpha": "α",
+    "edpo_length_penalty": "α",
+    "edpo_slic_delta": "δ",
+    "orpo_alpha": "λ",
+    "simpo_gamma": "γ",
+}
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class Cell:
     @property
     def name(self) -> str:
         """For people: `ε-DPO β 0.1 ε 0.01, seed 0`."""
-        keys = {"beta": "β", "edpo_epsilon": "ε", "edpo_beta_mean": ""}
+        keys = {"beta": "β", "edpo_epsilon": "ε", "edpo_beta_mean": "", **SIGNS}
         said = [f"{sign} {self.keys[k]}" for k, sign in keys.items() if k in self.keys]
         return f"{' '.join([self.method, *said])}, seed {self.seed}"
 
@@ -93,9 +101,59 @@ class Cell:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class Grid:
-    """All there is to choose about a study; the defaults are the small one."""
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What all cells of a grid share.
+
+    Attributes:
+        world: Language model and pairs; the seed is the cell's.
+        epochs: Visits of each pair.
+        step_pairs: Pairs of an optimizer step.
+        learning_rate: At its highest.
+        answers: Sampled to each held-out prompt.
+        recipe: Further recipe keys.
+    """
+
+    world: build.Settings
+    epochs: int
+    step_pairs: int
+    learning_rate: float
+    answers: int = 4
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a run."""
+        return -(-self.world.train_pairs // self.step_pairs) * self.epochs
+
+    def cell(
+        self, seed: int, group: str, method: str, keys: dict[str, Any], **world: Any
+    ) -> Cell:
+        """A run with these recipe keys.
+
+        Args:
+            seed: Of world and recipe.
+            group: What of the study it belongs to.
+            method: Its name in tables; `reference` trains nothing.
+            keys: Of the recipe; they win over what is shared.
+            world: Settings of the world that differ from the grid's.
+        """
+        built = replace(self.world, seed=seed, **world)
+        shared = {
+            "seed": seed,
+            "num_epochs": self.epochs,
+            "micro_batch_size": self.step_pairs,
+            "learning_rate": self.learning_rate,
+            "warmup_steps": max(1, self.steps // 20),
+        }
+        if group != REFERENCE:
+            keys = {**RECIPE, **shared, **self.recipe, **keys}
+        return Cell(group, method, seed, built, keys, self.answers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid(Training):
+    """The cells of the first study; the defaults are the small grid."""
 
     seeds: int = 4
     betas: tuple[float, ...] = (0.01, 0.05, 0.1, 0.5, 2.0)
@@ -105,13 +163,6 @@ class Grid:
     epochs: int = 2
     step_pairs: int = 16
     learning_rate: float = 4e-4
-    answers: int = 4
-    recipe: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of a run."""
-        return -(-self.world.train_pairs // self.step_pairs) * self.epochs
 
     def cells(self) -> list[Cell]:
         """Every cell, seed by seed, so that an unfinished study is one of few seeds."""
@@ -119,7 +170,7 @@ class Grid:
             cell
             for seed in range(self.seeds)
             for cell in (
-                self._cell(seed, REFERENCE, REFERENCE, {}),
+                self.cell(seed, REFERENCE, REFERENCE, {}),
                 *self._frontier(seed),
                 *self._epsilons(seed),
             )
@@ -132,13 +183,13 @@ class Grid:
             BASELINE: fixed,
             "ε-DPO": {"edpo_epsilon": EPSILON},
             "β-DPO": {"edpo_control": "batch_margin"},
-            "TR-DPO, soft": fixed | _moving_reference(0.6, max(1, self.steps // 12)),
-            "TR-DPO, hard": fixed | _moving_reference(1.0, max(1, self.steps // 3)),
+            "TR-DPO, soft": fixed | moving_reference(0.6, max(1, self.steps // 12)),
+            "TR-DPO, hard": fixed | moving_reference(1.0, max(1, self.steps // 3)),
         }
 
     def _frontier(self, seed: int) -> list[Cell]:
         return [
-            self._cell(seed, "frontier", method, self._extras(method, beta) | keys)
+            self.cell(seed, "frontier", method, self._extras(method, beta) | keys)
             for method, keys in self.methods().items()
             for beta in self.betas
         ]
@@ -158,26 +209,13 @@ class Grid:
             {"edpo_epsilon": e, "edpo_beta_mean": "harmonic"} for e in self.harmonic
         ]
         return [
-            self._cell(seed, group, "ε-DPO", {"beta": BETA} | keys)
+            self.cell(seed, group, "ε-DPO", {"beta": BETA} | keys)
             for group, all_keys in (("epsilon", arithmetic), ("harmonic", harmonic))
             for keys in all_keys
         ]
 
-    def _cell(self, seed: int, group: str, method: str, keys: dict) -> Cell:
-        world = build.Settings(**{**asdict(self.world), "seed": seed})
-        shared = {
-            "seed": seed,
-            "num_epochs": self.epochs,
-            "micro_batch_size": self.step_pairs,
-            "learning_rate": self.learning_rate,
-            "warmup_steps": max(1, self.steps // 20),
-        }
-        if group != REFERENCE:
-            keys = {**RECIPE, **shared, **self.recipe, **keys}
-        return Cell(group, method, seed, world, keys, self.answers)
 
-
-def _moving_reference(mixup: float, every: int) -> dict[str, Any]:
+def moving_reference(mixup: float, every: int) -> dict[str, Any]:
     """TR-DPO: every so many steps the reference takes a share of the policy."""
     return {
         "trl": {
@@ -205,4 +243,4 @@ LARGE = Grid(
     answers=16,
     recipe={"learning_rate": 1e-4},
 )
-GRIDS = {"small": Grid(), "large": LARGE}
+GRIDS: dict[str, Grid] = {"small": Grid(), "large": LARGE}

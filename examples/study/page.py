@@ -118,7 +118,7 @@ def frontier(cells: Sequence[summary.Result]) -> list[str]:
         "reward − DPO's at this β",
         "at this KL",
     ]
-    return [*_table(header, rows), "", *_best(runs)]
+    return [*table(header, rows), "", *_best(runs)]
 
 
 def _against(of_beta, baseline, beta: float, is_baseline: bool) -> list[str]:
@@ -126,7 +126,7 @@ def _against(of_beta, baseline, beta: float, is_baseline: bool) -> list[str]:
     if is_baseline:
         return ["", ""]
     at_kl = above_curve(of_beta, baseline)
-    beside = _signed(at_kl) if at_kl else "outside of DPO's"
+    beside = signed(at_kl) if at_kl else "outside of DPO's"
     return [_difference(of_beta, baseline[beta]), beside]
 
 
@@ -151,7 +151,7 @@ def _best(runs: dict[str, dict[float, list]]) -> list[str]:
         )
     header = ["method", "best β", "true reward", "KL per answer", "reward − DPO's best"]
     note = "At the β with the highest mean reward, chosen on the same answers:"
-    return [note, "", *_table(header, rows)]
+    return [note, "", *table(header, rows)]
 
 
 def epsilons(cells: Sequence[summary.Result]) -> list[str]:
@@ -163,7 +163,7 @@ def epsilons(cells: Sequence[summary.Result]) -> list[str]:
         for value, runs in summary.epsilon_runs(cells).items()
     ]
     header = ["ε", "last β", "true reward", "KL per answer", "reward − DPO's"]
-    return [f"β {BETA}, arithmetic mean.", "", *_table(header, rows)]
+    return [f"β {BETA}, arithmetic mean.", "", *table(header, rows)]
 
 
 def means(cells: Sequence[summary.Result]) -> list[str]:
@@ -187,7 +187,7 @@ def means(cells: Sequence[summary.Result]) -> list[str]:
         "harmonic",
         "harmonic − arithmetic",
     ]
-    return [f"β {BETA}.", "", *_table(header, rows)]
+    return [f"β {BETA}.", "", *table(header, rows)]
 
 
 def classes(cells: Sequence[summary.Result]) -> list[str]:
@@ -202,7 +202,7 @@ def classes(cells: Sequence[summary.Result]) -> list[str]:
         for name, label in (("1", "+1"), ("0", "0"), ("-1", "−1"))
     ]
     header = ["s", "share of visits", "of these flipped"]
-    return [f"β {BETA}, ε {EPSILON}.", "", *_table(header, rows)]
+    return [f"β {BETA}, ε {EPSILON}.", "", *table(header, rows)]
 
 
 def flips(cells: Sequence[summary.Result]) -> list[str]:
@@ -227,7 +227,7 @@ def flips(cells: Sequence[summary.Result]) -> list[str]:
         f"β {BETA}. Area under the ROC curve: the probability that a clean pair scores "
         "higher than a flipped one, 0.50 by chance."
     )
-    return [note, "", *_table(header, rows)]
+    return [note, "", *table(header, rows)]
 
 
 def decisions(cells: Sequence[summary.Result]) -> list[str]:
@@ -241,7 +241,7 @@ def decisions(cells: Sequence[summary.Result]) -> list[str]:
     ]
     header = ["optimizer step", *names[:3], "exact s is not 0"]
     note = f"β {BETA}, ε {EPSILON}. Share of pairs whose s equals the float64 oracle's."
-    return [note, "", *_table(header, rows)]
+    return [note, "", *table(header, rows)]
 
 
 def _outcome(runs: list[summary.Result]) -> list[str]:
@@ -250,10 +250,11 @@ def _outcome(runs: list[summary.Result]) -> list[str]:
 
 
 def _difference(runs: list[summary.Result], others: list[summary.Result]) -> str:
-    return _signed(paired(runs, others, "reward"))
+    return signed(paired(runs, others, "reward"))
 
 
-def _signed(found: Estimate) -> str:
+def signed(found: Estimate) -> str:
+    """`+0.05 ± 0.02`; with ", none" where the interval holds 0."""
     none = "" if found.is_difference else ", none"
     return f"{found.mean:+z.2f} ± {found.half:.2f}{none}"
 
@@ -283,7 +284,7 @@ def _percent(share: Estimate) -> str:
     return f"{100 * share.mean:.1f} ± {100 * share.half:.1f} %"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return [f"| {' | '.join(line)} |" for line in lines]

@@ -1,6 +1,7 @@
 """Runs the study: all cells of a grid that have no result yet, then tables and figures.
 
     python examples/study/run.py                  # small: two CPU cores
+    python examples/study/run.py --grid sweep     # the second study
     python examples/study/run.py --grid large     # one GPU
 
 Two workers, one thread each, import axolotl once and train cell after cell. Whatever
@@ -25,14 +26,18 @@ os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import cell  # noqa: E402
+import grid  # noqa: E402
 import page  # noqa: E402
 import summary  # noqa: E402
-from grid import GRIDS, HERE, Cell  # noqa: E402
+import sweep  # noqa: E402
+import sweep_page  # noqa: E402
+from grid import HERE, Cell  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 WORK = HERE / "work"
 TIMES = "times.jsonl"
 WORKERS = 2
+GRIDS = {**grid.GRIDS, sweep_page.GRID: sweep.SWEEP}
 
 
 def main() -> None:
@@ -47,7 +52,10 @@ def main() -> None:
     except RuntimeError as error:
         sys.exit(str(error))
     summary.collect(cells, WORK, options.grid, noted_seconds(WORK))
-    page.write(options.grid)
+    if options.grid == sweep_page.GRID:
+        sweep_page.main()
+    else:
+        page.write(options.grid)
 
 
 def run(cells: Sequence[Cell], work: Path, workers: int = WORKERS) -> int:

@@ -1,6 +1,7 @@
 """Results of a grid in one file, and what is computed over seeds.
 
-results.json    every cell without its recipe's constants, numbers to four digits
+results.json, sweep.json    every cell without its recipe's constants, numbers to four
+                            digits
 """
 
 import datetime
@@ -16,12 +17,24 @@ from typing import Any, NamedTuple
 import numpy as np
 from cell import result_file, trace_folder
 from flips import classes, read_trace, told_apart
-from grid import BETA, HERE, REFERENCE, Cell
+from grid import BETA, HERE, REFERENCE, SIGNS, Cell
 from scipy.stats import t as student
 
 ROOT = HERE.parents[1]
-# Of a run's series every so manieth step is kept.
+# Of a run's series every so manieth value is kept.
 THIN = 2
+# Recipe keys in which cells differ.
+VARIED = (
+    "beta",
+    "dpo_loss_type",
+    "edpo_control",
+    "edpo_epsilon",
+    "edpo_beta_mean",
+    "learning_rate",
+    "rl_beta",
+    "trl",
+    *SIGNS,
+)
 
 Result = dict[str, Any]
 
@@ -35,16 +48,18 @@ class Places(NamedTuple):
 
     @classmethod
     def of(cls, grid: str) -> "Places":
-        """The small grid's are in the repository; another has a folder of its own."""
+        """Two grids are in the repository; another has a folder of its own."""
+        pictures = ROOT / "docs" / "pictures"
         if grid == "small":
-            pictures = ROOT / "docs" / "pictures"
             return cls(HERE / "results.json", HERE / "RESULTS.md", pictures)
+        if grid == "sweep":
+            return cls(HERE / "sweep.json", HERE / "SWEEP.md", pictures)
         own = HERE / grid
         return cls(own / "results.json", own / "RESULTS.md", own)
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds and its 95 % interval, mean ± half (Student's t).
+    """A mean over seeds and its interval, mean ± half (Student's t, 95 %).
 
     `half` is NaN with a single seed.
     """
@@ -53,13 +68,14 @@ class Estimate(NamedTuple):
     half: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Estimate":
+    def of(cls, values: Sequence[float], level: float = 0.95) -> "Estimate":
         """Estimate of the mean that independent values are drawn around."""
         n = len(values)
         if n < 2:
             return cls(values[0], math.nan)
         spread = statistics.stdev(values) / math.sqrt(n)
-        return cls(statistics.mean(values), float(student.ppf(0.975, n - 1)) * spread)
+        quantile = float(student.ppf((1 + level) / 2, n - 1))
+        return cls(statistics.mean(values), quantile * spread)
 
     def text(self, digits: int = 2) -> str:
         """`1.28 ± 0.07`."""
@@ -88,7 +104,7 @@ def collect(cells: Sequence[Cell], work: Path, grid: str, seconds: float) -> Non
         "device": _device(),
         "versions": json.loads(files[0].read_text())["versions"],
         "minutes": seconds / 60,
-        "cells": [_compact(*both) for both in zip(cells, files, strict=True)],
+        "cells": [compact(*both) for both in zip(cells, files, strict=True)],
     }
     place = Places.of(grid).json
     place.parent.mkdir(exist_ok=True)
@@ -117,10 +133,15 @@ def estimate(cells: Sequence[Result], name: str) -> Estimate:
     return Estimate.of([cell[name] for cell in cells])
 
 
-def paired(cells: Sequence[Result], others: Sequence[Result], name: str) -> Estimate:
+def paired(
+    cells: Sequence[Result],
+    others: Sequence[Result],
+    name: str,
+    level: float = 0.95,
+) -> Estimate:
     """Difference of two settings, seed by seed: they share world, pairs and order."""
     by_seed = {cell["seed"]: cell[name] for cell in others}
-    return Estimate.of([cell[name] - by_seed[cell["seed"]] for cell in cells])
+    return Estimate.of([cell[name] - by_seed[cell["seed"]] for cell in cells], level)
 
 
 def levels(runs: Mapping[float, Sequence[Result]]) -> dict[int, float]:
@@ -185,10 +206,12 @@ def harmonic_runs(cells: Iterable[Result]) -> dict[float, list[Result]]:
     return _by(select(cells, group="harmonic"), "edpo_epsilon")
 
 
-def methods(cells: Iterable[Result]) -> dict[str, dict[float, list[Result]]]:
-    """The runs of the frontier, by method and β."""
+def methods(
+    cells: Iterable[Result], group: str = "frontier"
+) -> dict[str, dict[float, list[Result]]]:
+    """The runs of a group, by method and β."""
     found: dict[str, list[Result]] = {}
-    for cell in select(cells, group="frontier"):
+    for cell in select(cells, group=group):
         found.setdefault(cell["method"], []).append(cell)
     return {method: _by(runs, "beta") for method, runs in found.items()}
 
@@ -200,18 +223,20 @@ def _by(cells: Iterable[Result], key: str) -> dict[float, list[Result]]:
     return found
 
 
-def _compact(cell: Cell, file: Path) -> Result:
+def compact(cell: Cell, file: Path) -> Result:
     """A cell's result without what all cells share, nor what no figure shows."""
     result = json.loads(file.read_text())
     kept = {k: v for k, v in result.items() if k not in ("name", "versions", "series")}
-    varied = ("beta", "edpo_control", "edpo_epsilon", "edpo_beta_mean", "trl")
-    kept["keys"] = {k: cell.keys[k] for k in varied if k in cell.keys}
+    kept["keys"] = {k: cell.keys[k] for k in VARIED if k in cell.keys}
     kept |= {"group": cell.group, "method": cell.method, "seed": cell.seed}
+    kept["flipped_labels"] = cell.world.flipped
     if cell.method == REFERENCE:
         return kept
     series = result["series"]
-    kept["last_beta"] = series["kl/beta"][-1]
-    if cell.method == "ε-DPO" and cell.keys["beta"] == BETA:
+    if series["kl/beta"]:
+        kept["last_beta"] = series["kl/beta"][-1]
+    looked_at = cell.group == "sweep" or cell.keys.get("beta") == BETA
+    if cell.method == "ε-DPO" and looked_at:
         kept["series"] = {k: series[k][::THIN] for k in ("kl/beta", "kl/policy_ref")}
     if trace_folder(file).exists():
         visits = read_trace(trace_folder(file))

@@ -30,7 +30,11 @@ BUILD = HERE / "build"
 
 @dataclass(frozen=True)
 class Settings:
-    """All there is to choose."""
+    """All there is to choose.
+
+    Attributes:
+        rounds: How often a prompt of training may be asked; each time has its pair.
+    """
 
     seed: int = 0
     hidden_size: int = 192
@@ -41,6 +45,7 @@ class Settings:
     eval_pairs: int = 200
     held_out_prompts: int = 400
     flipped: float = 0.10
+    rounds: int = 1
 
 
 def main(settings: Settings, folder: Path = BUILD) -> None:
@@ -82,7 +87,7 @@ def build(folder: Path, settings: Settings) -> None:
     tokenizer.save_pretrained(folder / "model")
 
     answer = partial(lm.sample_answers, model, tokenizer)
-    train = make_pairs(answer, seen, settings.train_pairs)
+    train = make_pairs(answer, seen * settings.rounds, settings.train_pairs)
     flip(train, settings.flipped, rng)
     _write_jsonl(folder / "train.jsonl", train)
     _write_jsonl(
@@ -95,7 +100,7 @@ def make_pairs(answer, prompts: list[str], count: int) -> list[dict[str, str]]:
 
     Args:
         answer: Makes a list of answers from a list of prompts.
-        prompts: What to ask, each at most once.
+        prompts: What to ask. One that is there twice is answered anew.
         count: How many pairs are wanted.
     """
     pairs: list[dict[str, str]] = []

@@ -22,6 +22,9 @@ flips = importlib.import_module("flips")
 grade = importlib.import_module("grade")
 summary = importlib.import_module("summary")
 page = importlib.import_module("page")
+regret = importlib.import_module("regret")
+sweep = importlib.import_module("sweep")
+sweep_page = importlib.import_module("sweep_page")
 lm = importlib.import_module("lm")
 world = importlib.import_module("world")
 
@@ -171,11 +174,11 @@ def test_a_cell_that_fails_names_its_recipe(work, short):
 
 def test_the_grids_are_what_the_readme_says():
     readme = (STUDY / "README.md").read_text()
-    for name, chosen in grid.GRIDS.items():
+    for name, chosen in run.GRIDS.items():
         cells = chosen.cells()
         assert f"| `{name}` | {len(cells)} |" in readme
         assert len({c.digest() for c in cells}) == len(cells)
-    for method in grid.Grid().methods():
+    for method in [*grid.Grid().methods(), *sweep.METHODS]:
         assert f"| {method} |" in readme
 
 
@@ -254,3 +257,119 @@ def test_results_in_the_repository_are_what_the_page_says():
     assert places.json.stat().st_size < 300_000
     assert len(whole["cells"]) == len(grid.GRIDS["small"].cells())
     assert places.tables.read_text() == page.text_of(whole, places)
+
+
+# --- the second study --------------------------------------------------------------
+
+SMALLEST = sweep.Sweep(
+    world=replace(TINY.world, steps=60, train_pairs=64, eval_pairs=20),
+    epochs=1,
+    step_pairs=8,
+    learning_rate=4e-4,
+    seeds=2,
+    fewer_seeds=1,
+    betas=(0.1, 1.0),
+    answers=1,
+    recipe=sweep.SWEEP.recipe | {"logging_steps": 1},
+)
+
+
+def _rewards(method: str, beta: float, rewards: list[float]) -> list[dict]:
+    return [
+        {
+            "group": "sweep",
+            "method": method,
+            "keys": {"beta": beta},
+            "seed": seed,
+            "flipped_labels": 0.0,
+            "reward": reward,
+            "kl": beta,
+        }
+        for seed, reward in enumerate(rewards)
+    ]
+
+
+# In the mean of seeds 0 and 1 DPO is best at β 1, in that of other seeds at 0.1.
+WORKED = [
+    *_rewards("DPO", 0.1, [1.0, 1.0, 2.0]),
+    *_rewards("DPO", 1.0, [1.5, 1.5, 0.0]),
+    *_rewards("ε-DPO", 0.1, [1.0, 1.25, 1.5]),
+    *_rewards("ε-DPO", 1.0, [1.5, 1.75, 1.0]),
+]
+
+
+def test_a_seed_has_no_say_in_the_beta_of_its_tuned_dpo():
+    base = summary.methods(WORKED, "sweep")["DPO"]
+    assert regret.tuned_betas(base) == {0: 0.1, 1: 0.1, 2: 1.0}
+
+
+def test_regrets_are_those_worked_by_hand():
+    found = regret.tests(WORKED, 0.0)
+    # seed by seed, mean over β of ε-DPO - DPO: 0, 0.25, 0.25
+    assert found.primary == summary.Estimate.of([0.0, 0.25, 0.25])
+    # the tuned DPO has 1, 1 and 0
+    assert found.at[1.0].baseline == summary.Estimate.of([-0.5, -0.5, 0.0])
+    assert found.at[1.0].method == summary.Estimate.of([-0.5, -0.75, -1.0])
+    difference = summary.Estimate.of([0.0, 0.25, 1.0], level=0.99)
+    assert found.at[1.0].difference == difference
+    assert found.cost == summary.Estimate.of([0.0, 0.25, 1.0])
+    assert found.tuned == {0.1: 2, 1.0: 1}
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "spares"), [(0.05, 0.04, True), (0.05, 0.06, False)]
+)
+def test_the_sweep_is_spared_where_every_interval_ends_below_the_margin(
+    mean, half, spares
+):
+    none, some = summary.Estimate(0.0, 0.0), summary.Estimate(mean, half)
+    at = {
+        0.1: regret.AtBeta(none, some, none, None),
+        1.0: regret.AtBeta(none, none, none, None),
+    }
+    less = summary.Estimate(-mean, half)
+    found = regret.Tests(primary=none, at=at, cost=less, tuned={})
+    assert found.spares_the_sweep is found.is_free is spares
+
+
+def test_a_99_percent_interval_is_students():
+    found = summary.Estimate.of([1.0, 2.0, 3.0], level=0.99)
+    assert found.half == pytest.approx(9.924843 / math.sqrt(3), rel=1e-6)
+
+
+@rest
+def test_the_smallest_sweep_runs_and_is_tested(tmp_path):
+    deciding = [c for c in SMALLEST.cells() if c.method in sweep.DECIDING]
+    cells = [c for c in deciding if c.group == "sweep" and not c.world.flipped]
+    assert len(cells) == 2 * 2 * 2
+    assert run.run(cells, tmp_path, workers=1) == len(cells)
+    results = [summary.compact(c, cell.result_file(tmp_path, c)) for c in cells]
+    assert {r["steps"] for r in results} == {SMALLEST.steps} == {8}
+    for result in summary.select(results, method="DPO"):
+        assert result["last_beta"] == result["keys"]["beta"]
+    for result in summary.select(results, method="ε-DPO"):
+        assert 0.9 < result["last_beta"] / result["keys"]["beta"] < 1.1
+        assert result["last_beta"] != result["keys"]["beta"]
+    found = regret.tests(results, 0.0)
+    gains = [
+        sum(
+            r["reward"] * (1 if r["method"] == "ε-DPO" else -1)
+            for r in summary.select(results, seed=seed)
+        )
+        / 2
+        for seed in (0, 1)
+    ]
+    assert found.primary.mean == pytest.approx(sum(gains) / 2)
+
+
+def test_the_learning_rate_is_the_one_that_the_plan_chooses():
+    cells = summary.load("sweep")["cells"]
+    assert sweep_page.best_rate(cells) == sweep.SWEEP.learning_rate
+
+
+def test_the_sweep_in_the_repository_is_what_its_page_says():
+    whole = summary.load("sweep")
+    places = summary.Places.of("sweep")
+    assert places.json.stat().st_size < 400_000
+    assert len(whole["cells"]) == len(sweep.SWEEP.cells())
+    assert places.tables.read_text() == sweep_page.text_of(whole, places)
