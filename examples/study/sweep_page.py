@@ -2,7 +2,7 @@
 
     python examples/study/sweep_page.py
 
-What the numbers mean is in sweep_comments.md, written after looking at them.
+What the numbers mean is in sweep_comments.md, once somebody has looked at them.
 """
 
 import os
@@ -46,7 +46,11 @@ def text_of(whole: dict[str, Any], places: summary.Places) -> str:
         "frontier": at_equal_kl(found),
         "beta": last_betas(cells),
     }
-    parts = [head(whole), (HERE / "sweep_comments.md").read_text().strip()]
+    comments = HERE / "sweep_comments.md"
+    parts = [
+        head(whole),
+        *([comments.read_text().strip()] if comments.exists() else []),
+    ]
     for name, lines in sections.items():
         image = f"![{CAPTIONS[name]}]({folder}/sweep_{name}.png)"
         parts += [f"## {CAPTIONS[name]}", image, "\n".join(lines)]

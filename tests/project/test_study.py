@@ -362,14 +362,50 @@ def test_the_smallest_sweep_runs_and_is_tested(tmp_path):
     assert found.primary.mean == pytest.approx(sum(gains) / 2)
 
 
-def test_the_learning_rate_is_the_one_that_the_plan_chooses():
-    cells = summary.load("sweep")["cells"]
-    assert sweep_page.best_rate(cells) == sweep.SWEEP.learning_rate
+def _result(one: grid.Cell) -> dict:
+    """Made-up results: ε-DPO gets 1 + seed at every β, DPO at β 1 alone."""
+    beta = one.keys.get("beta", 1.0)
+    best = one.method == "ε-DPO" or beta == 1
+    return {
+        "group": one.group,
+        "method": one.method,
+        "seed": one.seed,
+        "flipped_labels": one.world.flipped,
+        "keys": {k: one.keys[k] for k in summary.VARIED if k in one.keys},
+        "reward": one.seed + float(best),
+        "kl": 1 / beta,
+        "last_beta": beta / 2,
+        "series": {"kl/beta": [beta, beta / 2]},
+        "seconds": {"train": 1.0, "measure": 1.0},
+    }
 
 
-def test_the_sweep_in_the_repository_is_what_its_page_says():
-    whole = summary.load("sweep")
-    places = summary.Places.of("sweep")
-    assert places.json.stat().st_size < 400_000
-    assert len(whole["cells"]) == len(sweep.SWEEP.cells())
-    assert places.tables.read_text() == sweep_page.text_of(whole, places)
+def test_the_page_of_a_sweep_tells_what_the_plan_asks_for(tmp_path):
+    whole = {
+        "grid": "sweep",
+        "date": "today",
+        "commit": "0",
+        "device": "none",
+        "versions": {},
+        "minutes": 60,
+        "cells": [_result(c) for c in sweep.SWEEP.cells()],
+    }
+    places = summary.Places(tmp_path / "a.json", tmp_path / "A.md", tmp_path)
+    text = sweep_page.text_of(whole, places)
+    for labels in ("clean labels", "20% flipped"):
+        # DPO loses 1 at four of five β, and ε-DPO nothing
+        verdict = (
+            f"| {labels} | +0.80 ± 0.00 | yes | +0.00 ± 0.00, none | yes | 1 (8) |"
+        )
+        assert verdict in text
+        assert f"| {labels} | 10 | 3.50 ± 2.05 | 4.50 ± 2.05 | +1.00 ± 0.00 |" in text
+    assert "358 cells, 1.0 hours in all" in text
+    # DPO and all losses of Table 1 have runs at β 1, or no β
+    for method in [*sweep.METHODS, *sweep.LOSSES]:
+        assert f"| {method} |" in text.split("## The losses of Table 1")[1]
+    pictures = sweep_page.sweep_figures.draw(whole["cells"], tmp_path)
+    assert [p.name for p in pictures if p.stat().st_size > 10_000] == [
+        "sweep_reward.png",
+        "sweep_frontier.png",
+        "sweep_beta.png",
+    ]
