@@ -134,6 +134,7 @@ def test_every_page_is_in_the_readme_and_on_the_site():
         "benchmarks/RESULTS.md",
         "examples/table1/README.md",
         "examples/study/README.md",
+        "examples/study/PLAN.md",
         "examples/study/RESULTS.md",
     }
 
