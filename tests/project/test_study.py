@@ -262,7 +262,7 @@ def test_results_in_the_repository_are_what_the_page_says():
 # --- the second study --------------------------------------------------------------
 
 SMALLEST = sweep.Sweep(
-    world=replace(TINY.world, steps=60, train_pairs=64, eval_pairs=20),
+    world=replace(TINY.world, train_pairs=64, eval_pairs=20),
     epochs=1,
     step_pairs=8,
     learning_rate=4e-4,

@@ -350,8 +350,8 @@ def test_the_head_of_a_sure_policy_keeps_its_gradient(backend, keeps, sure, dtyp
     onehot(y) - p is small there: made of two parts that are rounded apart, nothing
     would be left of it.
     """
-    h, ref, head, _ = inputs(tokens=20, size=0.3, dtype=dtype, device=device(backend))
-    y = torch.arange(20, device=h.device) % 5
+    h, ref, head, _ = inputs(tokens=40, size=0.3, dtype=dtype, device=device(backend))
+    y = torch.arange(40, device=h.device) % 5
     h = (h + sure * head.weight[y] / 2).to(dtype)
     leaves = [h.requires_grad_(), head.weight.requires_grad_()]
     ours = token_stats(h, ref, head, head, y, 0.01, backend=backend).policy_logp
