@@ -222,7 +222,7 @@ class _Seen(dict):
         return value
 
     def get(self, key, default=None):
-        """As `dict.get`, and records the read."""
+        """The value of a key, whose read is recorded, or a default."""
         return self[key] if key in self else default
 
 

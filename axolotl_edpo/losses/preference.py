@@ -319,7 +319,7 @@ class PreferenceLoss:
         return values * tail_weights(lengths, len(values), self.ld_alpha)
 
     def _scores(self, answers: Answers) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the loss compares, of chosen and of rejected answers."""
+        """Log-ratios of chosen and rejected, or scores without a reference."""
         if self.reference_free is None:
             return answers.chosen, answers.rejected
         score = self.reference_free.score

@@ -9,7 +9,7 @@ study_decisions  how often a step is right in bf16
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,6 @@ def draw(cells: Sequence[summary.Result], pictures: Path) -> list[Path]:
     Returns:
         The files.
     """
-    pictures.mkdir(parents=True, exist_ok=True)
     figures = {
         "frontier": frontier,
         "epsilon": epsilon,
@@ -64,11 +63,31 @@ def draw(cells: Sequence[summary.Result], pictures: Path) -> list[Path]:
         "means": means,
         "decisions": decisions,
     }
+    return save(
+        {f"study_{name}": make for name, make in figures.items()}, cells, pictures
+    )
+
+
+def save(
+    figures: Mapping[str, Callable[[Sequence[summary.Result]], Figure]],
+    cells: Sequence[summary.Result],
+    pictures: Path,
+) -> list[Path]:
+    """Draws figures into PNG files of their names.
+
+    Args:
+        figures: Name of a file, without its ending, to what draws it.
+        cells: Of a grid.
+        pictures: Folder; made if absent.
+
+    Returns:
+        The files.
+    """
+    pictures.mkdir(parents=True, exist_ok=True)
     files = []
     for name, make in figures.items():
-        figure = make(cells)
-        files.append(pictures / f"study_{name}.png")
-        figure.savefig(files[-1])
+        files.append(pictures / f"{name}.png")
+        make(cells).savefig(files[-1])
     return files
 
 

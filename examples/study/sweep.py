@@ -21,6 +21,8 @@ KTO = {
     "remove_unused_columns": False,
 }
 FLIPPED = 0.2
+# Share of flipped labels -> its name on the page.
+LABELS = {0.0: "clean labels", FLIPPED: f"{FLIPPED:.0%} flipped"}
 # Of methods with a reference, β₀ in the sweep.
 BETAS = (0.1, 0.3, 1.0, 3.0, 10.0)
 METHODS: dict[str, dict[str, Any]] = {
@@ -80,7 +82,7 @@ class Sweep(Training):
                 FIXED | {"beta": beta, "learning_rate": rate},
                 flipped=flipped,
             )
-            for seed, flipped in zip(self.trial_seeds, (0.0, FLIPPED), strict=True)
+            for seed, flipped in zip(self.trial_seeds, LABELS, strict=True)
             for rate in self.trial_rates
             for beta in self.trial_betas
         ]
@@ -89,7 +91,7 @@ class Sweep(Training):
         """Trials, then seed by seed: an unfinished study is one of few seeds."""
         cells = self.trials()
         for seed in range(self.seeds):
-            for flipped in (0.0, FLIPPED):
+            for flipped in LABELS:
                 cells += self._sweep(seed, flipped)
             if seed < self.fewer_seeds:
                 cells += self._table(seed)

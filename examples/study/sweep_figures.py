@@ -15,17 +15,11 @@ from grid import BASELINE, REFERENCE
 from matplotlib.figure import Figure
 from regret import LEVEL, METHOD, tests
 from summary import Result, estimate, methods, select, within_seeds
-from sweep import FLIPPED, METHODS, SWEEP
+from sweep import LABELS, METHODS, SWEEP
 
-from axolotl_edpo.report.figures import BLACK, BLUE, GREEN, RED
+from axolotl_edpo.report.figures import BLACK, GREEN
 
-LABELS = {0.0: "clean labels", FLIPPED: f"{FLIPPED:.0%} of labels flipped"}
-STYLES = {
-    BASELINE: (BLACK, "s"),
-    METHOD: (BLUE, "o"),
-    "β-DPO": (RED, "D"),
-    "TR-DPO": (GREEN, "^"),
-}
+STYLES = {**figures.STYLES, "TR-DPO": (GREEN, "^")}
 LOGGED = SWEEP.recipe["logging_steps"] * summary.THIN  # steps from value to value
 
 
@@ -39,12 +33,8 @@ def draw(cells: Sequence[Result], pictures: Path) -> list[Path]:
     Returns:
         The files.
     """
-    pictures.mkdir(parents=True, exist_ok=True)
-    files = []
-    for name, make in (("reward", reward), ("frontier", frontier), ("beta", beta)):
-        files.append(pictures / f"sweep_{name}.png")
-        make(cells).savefig(files[-1])
-    return files
+    drawn = {"sweep_reward": reward, "sweep_frontier": frontier, "sweep_beta": beta}
+    return figures.save(drawn, cells, pictures)
 
 
 def reward(cells: Sequence[Result]) -> Figure:

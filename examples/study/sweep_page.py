@@ -15,11 +15,10 @@ import sweep_figures
 from grid import BASELINE, HERE, REFERENCE, SIGNS
 from page import signed, table
 from regret import METHOD, Tests, tests
-from summary import Estimate, Result, estimate, methods, paired, select
-from sweep import FLIPPED, LOSSES, METHODS, SWEEP
+from summary import Result, estimate, methods, paired, select
+from sweep import FLIPPED, LABELS, LOSSES, METHODS, SWEEP
 
 GRID = "sweep"
-LABELS = {0.0: "clean labels", FLIPPED: f"{FLIPPED:.0%} flipped"}
 CAPTIONS = {
     "reward": "True reward against initial β",
     "frontier": "True reward against true KL",
@@ -206,7 +205,9 @@ def losses(cells: Sequence[Result]) -> list[str]:
             _keys(runs[0]),
             estimate(runs, "reward").text(),
             estimate(runs, "kl").text(),
-            "" if method == BASELINE else signed(_difference(runs, best[BASELINE])),
+            ""
+            if method == BASELINE
+            else signed(paired(runs, best[BASELINE], "reward")),
         ]
         for method, runs in sorted(best.items(), key=lambda x: -_mean_reward(x[1]))
     ]
@@ -263,10 +264,6 @@ def _keys(run: Result) -> str:
 
 def _mean_reward(runs: Sequence[Result]) -> float:
     return statistics.mean(run["reward"] for run in runs)
-
-
-def _difference(runs: Sequence[Result], base: Sequence[Result]) -> Estimate:
-    return paired(runs, base, "reward")
 
 
 if __name__ == "__main__":
