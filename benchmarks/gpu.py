@@ -8,8 +8,8 @@ Sections run in the order of their value, each in a process of its own: an error
 fault of CUDA costs that section only. `gpu.json` and `gpu.md` in DIR are written anew
 whenever something was found, so that a run that is cut has left all it had. A section
 does not start when less than it needs is left of the budget, and is stopped when the
-budget is used up. All of them need about eleven minutes by estimate; where one command
-may not take so long, run the second half with --only, and record both files together.
+budget is used up. All of them need twelve minutes; where one command may not take so
+long, run the second half with --only, and record both files together.
 
 The machine may have no network: wheels that `make gpu-wheels` collected are installed
 in `build/gpu-site`, for this benchmark alone. Where flash-attn and wandb are missing,
@@ -51,7 +51,7 @@ class Section(NamedTuple):
 
     Attributes:
         function: `module:function`, which gets a `gpu_child.Notes`.
-        seconds: What it needs on an H100, by estimate.
+        seconds: What it needs on an H100, as measured, and a little more.
         purpose: One line.
         needs_gpu: Whether there is nothing to run on a CPU.
     """
@@ -64,36 +64,38 @@ class Section(NamedTuple):
 
 SECTIONS = {
     "probe": Section(
-        "gpu_op:probe", 20, "what this device and this torch reach: copies, products"
+        "gpu_op:probe", 10, "what this device and this torch reach: copies, products"
     ),
     "numbers": Section(
-        "gpu_op:numbers", 40, "the head's values, gradients and steps against float64"
+        "gpu_op:numbers", 25, "the head's values, gradients and steps against float64"
     ),
     "tests": Section(
-        "gpu_op:tests", 60, "tests of kernels, log-probabilities and attention"
+        "gpu_op:tests", 140, "tests of kernels, log-probabilities and attention"
     ),
     "head": Section(
-        "gpu_op:head", 80, "the head's time relative to the products it needs"
+        "gpu_op:head", 35, "the head's time relative to the products it needs"
     ),
     "attention": Section(
         "gpu_op:attention", 40, "a packed row of shared prompts through one layer"
     ),
     "sanitizer": Section(
-        "gpu_op:sanitizer", 45, "memcheck of the kernels, counters of one of them", True
+        "gpu_op:sanitizer", 30, "memcheck of the kernels, counters of one of them", True
     ),
     "sync": Section(
         "gpu_training:sync",
-        70,
+        40,
         "where the host waits for the GPU, and how busy that keeps it",
         needs_gpu=True,
     ),
     "train": Section(
         "gpu_training:train", 170, "training steps beside axolotl's `rl: dpo`"
     ),
-    "large": Section("gpu_training:large", 70, "LoRA on a model of Llama-3-8B's shape"),
+    "large": Section(
+        "gpu_training:large", 110, "LoRA on a model of Llama-3-8B's shape"
+    ),
     "rest": Section(
         "gpu_training:rest",
-        60,
+        120,
         "QLoRA, LoRA kernels, fp16, and one rank with DDP and FSDP2",
     ),
 }

@@ -389,8 +389,8 @@ def sweep(note: Notes) -> None:
     inputs = draw(LARGE)
     run = step_of(inputs, inputs.weight, EPSILON)
     usual = tile_triton.CHUNK, tile_triton.TILE, tile_triton.warps
-    choices = [(4096, 4096, 16), (4096, 4096, 8), (4096, 4096, 32), (4096, 8192, 16)]
-    choices += [(4096, 8192, 32), (4096, 16384, 16), (2048, 8192, 16), (2048, 4096, 16)]
+    choices = [(4096, 4096, 32), (4096, 4096, 16), (4096, 8192, 32), (2048, 4096, 32)]
+    choices += [(2048, 8192, 32), (8192, 4096, 32), (8192, 8192, 32)]
     try:
         for chunk, tile, logits in choices:
             tile_triton.CHUNK, tile_triton.TILE = chunk, tile

@@ -40,7 +40,8 @@ from axolotl_edpo.tools.model_sizes import sizes_of
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 VOCAB = 4096 if ON_GPU else 512  # of the tokenizer; the model's is larger
-PAIRS, ACCUMULATION = 4, 4 if ON_GPU else 2  # a micro-batch, and those of a step
+# Of a micro-batch: with 4 the host sets the pace. Micro-batches of a step.
+PAIRS, ACCUMULATION = 8 if ON_GPU else 4, 2
 STEPS = 8 if ON_GPU else 2
 RANK = 16  # of LoRA
 # Of cards whose peak in bfloat16, without sparsity, is known here: TFLOP/s by name.
@@ -455,6 +456,10 @@ def sync(note: Notes) -> None:
     note("an optimizer step from its first kernel to its last, ms", whole / 1e3)
     note("share of it in which the GPU is busy", busy(on_gpu) / whole)
     note("kernels and copies in it", len(on_gpu))
+    kernels = Audit.found["profile"].key_averages()
+    for event in sorted(kernels, key=lambda e: -e.count)[:12]:
+        spent = {"calls": event.count, "kernel, ms": event.device_time_total / 1e3}
+        note(event.key[:60], spent)
 
 
 # --- large -----------------------------------------------------------------------
@@ -488,11 +493,12 @@ def rest(note: Notes) -> None:
     ways: dict[str, Callable[[], dict[str, Any]]] = {
         "QLoRA, NF4": lambda: here(world, "qlora", "lora", **four_bit),
         "LoRA": lambda: here(world, "plain", "lora"),
+        # before LoRA kernels, for which axolotl patches the attention of this process
+        "LoRA, fp16": lambda: here(world, "fp16", "lora", fp16=True, bf16=False),
         "LoRA kernels": lambda: here(world, "kernels", "lora", **KERNELS),
         "QLoRA, LoRA kernels": lambda: here(
             world, "qlora-kernels", "lora", **four_bit, **KERNELS
         ),
-        "LoRA, fp16": lambda: here(world, "fp16", "lora", fp16=True, bf16=False),
         "torchrun, DDP": lambda: launched(world, env, "ddp"),
         "torchrun, FSDP2": lambda: launched(world, env, "fsdp2", **FSDP2),
     }

@@ -262,8 +262,6 @@ def tables(options: argparse.Namespace) -> Iterator[str]:
     for shape in options.shape or (GPU_SHAPES if ON_GPU else CPU_SHAPES):
         for trained in (False, True):
             yield table(shape, dtype, trained, options.repeats, before)
-    if not ON_GPU:
-        yield "On a GPU: not measured."
 
 
 def main() -> None:

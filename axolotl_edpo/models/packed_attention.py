@@ -222,7 +222,14 @@ def _gather(states: torch.Tensor, segments: Segments) -> torch.Tensor:
     pieces = tuple(piece for keys in segments.keys for piece in keys)
     if pieces == tuple(range(len(segments.pieces))):
         return states
-    return _join(states.split(segments.pieces, dim=2), pieces)
+
+    def compute() -> torch.Tensor:
+        positions = torch.arange(sum(segments.pieces)).split(segments.pieces)
+        return on_device(torch.cat([positions[i] for i in pieces]), states.device)
+
+    index = segments.once((_gather, states.device), compute)
+    # one kernel, and two in the backward, however many pieces there are
+    return states.transpose(1, 2).index_select(1, index).transpose(1, 2)
 
 
 def _flash(base: Attention) -> Attention:
@@ -296,7 +303,7 @@ def _varlen(
     """torch's `varlen_attn`. The last query of a segment sees the last key."""
     dtype, ends = _dtype_of_kernel(query), _boundaries(segments, query.device)
     row = query, _gather(key, segments), _gather(value, segments)
-    query, key, value = (states[0].transpose(0, 1).to(dtype) for states in row)
+    query, key, value = (x.squeeze(0).transpose(0, 1).to(dtype) for x in row)
     output: Any = varlen_attn(
         query,
         key,
@@ -310,7 +317,7 @@ def _varlen(
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         **varlen_shares_heads(),
     )
-    return output[None], None
+    return output.unsqueeze(0), None
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from transformers import AttentionInterface, AutoConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from axolotl_edpo.models.packed_attention import enable_packing
+from axolotl_edpo.upstream import varlen_shares_heads
 from helpers import tiny
 
 VOCAB = 64
@@ -55,7 +56,7 @@ def varlen_loop(
     assert [max(lengths[0]), max(lengths[1])] == [max_q, max_k]
     assert type(max_q) is type(max_k) is int
     groups = query.shape[1] // key.shape[1]
-    assert enable_gqa or groups == 1
+    assert enable_gqa or groups == 1 or not varlen_shares_heads()
     before, after = (10**6 if size < 0 else size for size in window_size)
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     out = []
