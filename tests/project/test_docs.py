@@ -136,6 +136,7 @@ def test_every_page_is_in_the_readme_and_on_the_site():
         "examples/study/README.md",
         "examples/study/PLAN.md",
         "examples/study/RESULTS.md",
+        "examples/study/SWEEP.md",
     }
 
 

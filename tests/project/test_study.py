@@ -251,15 +251,28 @@ def test_a_run_is_compared_with_the_curve_at_its_own_kl():
     assert summary.above_curve([{"seed": 0, "kl": 5.0, "reward": 9.0}], curve) is None
 
 
-def test_results_in_the_repository_are_what_the_page_says():
-    whole = summary.load("small")
-    places = summary.Places.of("small")
+@pytest.mark.parametrize("name", ["small", "sweep"])
+def test_results_in_the_repository_are_what_the_page_says(name):
+    whole = summary.load(name)
+    places = summary.Places.of(name)
     assert places.json.stat().st_size < 300_000
-    assert len(whole["cells"]) == len(grid.GRIDS["small"].cells())
-    assert places.tables.read_text() == page.text_of(whole, places)
+    assert len(whole["cells"]) == len(run.GRIDS[name].cells())
+    written = {"small": page, "sweep": sweep_page}[name].text_of(whole, places)
+    assert places.tables.read_text() == written
+
+
+def test_the_learning_rate_of_the_sweep_is_that_of_the_plans_rule():
+    cells = summary.load("sweep")["cells"]
+    assert sweep_page.best_rate(cells) == sweep.SWEEP.learning_rate
+    best = summary.select(cells, group="trial", learning_rate=4e-4)
+    means = {b: sweep_page._mean_reward(summary.select(best, beta=b)) for b in TRIED}
+    # the initial β of the sweep: the best one of the trials, times 0.1 to 10
+    assert [b / max(means, key=means.get) for b in sweep.BETAS] == [0.1, 0.3, 1, 3, 10]
 
 
 # --- the second study --------------------------------------------------------------
+
+TRIED = sweep.SWEEP.trial_betas
 
 SMALLEST = sweep.Sweep(
     world=replace(TINY.world, train_pairs=64, eval_pairs=20),
