@@ -1,13 +1,14 @@
 """ε-DPO for axolotl: `rl: edpo`.
 
 Imports run downwards (docs/architecture.md):
-    inspection/             `axolotl edpo-inspect`
+    inspection/, tools/     `axolotl edpo-inspect`; `axolotl edpo-memory`
+    recipe.py               a recipe as `axolotl train` reads it
     plugin.py, trainer.py   what axolotl calls, and the trainer that it makes
     training/               the parts of a training run
     reference/              the reference's hidden states: computed or cached
     models/, config/        what is read of transformers models; checks of recipes
     data/, losses/          pairs and their layout in batches; losses and β
-    report/, tools/         `axolotl edpo-report`; memory per GPU
+    report/                 `axolotl edpo-report`
     ops/, distributed.py    the fused op; DDP, DeepSpeed, FSDP2
     upstream.py, upstream_data.py
                             private and moving names of axolotl and its libraries

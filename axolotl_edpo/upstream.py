@@ -221,6 +221,23 @@ def load_balancing_loss(model: Any) -> Callable[..., Any] | None:
 # --- engines -------------------------------------------------------------------------
 
 
+@contextmanager
+def without_engine() -> Iterator[None]:
+    """Within it, axolotl loads a config and neither starts nor needs DeepSpeed.
+
+    `load_cfg` of axolotl 0.19 to 0.21 prepares the engine by `prepare_optim_env` in
+    this Python module, and refuses to do so twice in a process.
+    """
+    from axolotl.cli import config
+
+    names: Any = config
+    prepare, names.prepare_optim_env = names.prepare_optim_env, lambda cfg: None
+    try:
+        yield
+    finally:
+        names.prepare_optim_env = prepare
+
+
 @cache
 def forward_redirection() -> Callable[..., Any]:
     """A callable that runs a function inside the forward of a wrapped module.

@@ -364,8 +364,7 @@ def expected(config: LlamaConfig, run: Run, contender: str, options) -> dict[str
         float32_root=full and options.attention == "sdpa",
         device=DEVICE,
     )
-    # one process has none of DDP's buckets, which are as large as the gradients
-    return {"calculated GiB": (need.total - need.gradients / 2) / GIB}
+    return {"calculated GiB": need.total / GIB}
 
 
 # --- sync ------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import os
 import re
 from pathlib import Path
 from types import MethodType
@@ -314,6 +315,24 @@ def test_fsdp2_shards_by_a_function_that_axolotl_replaces_in_accelerates_module(
     assert "= fsdp2_prepare_model(self, model)" in prepare, "upstream.py: shard_fsdp2"
     replaced = "accelerate.accelerator.fsdp2_prepare_model = fsdp2_prepare_model"
     assert replaced in source(fsdp2), "upstream.py: shard_fsdp2"
+
+
+def test_a_config_is_loaded_without_the_engine_that_one_function_prepares(
+    recipe, tmp_path
+):
+    from axolotl.cli import config
+
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 3}}')
+    keys = recipe(deepspeed=str(tmp_path / "zero.json"))
+    prepare = config.prepare_optim_env
+    with upstream.without_engine():
+        stages = [
+            tiny.load_config(tmp_path, keys).deepspeed["zero_optimization"]["stage"]
+            for _ in range(2)
+        ]
+    assert stages == [3, 3] and "ACCELERATE_USE_DEEPSPEED" not in os.environ
+    assert config.prepare_optim_env is prepare
+    assert "prepare_optim_env(cfg)" in source(config.load_cfg)
 
 
 def test_accelerate_compiles_lists_of_layers_of_one_class():

@@ -3,17 +3,11 @@
 axolotl's config → `data/preparation.py` → the tokenization of `EDPOTrainer`
 """
 
-import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from axolotl.cli.config import load_cfg
 from axolotl.loaders import load_tokenizer
 from datasets import Dataset
 
@@ -24,7 +18,7 @@ from ..data.images import has_images
 from ..data.pair_maker import NOTES
 from ..data.preparation import count_rows, load_noted
 from ..errors import quote
-from ..plugin import TRAINER
+from ..recipe import config_of
 from ..trainer import EDPOTrainer
 
 # Kinds of notes that are read from tokens, beside those of `data/pair_maker.py`.
@@ -96,16 +90,7 @@ def load(recipe: str, key: str) -> PairSet:
         ValueError: As `axolotl train` does, if it refuses the recipe or a row; if the
             recipe is not one of `rl: edpo`, or has no such set.
     """
-    # axolotl would write its log into the folder of a finished run
-    with TemporaryDirectory() as folder, _quietly(), _without_engine():
-        # a machine without the GPUs of the run will do
-        cfg = load_cfg(recipe, output_dir=folder, is_preprocess=True)
-        cfg.is_preprocess = None  # data that are prepared already are not prepared anew
-        if cfg.trainer_cls != TRAINER:
-            raise ValueError(
-                "`axolotl edpo-inspect` shows the pairs of recipes with `rl: edpo`, "
-                "and this is another one"
-            )
+    with config_of(recipe, "edpo-inspect") as cfg:
         return _pair_set(cfg, key)
 
 
@@ -158,34 +143,3 @@ def _left_out(cfg: Any, key: str, sets: list[Dataset | None], late: int) -> int 
     except (OSError, ValueError):
         return None
     return rows - sum(len(data) for data in made if data is not None) + late
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keeps the log to warnings, without those that `counts.py` repeats."""
-    loggers = logging.getLogger(), logging.getLogger("axolotl")
-    handlers = [handler for logger in loggers for handler in logger.handlers]
-    for handler in handlers:
-        handler.addFilter(_is_news)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(_is_news)
-
-
-@contextmanager
-def _without_engine() -> Iterator[None]:
-    """Keeps axolotl from starting DeepSpeed, as `axolotl preprocess` does."""
-    before = dict(os.environ)
-    os.environ["AXOLOTL_IS_PREPROCESS"] = "1"
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    repeated = record.name.startswith("axolotl_edpo.data")
-    return record.levelno >= logging.WARNING and not repeated

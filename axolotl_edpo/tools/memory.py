@@ -1,10 +1,8 @@
 """Calculates the memory per GPU of a run, to choose an engine for a model.
 
-    python -m axolotl_edpo.tools.memory CONFIG --ranks 8 --tokens 4096
-
-CONFIG is a folder with a model's config.json, the file, or a name on the hub. Weights
-are counted on the meta device, for any architecture of transformers. Activations are
-estimated for decoder layers with a gated MLP (Llama, Mistral, Qwen, Gemma).
+Weights are counted on the meta device, for any architecture of transformers
+(model_sizes.py). Activations are estimated for decoder layers with a gated MLP (Llama,
+Mistral, Qwen, Gemma). recipe_memory.py says what to calculate for a recipe.
 
 The peak is the memory between micro-batches (weights, gradients, optimizer, reference)
 plus the largest of
@@ -19,17 +17,17 @@ buffers of NCCL, buckets of DeepSpeed, 4-bit weights while they are dequantized.
 tests/unit/tools/test_memory.py compares the parts with a small model on two ranks.
 """
 
-import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
-
-from transformers import AutoConfig
+from typing import Literal, NamedTuple
 
 from ..ops.kept_probs import KEPT_BYTES
 from ..ops.walk import BLOCK_VALUES
-from .model_sizes import Sizes, sizes_of
+from .model_sizes import Sizes
 
 Engine = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
+# In a micro-batch, in the optimizer step, before the first micro-batch.
+Phase = Literal["micro-batch", "step", "start"]
 
 # CHUNK, TILE and MATRICES of ops/tile_triton.py and ops/tile_torch.py.
 TILES = {"cuda": (4096, 4096, 2), "cpu": (1024, 1024, 4)}
@@ -45,8 +43,8 @@ class Memory(NamedTuple):
 
     Attributes:
         weights: Weights of the policy.
-        gradients: Gradients that accumulate between micro-batches, and for DDP their
-            copy in its buckets.
+        gradients: Gradients that accumulate between micro-batches, and for DDP with
+            several GPUs their copy in its buckets.
         optimizer: AdamW's two moments, and DeepSpeed's float32 copy of the weights.
         reference: Weights of a reference that is a separate model. If it has a cache,
             only its head; nothing if only log-probabilities are kept, or if the loss
@@ -77,15 +75,24 @@ class Memory(NamedTuple):
         return self.weights + self.gradients + self.optimizer + self.reference
 
     @property
-    def total(self) -> float:
-        """Peak bytes, as an upper bound: head, layer and activations may peak apart.
+    def phases(self) -> Mapping[Phase, float]:
+        """Bytes in each phase, as upper bounds: parts of a phase may peak apart.
 
         While the whole reference is in memory, a resumed run has its optimizer, but no
         gradients. The reference's forward then needs at most `activations`.
         """
         within = self.head + self.layer + self.activations
         before = self.let_go - self.gradients + self.activations
-        return self.resident + max(within, self.step, before)
+        return {
+            "micro-batch": self.resident + within,
+            "step": self.resident + self.step,
+            "start": self.resident + before,
+        }
+
+    @property
+    def total(self) -> float:
+        """Peak bytes: those of the phase that needs most."""
+        return max(self.phases.values())
 
 
 @dataclass(frozen=True)
@@ -143,12 +150,13 @@ class EngineMemory(NamedTuple):
 
 
 def _ddp(training: Training) -> EngineMemory:
-    """Nothing is sharded. Adapters are in float32."""
+    """Nothing is sharded. Adapters are in float32. One GPU has no buckets."""
     trainable = training.trainable(adapter_itemsize=4)
+    copies = 2 if training.ranks > 1 else 1  # also in the buckets
     return EngineMemory(
         shards=1,
         trainable=trainable,
-        gradients=2 * trainable,  # also in the buckets
+        gradients=copies * trainable,
         optimizer=2 * trainable,
         whole_head=training.sizes.head * training.full,
     )
@@ -350,53 +358,3 @@ def _tiles(
         again = (4 + itemsize) * cells + gradient
         backward = rows + (numerators + 3 * itemsize * values if kept else again)
     return (1 + compares) * itemsize * values + max(forward, backward)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Prints a table of GiB per GPU, with a row per engine.
-
-    Args:
-        arguments: Of the command line; None: those of the process.
-    """
-    options = _parser().parse_args(arguments)
-    sizes = sizes_of(AutoConfig.from_pretrained(options.config))
-    columns = [*Memory._fields, "total"]
-    print(f"GiB per GPU, {sizes.all / 1e9:.2f} billion weights\n")
-    print(" | ".join(["| engine", *columns]), "|")
-    print("|---" + "|---:" * len(columns) + "|")
-    for engine in options.engines:
-        parts = memory(
-            sizes,
-            engine,
-            options.ranks,
-            options.tokens,
-            lora=options.lora,
-            four_bit=options.four_bit,
-            cached=options.cached,
-            two_numbers=options.two_numbers,
-            reference_free=options.reference_free,
-            sync=options.sync_each_batch,
-        )
-        cells = (f"{value / 2**30:.1f}" for value in (*parts, parts.total))
-        print(" | ".join([f"| {engine}", *cells]), "|")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m axolotl_edpo.tools.memory")
-    parser.add_argument("config", help="folder with config.json, file, or hub name")
-    parser.add_argument("--ranks", type=int, default=8, help="GPUs")
-    parser.add_argument("--tokens", type=int, default=4096, help="of a micro-batch")
-    parser.add_argument("--lora", type=int, default=0, help="rank; 0: all weights")
-    parser.add_argument("--four-bit", action="store_true", help="QLoRA")
-    parser.add_argument("--cached", action="store_true", help="precomputed reference")
-    numbers = "with --cached, for `edpo_control: fixed` and `batch_margin`"
-    parser.add_argument("--two-numbers", action="store_true", help=numbers)
-    free = "for `dpo_loss_type` cpo, slic, rrhf, simpo and orpo"
-    parser.add_argument("--reference-free", action="store_true", help=free)
-    parser.add_argument("--sync-each-batch", action="store_true", help="for FSDP2")
-    parser.add_argument("--engines", nargs="+", default=get_args(Engine))
-    return parser
-
-
-if __name__ == "__main__":
-    main()

@@ -8,16 +8,23 @@ pydantic fields of config/args.py; gigabytes are those of tools/memory.py.
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import chdir
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import yaml
 from transformers import Gemma2Config, LlamaConfig, MistralConfig
 
 from axolotl_edpo.config.args import LOWERED, Bounds, EDPOArgs, Moving
+from axolotl_edpo.plugin import PLUGIN
+from axolotl_edpo.recipe import config_of
+from axolotl_edpo.tools import page
 from axolotl_edpo.tools.memory import Memory, memory
 from axolotl_edpo.tools.model_sizes import sizes_of
+from axolotl_edpo.tools.recipe_memory import RecipeMemory, recipe_memory
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = tuple(
@@ -202,37 +209,61 @@ def on_one_gpu() -> str:
 
 
 class Example(NamedTuple):
-    """What `memory` needs of a recipe in examples/, and its line in the README."""
+    """A recipe of examples/: the key in CONFIGS of its model, and its line."""
 
     model: str
-    engine: Any
-    ranks: int
+    gpus: int
     card: str
     trains: str
-    keys: dict
 
 
-# Recipe -> its model, engine, GPUs; a test compares engine and GPUs with the recipe.
 RECIPES = {
-    "llama3_qlora_edpo": Example("8B", "ddp", 1, "24 GB", "Llama 3 8B, QLoRA", NF4),
-    "llama3_lora_edpo": Example("3B", "ddp", 1, "24 GB", "Llama 3.2 3B, LoRA", ADAPTER),
-    "gemma2_hh_edpo": Example("Gemma 2 2B", "zero2", 1, "80 GB", "Gemma 2 2B", {}),
-    "llama3_fsdp2_edpo": Example("8B", "fsdp2", 8, "24 GB", "Llama 3 8B, FSDP2", SYNC),
-    "llama3_zero3_edpo": Example("8B", "zero3", 8, "40 GB", "Llama 3 8B, ZeRO-3", {}),
-    "llama3_edpo": Example("8B", "zero2", 8, "80 GB", "Llama 3 8B, ZeRO-2", {}),
-    "mistral_edpo": Example(
-        "Mistral 7B", "zero2", 8, "80 GB", "Mistral 7B, ZeRO-2", {}
-    ),
+    "llama3_qlora_edpo": Example("8B", 1, "24 GB", "Llama 3 8B, QLoRA"),
+    "llama3_lora_edpo": Example("3B", 1, "24 GB", "Llama 3.2 3B, LoRA"),
+    "gemma2_hh_edpo": Example("Gemma 2 2B", 1, "80 GB", "Gemma 2 2B"),
+    "llama3_fsdp2_edpo": Example("8B", 8, "24 GB", "Llama 3 8B, FSDP2"),
+    "llama3_zero3_edpo": Example("8B", 8, "40 GB", "Llama 3 8B, ZeRO-3"),
+    "llama3_edpo": Example("8B", 8, "80 GB", "Llama 3 8B, ZeRO-2"),
+    "mistral_edpo": Example("Mistral 7B", 8, "80 GB", "Mistral 7B, ZeRO-2"),
 }
+
+
+def save_recipe(name: str, folder: Path) -> Path:
+    """Saves a recipe of examples/ with the config of its model, no weights.
+
+    `base_model` is relative to the folder: axolotl takes a path with `mpt` in it, as in
+    /tmp/tmpt1, for an MPT.
+    """
+    recipe = yaml.safe_load((ROOT / "examples" / f"{name}.yml").read_text())
+    CONFIGS[RECIPES[name].model].save_pretrained(folder / "model")
+    here: dict[str, Any] = {"base_model": "model", "plugins": [PLUGIN]}
+    if "deepspeed" in recipe:
+        here["deepspeed"] = str(ROOT / recipe["deepspeed"])
+    path = folder / "recipe.yml"
+    path.write_text(yaml.safe_dump({**recipe, **here}))
+    return path
+
+
+@cache
+def memory_of_recipe(name: str) -> RecipeMemory:
+    """What `axolotl edpo-memory` calculates for a recipe of examples/."""
+    with TemporaryDirectory() as folder, chdir(folder):
+        path = save_recipe(name, Path(folder))
+        with config_of(str(path), "edpo-memory") as cfg:
+            return recipe_memory(cfg, RECIPES[name].gpus, None)
+
+
+def printed(name: str) -> str:
+    """What `axolotl edpo-memory` prints for a recipe of examples/."""
+    recipe = yaml.safe_load((ROOT / "examples" / f"{name}.yml").read_text())
+    named = replace(memory_of_recipe(name), model=recipe["base_model"])
+    text = "\n".join(page.lines(named, gpus_given=False))
+    return f"\n```text\n{text}\n```\n\n"
 
 
 def gib_of_recipe(name: str) -> int:
     """Calculated GiB per GPU of a recipe whose pairs are all as long as it allows."""
-    recipe = yaml.safe_load((ROOT / "examples" / f"{name}.yml").read_text())
-    tokens = recipe["micro_batch_size"] * 2 * recipe["sequence_len"]
-    example = RECIPES[name]
-    found = need(example.model, example.engine, example.ranks, tokens, **example.keys)
-    return round(found.total / GIB)
+    return round(memory_of_recipe(name).arguments.memory.total / GIB)
 
 
 def recipes() -> str:
@@ -241,7 +272,7 @@ def recipes() -> str:
         (
             f"[{name}.yml](examples/{name}.yml)",
             example.trains,
-            f"{example.ranks} × {example.card}",
+            f"{example.gpus} × {example.card}",
             f"{gib_of_recipe(name)} GiB",
         )
         for name, example in RECIPES.items()
@@ -258,6 +289,7 @@ TABLES = {
     "memory of 70B": lambda: by_engine("70B"),
     "memory of 8B on one GPU": on_one_gpu,
     "recipes": recipes,
+    "edpo memory": lambda: printed("llama3_edpo"),
 }
 
 

@@ -330,8 +330,8 @@ def test_other_recipes_and_sets_that_are_not_there_are_named(keys, tmp_path):
     result = inspect(tmp_path, keys(TEXTS, **tiny.DPO))
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == (
-        "Error: `axolotl edpo-inspect` shows the pairs of recipes with `rl: edpo`, "
-        "and this is another one"
+        "Error: `axolotl edpo-inspect` takes recipes with `rl: edpo`, and this is "
+        "another one"
     )
     result = inspect(tmp_path, keys(TEXTS), "--split", "test_datasets")
     assert result.exit_code == 1

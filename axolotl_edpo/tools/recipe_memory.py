@@ -1,0 +1,240 @@
+"""What a recipe says about its memory: the arguments of `memory`, and what they miss.
+
+No weights are loaded, only the config of `base_model`. A micro-batch is calculated with
+the most tokens that it can have: each of its pairs has two sequences, each as long as
+`sequence_len` allows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from axolotl.loaders.utils import load_model_config
+from axolotl.utils.dict import DictDefault
+from peft import PeftConfig
+
+from ..config.args import PRECOMPUTE
+from ..config.rules import value_at
+from ..errors import quote
+from ..losses.reference_free import reference_free
+from ..reference.precompute import CacheSettings
+from .memory import LIVE, Engine, Memory, memory
+from .model_sizes import Sizes, sizes_of
+
+# GPUs that are assumed for a recipe with an engine that shards.
+SHARDING_GPUS = 8
+SYNC = "accelerator_config.gradient_accumulation_kwargs.sync_each_batch"
+ZERO = "deepspeed.zero_optimization"
+OFFLOADED = "is not counted: less is needed on the GPU"
+
+
+class Arguments(NamedTuple):
+    """Arguments of `memory`, which says what they are."""
+
+    sizes: Sizes
+    engine: Engine
+    ranks: int
+    tokens: int
+    lora: int = 0
+    four_bit: bool = False
+    cached: bool = False
+    two_numbers: bool = False
+    reference_free: bool = False
+    itemsize: int = 2
+    float32_root: bool = False
+    sync: bool = False
+    live: int = LIVE
+
+    @property
+    def memory(self) -> Memory:
+        """Bytes per GPU."""
+        return memory(**self._asdict())
+
+
+@dataclass(frozen=True)
+class RecipeMemory:
+    """The memory of a recipe.
+
+    Attributes:
+        arguments: What is calculated.
+        model: `base_model`.
+        pairs: Pairs of a micro-batch (`micro_batch_size`).
+        accumulation: Micro-batches of an optimizer step.
+        length: Most tokens of a sequence (`sequence_len`).
+        given: Whether the tokens of a micro-batch were given.
+        moves: Whether the reference moves (`trl.sync_ref_model`).
+        notes: What the calculation leaves out or assumes, a sentence each.
+    """
+
+    arguments: Arguments
+    model: str
+    pairs: int
+    accumulation: int
+    length: int
+    given: bool
+    moves: bool
+    notes: tuple[str, ...]
+
+
+class Note(NamedTuple):
+    """What is said of a recipe if its value of a key is not counted as it is.
+
+    Attributes:
+        key: The key; `fsdp_config.offload_params` is one below `fsdp_config`.
+        applies: Takes the value of the key; None if it is absent.
+        text: What follows the key and its value.
+    """
+
+    key: str
+    applies: Callable[[Any], Any]
+    text: str
+
+
+def _is_a_device(value: Any) -> bool:
+    return value not in (None, "none")
+
+
+NOTES = (
+    Note(
+        "gradient_checkpointing",
+        lambda value: not value,
+        "needs far more: the activations of all layers stay. They are counted as with "
+        "`gradient_checkpointing: true`",
+    ),
+    Note(
+        "attn_implementation",
+        lambda value: value == "eager",
+        "needs more: it keeps whole matrices of attention scores, which are not "
+        "counted",
+    ),
+    Note(
+        "optimizer",
+        lambda value: value not in (None, "adamw_torch", "adamw_torch_fused"),
+        "is counted as AdamW, with two moments per weight that trains",
+    ),
+    Note("load_in_8bit", bool, "is not counted: weights are taken to have 16 bits"),
+    Note(
+        "lora_target_modules",
+        bool,
+        "is counted as an adapter on all linear layers",
+    ),
+    Note("lora_target_parameters", bool, "is not counted"),
+    Note("lora_modules_to_save", bool, "is not counted: these modules train whole"),
+    Note("unfrozen_parameters", bool, "is not counted: all weights are taken to train"),
+    Note(
+        "fsdp_config.reshard_after_forward",
+        lambda value: value is False,
+        "needs more: layers stay whole after forward, which is not counted",
+    ),
+    Note("fsdp_config.offload_params", bool, OFFLOADED),
+    Note(f"{ZERO}.offload_optimizer.device", _is_a_device, OFFLOADED),
+    Note(f"{ZERO}.offload_param.device", _is_a_device, OFFLOADED),
+    Note("activation_offloading", bool, OFFLOADED),
+)
+
+
+def recipe_memory(cfg: Any, gpus: int | None, tokens: int | None) -> RecipeMemory:
+    """Reads what is to be calculated from a recipe.
+
+    Args:
+        cfg: axolotl's config, validated.
+        gpus: Number of GPUs; None: one, and SHARDING_GPUS for an engine that shards.
+        tokens: Tokens of a micro-batch; None: the most that it can have.
+
+    Raises:
+        ValueError: If the engine or the model cannot be calculated.
+    """
+    engine = _engine(cfg)
+    pairs, length = cfg.micro_batch_size, cfg.sequence_len
+    dtype = cfg.torch_dtype or torch.bfloat16  # with Ray, its worker chooses
+    arguments = Arguments(
+        sizes=_sizes(cfg),
+        engine=engine,
+        ranks=gpus or (1 if engine == "ddp" else SHARDING_GPUS),
+        tokens=tokens or pairs * 2 * length,
+        lora=_rank(cfg),
+        four_bit=bool(cfg.load_in_4bit),
+        cached=bool(cfg.precompute_ref_log_probs),
+        two_numbers=_keeps_two_numbers(cfg),
+        reference_free=reference_free(cfg.dpo_loss_type) is not None,
+        itemsize=dtype.itemsize,
+        float32_root=_has_float32_root(cfg, engine),
+        sync=cfg.gradient_accumulation_steps == 1 or bool(value_at(cfg, SYNC)),
+        live=_live(cfg),
+    )
+    return RecipeMemory(
+        arguments,
+        model=cfg.base_model,
+        pairs=pairs,
+        accumulation=cfg.gradient_accumulation_steps,
+        length=length,
+        given=tokens is not None,
+        moves=bool(value_at(cfg, "trl.sync_ref_model")),
+        notes=tuple(_notes(cfg)),
+    )
+
+
+def _engine(cfg: Any) -> Engine:
+    """The engine of a recipe; FSDP 1 was refused before."""
+    if cfg.fsdp_config:
+        return "fsdp2"
+    if not cfg.deepspeed:
+        return "ddp"
+    stage = value_at(cfg, f"{ZERO}.stage") or 0
+    engines: dict[int, Engine] = {1: "zero1", 2: "zero2", 3: "zero3"}
+    if stage not in engines:
+        raise ValueError(
+            f"{quote('zero_optimization', {'stage': stage})} of `deepspeed:` cannot be "
+            "calculated: set stage 1, 2 or 3"
+        )
+    return engines[stage]
+
+
+def _sizes(cfg: Any) -> Sizes:
+    config = load_model_config(cfg)
+    try:
+        return sizes_of(config)
+    except (AttributeError, StopIteration, ValueError):
+        named = quote("base_model", cfg.base_model)
+        raise ValueError(
+            f"{named} of type {config.model_type} cannot be calculated: it needs "
+            "decoder layers, each with attention and an MLP, and no images"
+        ) from None
+
+
+def _rank(cfg: Any) -> int:
+    """Rank of the adapter, which a saved one has in its own config; 0 without one."""
+    if not cfg.adapter:
+        return 0
+    saved = cfg.lora_model_dir
+    return PeftConfig.from_pretrained(saved).r if saved else cfg.lora_r
+
+
+def _keeps_two_numbers(cfg: Any) -> bool:
+    """Whether a cache of the reference keeps two numbers per pair, if there is one."""
+    cache = CacheSettings.from_config(DictDefault({**cfg, PRECOMPUTE: True}))
+    return cache is not None and not cache.needs_logits
+
+
+def _has_float32_root(cfg: Any, engine: Engine) -> bool:
+    """Whether axolotl keeps embedding and head in float32.
+
+    Other engines and adapters cast them to the dtype of the model.
+    """
+    return engine == "ddp" and not (cfg.adapter or cfg.attn_needs_dtype_cast)
+
+
+def _live(cfg: Any) -> int:
+    """`stage3_max_live_parameters`, if it is a number; DeepSpeed has one for `auto`."""
+    given = value_at(cfg, f"{ZERO}.stage3_max_live_parameters")
+    return int(given) if isinstance(given, int | float) else LIVE
+
+
+def _notes(cfg: Any) -> list[str]:
+    found = ((note, value_at(cfg, note.key)) for note in NOTES)
+    return [
+        f"{quote(note.key, value)} {note.text}."
+        for note, value in found
+        if note.applies(value)
+    ]
