@@ -69,6 +69,7 @@ def edpo_score(
     except (OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     if int(os.environ.get("RANK", "0")) == 0:
+        click.echo()  # ends the line of the progress bar
         click.echo("\n".join(lines(scores)))
         if output:
             click.echo(f"Wrote {output}: {scores.sets[0]['pairs']} pairs.")
