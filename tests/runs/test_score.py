@@ -216,7 +216,7 @@ def changed(folder: Path, to: Path, **keys) -> Path:
 
     recipe = yaml.safe_load((folder / "recipe.yml").read_text())
     to.mkdir()
-    keys = {key: value for key, value in {**recipe, **keys}.items() if value}
+    keys = {key: value for key, value in {**recipe, **keys}.items() if value is not None}
     tiny.write(to, keys)
     return to
 
