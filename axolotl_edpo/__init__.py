@@ -1,7 +1,7 @@
 """ε-DPO for axolotl: `rl: edpo`.
 
 Imports run downwards (docs/architecture.md):
-    inspection/             `axolotl edpo-inspect`
+    inspection/, scores/    `axolotl edpo-inspect`, `axolotl edpo-score`
     plugin.py, trainer.py   what axolotl calls, and the trainer that it makes
     training/               the parts of a training run
     reference/              the reference's hidden states: computed or cached

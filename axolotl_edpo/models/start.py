@@ -111,8 +111,8 @@ def _copy_of_base(
     if reference is None:
         LOG.warning(
             "`axolotl evaluate` hands over no reference: `base_model` is compared "
-            "with itself, so rewards and steps are 0. To compare an adapter with "
-            "the model below it, add `--lora-model-dir`."
+            "with itself, so rewards and steps are 0. `axolotl edpo-score` compares "
+            "a trained model with its reference."
         )
         return copy.deepcopy(policy)
     if copy_embeddings(policy, reference):

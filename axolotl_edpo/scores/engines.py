@@ -19,11 +19,11 @@ def removed_engines(recipe: Mapping[str, Any]) -> dict[str, None]:
     Args:
         recipe: The YAML of the recipe.
     """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    keys = ENGINES if not several else ()
-    if several and recipe.get("deepspeed") and _stage(recipe["deepspeed"]) != 3:
-        keys = ("deepspeed",)
-    return {key: None for key in keys if key in recipe}
+    removed = dict.fromkeys(key for key in ENGINES if key in recipe)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return removed
+    deepspeed = recipe.get("deepspeed")
+    return {"deepspeed": None} if deepspeed and _stage(deepspeed) != 3 else {}
 
 
 def _stage(deepspeed: Any) -> int:

@@ -95,14 +95,14 @@ class TrainedModel:
     def _has(self, *names: str) -> bool:
         return any((self.folder / name).exists() for name in names)
 
-    def _refuse(self, reason: str) -> ValueError:
+    def _refusal(self, reason: str) -> ValueError:
         return ValueError(f"`--model {self.folder}` {reason}")
 
     def _require_adapter(self, cfg: Any) -> None:
         key = quote("adapter", cfg.adapter)
         if not self._has(ADAPTER_WEIGHTS, ADAPTER_PICKLE):
             whole = self._has(*WEIGHTS)
-            raise self._refuse(
+            raise self._refusal(
                 f"holds whole weights, and the recipe has {key}: name the folder of "
                 "the adapter, or remove the key to score merged weights"
                 if whole
@@ -112,7 +112,7 @@ class TrainedModel:
         config = json.loads((self.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         base = config.get("base_model_name_or_path")
         if base and os.path.realpath(base) != os.path.realpath(cfg.base_model):
-            raise self._refuse(
+            raise self._refusal(
                 f"holds an adapter of {base}, and the recipe has "
                 f"{quote('base_model', cfg.base_model)}: they must be the same model"
             )
@@ -120,7 +120,7 @@ class TrainedModel:
     def _require_weights(self, cfg: Any) -> None:
         if not self._has(*WEIGHTS):
             adapter = self._has(ADAPTER_WEIGHTS, ADAPTER_PICKLE)
-            raise self._refuse(
+            raise self._refusal(
                 "holds an adapter, and the recipe has no `adapter`: add it"
                 if adapter
                 else "holds no weights: name the `output_dir` of a run that has ended, "
@@ -132,13 +132,13 @@ class TrainedModel:
         for key in SHAPES:
             found, expected = getattr(trained, key, None), getattr(base, key, None)
             if found != expected:
-                raise self._refuse(
+                raise self._refusal(
                     f"was not trained from {quote('base_model', cfg.base_model)}: "
                     f"its config has {quote(key, found)} instead of {expected}"
                 )
         rows = _rows(cfg, base.vocab_size)
         if trained.vocab_size != rows:
-            raise self._refuse(
+            raise self._refusal(
                 f"has a vocabulary of {trained.vocab_size} tokens, and the recipe one "
                 f"of {rows}: use the recipe of the run, with its `tokens` and "
                 "`special_tokens`"
@@ -150,11 +150,13 @@ class TrainedModel:
         The tokenizer stays that of the recipe.
         """
         folder, base = str(self.folder), cfg.base_model_config or cfg.base_model
-        tokenizer = {"tokenizer_config": cfg.tokenizer_config or base}
-        processor = {"processor_config": cfg.processor_config or base}
+        others = {
+            "tokenizer_config": cfg.tokenizer_config or base,
+            "processor_config": cfg.processor_config or base,
+            "revision_of_model": None,
+        }
         own = {"base_model": folder, "base_model_config": folder}
-        own["revision_of_model"] = None
-        return DictDefault({**cfg, **tokenizer, **processor, **own})
+        return DictDefault({**cfg, **others, **own})
 
 
 def _text_config(cfg: Any) -> Any:

@@ -8,13 +8,13 @@ from pathlib import Path
 import pandas
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from click.testing import CliRunner, Result
 from helpers import tiny
 from helpers.commands import environment
 from helpers.engines import engine
 from helpers.report_pages import numbers, page_of, refused
 from helpers.tiers import first, rest
-from safetensors.torch import load_file, save_file
 
 from axolotl_edpo.run_files import SCORES
 from axolotl_edpo.scores import score
@@ -39,6 +39,7 @@ RUNS = {
         "trl": {"sync_ref_model": True, "ref_model_sync_steps": 2}
         | {"ref_model_mixup_alpha": 0.6}
     },
+    "qlora": {**tiny.NF4, **PACKED},
     "new tokens": {"tokens": ["<one>", "<two>"]},
 }
 
@@ -125,13 +126,10 @@ def test_the_table_names_model_beta_and_each_set(full):
     assert beta == f"β = {saved:.6g}, of {checkpoint}" and saved != 0.1
     expected = "pairs accuracy margin chosen rejected KL/token loss"
     assert names.split() == expected.split()
-    assert [row.split()[:2] for row in rows] == [["all", "12"], *zip_pairs()]
+    counts = [["all", "12"], ["easy", "7"], ["hard", "5"]]
+    assert [row.split()[:2] for row in rows] == counts
     values = [f"{value:.4f}" for value in [*sets[0].values()][2:]]
     assert rows[0].split()[2:] == values
-
-
-def zip_pairs() -> list[list[str]]:
-    return [["easy", "7"], ["hard", "5"]]
 
 
 def test_rows_are_those_of_the_summary(full, tmp_path):
@@ -212,18 +210,16 @@ def error(folder: Path, *words: object) -> str:
 
 def changed(folder: Path, to: Path, **keys) -> Path:
     """A folder with the recipe of a run, of which keys differ."""
-    import yaml
-
     recipe = yaml.safe_load((folder / "recipe.yml").read_text())
     to.mkdir()
-    keys = {key: value for key, value in {**recipe, **keys}.items() if value is not None}
+    keys = {
+        key: value for key, value in {**recipe, **keys}.items() if value is not None
+    }
     tiny.write(to, keys)
     return to
 
 
-def test_folders_without_the_weights_of_the_recipe_are_refused(
-    full, trained, tmp_path
-):
+def test_folders_without_the_weights_of_the_recipe_are_refused(full, trained, tmp_path):
     lora = trained("lora")[0]
     (empty := tmp_path / "empty").mkdir()
     absent = f"Error: `--model {tmp_path / 'absent'}`: there is no such folder: "
@@ -250,7 +246,10 @@ def test_an_adapter_of_another_model_is_refused(trained, tmp_path):
     ("config", "message"),
     [
         ({"vocab_size": 300}, "has a vocabulary of 300 tokens, and the recipe one of"),
-        ({"num_hidden_layers": 1}, "its config has `num_hidden_layers: 1` instead of 2"),
+        (
+            {"num_hidden_layers": 1},
+            "its config has `num_hidden_layers: 1` instead of 2",
+        ),
     ],
 )
 def test_weights_of_another_model_are_refused(full, tmp_path, config, message):
@@ -278,8 +277,6 @@ def test_an_adapter_that_was_trained_further_has_its_start_as_reference(
     lora, _ = trained("lora")
     keys = dict(lora_model_dir=str(lora / "out"), output_dir=str(tmp_path / "out"))
     folder = changed(lora, tmp_path / "further", **keys)
-    import yaml
-
     recipe = yaml.safe_load((folder / "recipe.yml").read_text())
     log = tiny.train(folder, recipe).state.log_history
     sets = score.score(str(folder / "recipe.yml"), None, "test_datasets").sets
