@@ -1,7 +1,8 @@
 """ε-DPO for axolotl: `rl: edpo`.
 
 Imports run downwards (docs/architecture.md):
-    inspection/, tools/     `axolotl edpo-inspect`; `axolotl edpo-memory`
+    inspection/, scores/, tools/
+                            `axolotl edpo-inspect`, `edpo-score`, `edpo-memory`
     recipe.py               a recipe as `axolotl train` reads it
     plugin.py, trainer.py   what axolotl calls, and the trainer that it makes
     training/               the parts of a training run

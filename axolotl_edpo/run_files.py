@@ -15,9 +15,12 @@ CONTROLLER = "EDPO"
 # The key of an entry of `log_history` in STATE that holds lines about overfitting or
 # collapse, by name.
 WARNINGS = "edpo_warnings"
-# The trace of pairs: its folder in `output_dir`, its files, the columns that hold text,
-# and the column of thumbnails, which runs without images lack.
+# The trace of pairs: its folder in `output_dir`, and its files.
 TRACE, TRACE_FILES = "edpo_pairs", "steps-*-rank*.parquet"
+# What `axolotl edpo-score` writes: the folder in `output_dir` in which the report looks
+# for its files, and the key in a file's metadata that holds the summary.
+SCORES = "edpo_scores"
+# Columns that hold text, and that of thumbnails, which runs without images lack.
 TEXTS = ("prompt", "chosen", "rejected")
 THUMBNAILS = "images"
 

@@ -309,6 +309,26 @@ def forget_model(accelerator: Any, model: Any) -> None:
     models[:] = [prepared for prepared in models if prepared is not model]
 
 
+def prepare_for_evaluation(trainer: Any) -> None:
+    """Prepares what FSDP2 wants beside the model, for an evaluation without training.
+
+    axolotl has this function from 0.21 on. With other engines it does nothing.
+
+    Raises:
+        ValueError: Under FSDP, if axolotl has no such function.
+    """
+    import axolotl.evaluate
+
+    prepare = getattr(axolotl.evaluate, "prepare_fsdp2_model_for_eval", None)
+    if prepare:
+        prepare(trainer)
+    elif trainer.is_fsdp_enabled:
+        raise ValueError(
+            "`fsdp_config`: this axolotl evaluates under FSDP in training only: score "
+            "in one process, or install axolotl 0.21"
+        )
+
+
 def size_in_words(size: int) -> str:
     """Writes a number of bytes with a unit, such as "64.00 KiB".
 

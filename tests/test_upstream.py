@@ -10,7 +10,7 @@ import inspect
 import os
 import re
 from pathlib import Path
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import axolotl
 import axolotl.train as axolotl_train
@@ -692,6 +692,32 @@ def test_accelerate_keeps_what_to_compile_and_which_models_it_prepared():
     accelerator.prepare(first, second)
     upstream.forget_model(accelerator, first)
     assert accelerator._models == [second], "upstream.py: forget_model"
+
+
+def test_axolotl_prepares_fsdp2_for_an_evaluation_from_0_21_on(monkeypatch):
+    import axolotl.evaluate
+
+    name, prepared = "prepare_fsdp2_model_for_eval", []
+    release = tuple(map(int, importlib.metadata.version("axolotl").split(".")[:2]))
+    assert release < (0, 21) or hasattr(axolotl.evaluate, name), "upstream.py: fsdp2"
+    monkeypatch.setattr(axolotl.evaluate, name, prepared.append, raising=False)
+    upstream.prepare_for_evaluation(trainer := SimpleNamespace(is_fsdp_enabled=True))
+    assert prepared == [trainer]
+    monkeypatch.delattr(axolotl.evaluate, name)
+    with pytest.raises(ValueError, match="install axolotl 0.21"):
+        upstream.prepare_for_evaluation(trainer)
+    upstream.prepare_for_evaluation(SimpleNamespace(is_fsdp_enabled=False))
+
+
+def test_axolotl_makes_trainer_and_models_by_three_functions_of_their_own():
+    from axolotl import train
+    from axolotl.cli import main
+
+    text = source(train.setup_model_and_trainer)
+    for name in ("setup_model_and_tokenizer", "setup_reference_model", "setup_trainer"):
+        assert f"= {name}(" in text, "scores/score.py"
+    assert ".post_trainer_create(cfg, trainer)" in text, "scores/score.py"
+    assert {*main.LAUNCHER_COMMAND_MAPPING} == {"accelerate", "torchrun"}
 
 
 def test_every_function_of_upstream_is_pinned_here():

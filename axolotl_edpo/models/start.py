@@ -26,6 +26,10 @@ from .forward import (
 
 LOG = get_logger(__name__)
 
+# The key of axolotl's config that `axolotl edpo-score` sets: the policy is a trained
+# model and no copy of the reference.
+TRAINED = "edpo_trained_model"
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -33,7 +37,7 @@ class ModelSettings:
 
     Attributes:
         from_recipe: Whether axolotl loads both from `base_model` of a recipe. If not,
-            they are the arguments of the trainer.
+            they are the arguments of the trainer, and may differ from the start.
         adapter_dir: Folder of an adapter that is trained further or evaluated; None: no
             such adapter.
     """
@@ -48,7 +52,7 @@ class ModelSettings:
         Args:
             cfg: axolotl's config, validated.
         """
-        return cls(True, cfg.lora_model_dir if cfg.adapter else None)
+        return cls(not cfg.get(TRAINED), cfg.lora_model_dir if cfg.adapter else None)
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,8 @@ def _copy_of_base(
     if reference is None:
         LOG.warning(
             "`axolotl evaluate` hands over no reference: `base_model` is compared "
-            "with itself, so rewards and steps are 0. To compare an adapter with "
-            "the model below it, add `--lora-model-dir`."
+            "with itself, so rewards and steps are 0. `axolotl edpo-score` compares "
+            "a trained model with its reference."
         )
         return copy.deepcopy(policy)
     if copy_embeddings(policy, reference):

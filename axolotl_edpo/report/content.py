@@ -53,6 +53,21 @@ class Pairs:
     table: "DataFrame"
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What `axolotl edpo-score` wrote into one file.
+
+    Attributes:
+        name: Name of the file, without ending.
+        summary: Model, β, and scores of all pairs and of each set.
+        pairs: The pairs, each observed once.
+    """
+
+    name: str
+    summary: dict[str, Any]
+    pairs: Pairs
+
+
 def read_pairs(run: Run) -> Pairs | None:
     """Reads the traced pairs of a run; None without a trace.
 
@@ -63,6 +78,18 @@ def read_pairs(run: Run) -> Pairs | None:
     if observations is None:
         return None
     return Pairs(observations, trace.by_pair(observations))
+
+
+def read_scores(run: Run) -> list[Scored]:
+    """Reads the scores of a run, by the names of their files.
+
+    Raises:
+        ValueError: Names a file that is damaged, or that something else wrote.
+    """
+    return [
+        Scored(name, summary, Pairs(rows, trace.by_pair(rows)))
+        for name, summary, rows in trace.read_scores(run.output_dir)
+    ]
 
 
 # --- one run -----------------------------------------------------------------------
@@ -145,8 +172,18 @@ def charts_of_pairs(pairs: Pairs, suffix: str) -> Iterator[Chart]:
         )
     if curves:
         yield Chart(f"pairs_margins{suffix}", figures.draw_margins(curves), note)
-    yield Chart(
-        f"pairs_log_ratio{suffix}",
+    yield chart_of_ratios(pairs, f"pairs_log_ratio{suffix}")
+
+
+def chart_of_ratios(pairs: Pairs, name: str) -> Chart:
+    """How far pairs are told apart.
+
+    Args:
+        pairs: The pairs.
+        name: Of the chart.
+    """
+    return Chart(
+        name,
         figures.draw_pairs(pairs.table),
         "Log-ratio: by how much more the policy has raised the log-probability of "
         "chosen than that of rejected, margin / β̃. The tail below 0 is what the table "
@@ -157,13 +194,16 @@ def charts_of_pairs(pairs: Pairs, suffix: str) -> Iterator[Chart]:
 # --- numbers -----------------------------------------------------------------------
 
 
-def as_json(run: Run, name: str, pairs: Pairs | None) -> dict[str, Any]:
+def as_json(
+    run: Run, name: str, pairs: Pairs | None, scores: Sequence[Scored]
+) -> dict[str, Any]:
     """All numbers of a run, for JSON. None replaces NaN and infinities.
 
     Args:
         run: The run.
         name: Its name in the report.
         pairs: Its traced pairs, or None.
+        scores: Its scores.
     """
     paths = {
         metric.name: runs.path_over_kl(run, metric)
@@ -187,21 +227,29 @@ def as_json(run: Run, name: str, pairs: Pairs | None) -> dict[str, Any]:
         },
         "warnings": [vars(warning) for warning in run.warnings],
         "pairs": pairs and _pairs_as_json(pairs),
+        "scores": {
+            scored.name: scored.summary | {"pairs": _records(scored.pairs)}
+            for scored in scores
+        },
     }
     return _finite(content)
 
 
 def _pairs_as_json(pairs: Pairs) -> dict[str, Any]:
     curves = trace.margin_by_step(pairs.observations)
-    numbers = pairs.table.drop(columns=[*TEXTS, THUMBNAILS]).reset_index()
     return {
         "observations": len(pairs.observations),
         "margin_by_step": {
             "all" if step is None else str(step): means.to_dict("list")
             for step, means in curves.items()
         },
-        "pairs": numbers.to_dict("records"),
+        "pairs": _records(pairs),
     }
+
+
+def _records(pairs: Pairs) -> list[dict[str, Any]]:
+    numbers = pairs.table.drop(columns=[*TEXTS, THUMBNAILS]).reset_index()
+    return numbers.to_dict("records")
 
 
 def _finite(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Fills the template of the page with charts and tables, and writes the files."""
 
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from . import content, figures, runs, tables
-from .content import Chart, Pairs
+from .content import Chart, Pairs, Scored
 from .runs import Run
 
 HERE = Path(__file__).parent
@@ -24,11 +24,13 @@ class Report:
         runs: The runs.
         names: A name for each run.
         pairs: The traced pairs of each run; None for a run without a trace.
+        scores: The scores of each run.
     """
 
     runs: list[Run]
     names: list[str]
     pairs: list[Pairs | None]
+    scores: list[list[Scored]]
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,13 @@ class Section:
         title: Its heading.
         charts: Its charts.
         pairs: Pairs to show in tables, or None.
+        scored: The scores of these pairs, or None.
     """
 
     title: str
     charts: list[Chart]
     pairs: Pairs | None = None
+    scored: Scored | None = None
 
 
 def read(paths: Sequence[Path]) -> Report:
@@ -61,13 +65,14 @@ def read(paths: Sequence[Path]) -> Report:
         distinct.setdefault(path.resolve(), path)
     several = [runs.read_run(path) for path in distinct.values()]
     pairs = [content.read_pairs(run) for run in several]
-    return Report(several, runs.names(several), pairs)
+    scores = [content.read_scores(run) for run in several]
+    return Report(several, runs.names(several), pairs, scores)
 
 
 def as_json(report: Report) -> dict[str, Any]:
     """All numbers of a report, for JSON."""
-    several = zip(report.runs, report.names, report.pairs, strict=True)
-    return {"runs": [content.as_json(*run) for run in several]}
+    parts = report.runs, report.names, report.pairs, report.scores
+    return {"runs": [content.as_json(*run) for run in zip(*parts, strict=True)]}
 
 
 def write(report: Report, folder: Path) -> tuple[Path, int]:
@@ -104,7 +109,7 @@ def _replace(file: Path, data: bytes) -> None:
 
 
 def _sections(report: Report) -> list[Section]:
-    """A section of curves, then one of pairs for each run with a trace."""
+    """A section of curves, one of pairs for each run with a trace, then of scores."""
     several = len(report.runs) > 1
     if several:
         curves = content.charts_of_runs(report.runs, report.names)
@@ -116,7 +121,17 @@ def _sections(report: Report) -> list[Section]:
             title = f"Pairs of {report.names[number]}" if several else "Pairs"
             charts = content.charts_of_pairs(pairs, f"_{number + 1}" if several else "")
             sections.append(Section(title, [*charts], pairs))
-    return sections
+    return sections + [*_sections_of_scores(report)]
+
+
+def _sections_of_scores(report: Report) -> Iterator[Section]:
+    """A section for each file of scores."""
+    for run, scores in enumerate(report.scores):
+        of_run = f" of {report.names[run]}" if len(report.runs) > 1 else ""
+        for number, scored in enumerate(scores):
+            chart = content.chart_of_ratios(scored.pairs, f"scores_{run + 1}_{number}")
+            title = f"Scores{of_run}: {scored.name}"
+            yield Section(title, [chart], scored.pairs, scored)
 
 
 def _render(report: Report, sections: list[Section]) -> str:

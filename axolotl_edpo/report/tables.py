@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import logged, runs, trace
-from .content import Pairs
+from .content import Pairs, Scored
 from .logged import EVAL, Metric
 from .runs import Run, Series
 
@@ -125,6 +125,33 @@ RUN_COLUMNS: list[tuple[str, Callable[[Run], str]]] = [
 def row_of_run(run: Run) -> list[str]:
     """The cells of a run, one for each of RUN_COLUMNS."""
     return [show(run) for _, show in RUN_COLUMNS]
+
+
+# --- scores ------------------------------------------------------------------------
+
+SCORE_COLUMNS: dict[str, Callable[[Any], str]] = {
+    "pairs": str,
+    "accuracy": number,
+    "margin": number,
+    "chosen_reward": number,
+    "rejected_reward": number,
+    "kl": number,
+    "loss": number,
+}
+
+
+def scored_with(scored: Scored) -> str:
+    """A sentence: which model was scored, and the β of its rewards."""
+    beta = number(scored.summary["beta"])
+    return f"The model of {scored.summary['model']}, with β = {beta}."
+
+
+def rows_of_scores(scored: Scored) -> list[tuple[str, list[str]]]:
+    """A row for all pairs, then one for each set: its name, and its scores."""
+    return [
+        (one["name"] or "all", [show(one[key]) for key, show in SCORE_COLUMNS.items()])
+        for one in scored.summary["sets"]
+    ]
 
 
 # --- pairs -------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Reads pairs from the trace of a run (`edpo_log_pairs`).
+"""Reads pairs from the trace of a run (`edpo_log_pairs`), and from its scores.
 
 A row of the trace is an observation: a pair in an optimizer step, before that step
 changes the policy. Pairs are ranked by the mean over their observations of
@@ -22,10 +22,12 @@ difference of these sums grows with the length of the answers. s is little more 
 sign of Δ+ - Δ-.
 """
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..run_files import TEXTS, THUMBNAILS, TRACE, TRACE_FILES
+from ..run_files import SCORES, TEXTS, THUMBNAILS, TRACE, TRACE_FILES
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -61,8 +63,30 @@ def read_trace(output_dir: Path, last_step: int) -> "DataFrame | None":
     trace = pandas.concat(parts, ignore_index=True)
     trace = trace[trace["global_step"] <= last_step]
     trace = trace.sort_values("global_step", kind="stable", ignore_index=True)
-    trace["log_ratio"] = trace["margin"] / trace["beta"]
     return trace if len(trace) else None
+
+
+def read_scores(output_dir: Path) -> "Iterator[tuple[str, dict[str, Any], DataFrame]]":
+    """Reads what `axolotl edpo-score` wrote into the folder `edpo_scores` of a run.
+
+    Args:
+        output_dir: `output_dir` of the run.
+
+    Yields:
+        For each file its name without ending, its summary, and its rows as `read_trace`
+        returns them.
+
+    Raises:
+        ValueError: Names a file that is damaged, or that something else wrote.
+    """
+    import pyarrow.parquet as pq
+
+    for file in sorted((output_dir / SCORES).glob("*.parquet")):
+        rows = _read_file(file)
+        summary = (pq.read_schema(file).metadata or {}).get(SCORES.encode())
+        if summary is None:
+            raise ValueError(f"{file}: not written by `axolotl edpo-score`: remove it")
+        yield file.stem, json.loads(summary), rows
 
 
 def _read_file(file: Path) -> "DataFrame":
@@ -76,6 +100,7 @@ def _read_file(file: Path) -> "DataFrame":
     perturbed = ["plus", "minus", "step"]
     if THUMBNAILS not in rows:
         rows[THUMBNAILS] = None
+    rows["log_ratio"] = rows["margin"] / rows["beta"]
     return rows.astype(dict.fromkeys(perturbed, "float64"))
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -199,20 +199,43 @@ def make_records(
     accelerator, output_dir = trainer.accelerator, Path(trainer.args.output_dir)
     perturbed, trace = controller.epsilon is not None, None
     if settings.log_pairs is not None:
-        decode = trainer.processing_class.batch_decode
-        normalizer = getattr(trainer.data_collator, "normalizer", None)
-        trace = PairTrace(
-            output_dir,
-            settings.log_pairs,
-            accelerator.process_index,
-            perturbed=perturbed,
-            decode=partial(decode, skip_special_tokens=True),
-            thumbnails=normalizer and partial(thumbnails, normalizer),
-        )
+        collator, every = trainer.data_collator, settings.log_pairs
+        trace = make_trace(trainer, collator, output_dir, every, perturbed)
     counts = StepCounts(accelerator, controller, FiniteCheck(output_dir))
     metrics = PairMetrics(perturbed, mean, settings.sets)
     first = make_first_step(trainer, settings)
     return StepRecords(accelerator, metrics, counts, trace, first)
+
+
+def make_trace(
+    trainer: Any,
+    collator: Any,
+    folder: Path,
+    every: int,
+    perturbed: bool,
+    more: Sequence[str] = (),
+) -> PairTrace:
+    """Writes a row per pair.
+
+    Args:
+        trainer: TRL's trainer.
+        collator: The collator of the pairs, which knows how images are read.
+        folder: Where the folder of the trace is made.
+        every: One of so many optimizer steps is traced.
+        perturbed: Whether ε-DPO computes a step s for each pair.
+        more: Names of further columns.
+    """
+    decode = trainer.processing_class.batch_decode
+    normalizer = getattr(collator, "normalizer", None)
+    return PairTrace(
+        folder,
+        every,
+        trainer.accelerator.process_index,
+        perturbed=perturbed,
+        decode=partial(decode, skip_special_tokens=True),
+        thumbnails=normalizer and partial(thumbnails, normalizer),
+        more=more,
+    )
 
 
 def make_first_step(trainer: Any, settings: EDPOSettings) -> FirstStep:

@@ -85,6 +85,7 @@ class PairTrace:
         perturbed: Whether ε-DPO computes Δ+, Δ- and s.
         decode: Decodes lists of token ids to texts.
         thumbnails: Makes the thumbnails of a pair; None in data without images.
+        more: Names of further columns, float32.
 
     Attributes:
         folder: Folder of the files.
@@ -99,13 +100,14 @@ class PairTrace:
         perturbed: bool,
         decode: Callable[[list[list[int]]], list[str]],
         thumbnails: Callable[[Mapping[str, Any]], list[bytes]] | None,
+        more: Sequence[str] = (),
     ):
         self.folder = output_dir / TRACE
         self.seconds = 0.0
         self._timing_since: float | None = None
         self._every, self._rank = every, rank
         self._perturbed, self._decode = perturbed, decode
-        self._thumbnails = thumbnails
+        self._thumbnails, self._more = thumbnails, tuple(more)
         self._observations: list[Observation] = []
         self._images: dict[str, list[bytes]] = {}
         self._tokens = 0
@@ -122,7 +124,7 @@ class PairTrace:
         Args:
             step: Optimizer step; the first is 1.
             pairs: Token columns of each pair, as the data loader yields them.
-            values: A tensor of shape (pairs,) for each of VALUES.
+            values: A tensor of shape (pairs,) for each of VALUES and of `more`.
         """
         if self._tokens >= TOKENS and step != self._observations[-1].step:
             self.flush()
@@ -175,7 +177,7 @@ class PairTrace:
         import pyarrow.parquet as pq
 
         columns = self._columns()
-        table = pa.table(columns, schema=_schema(THUMBNAILS in columns))
+        table = pa.table(columns, schema=self._schema(THUMBNAILS in columns))
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".{file.name}.partial")
         pq.write_table(table, partial, compression="zstd")
@@ -188,7 +190,7 @@ class PairTrace:
         columns = {
             "global_step": [o.step for o in self._observations for _ in o.pairs],
             "id": [pair_digest(pair).hex() for pair in pairs],
-            **dict(zip(VALUES, values.tolist(), strict=True)),
+            **dict(zip((*VALUES, *self._more), values.tolist(), strict=True)),
             "prompt_tokens": [len(pair[IDS[0]]) for pair in pairs],
         }
         for name in INTEGERS:
@@ -212,6 +214,19 @@ class PairTrace:
             columns[THUMBNAILS] = [images.get(row) for row in range(len(pairs))]
         return columns
 
+    def _schema(self, has_images: bool):
+        """The Arrow schema of a file: columns in their order, with types."""
+        import pyarrow as pa
+
+        types = {name: pa.float32() for name in (*VALUES, *self._more)}
+        types |= {"step": pa.int8()} | dict.fromkeys(INTEGERS[1:], pa.int32())
+        types |= {"global_step": pa.int64(), "prompt_tokens": pa.int32()}
+        types |= dict.fromkeys(["id", *TEXTS], pa.string())
+        order = ["global_step", "id", *VALUES, *self._more, "prompt_tokens", *TEXTS]
+        if has_images:
+            order, types[THUMBNAILS] = [*order, THUMBNAILS], pa.list_(pa.binary())
+        return pa.schema([(name, types[name]) for name in order])
+
 
 @contextmanager
 def flushed_at_end(trace: PairTrace | None) -> Iterator[None]:
@@ -234,17 +249,3 @@ def _flush_or_warn(trace: PairTrace) -> None:
         trace.flush()
     except Exception as error:
         LOG.warning(f"{trace.folder}: the last steps are not in it: {error}")
-
-
-def _schema(has_images: bool):
-    """The Arrow schema of a file: columns in their order, with types."""
-    import pyarrow as pa
-
-    types = {name: pa.float32() for name in VALUES} | {"step": pa.int8()}
-    types |= dict.fromkeys(INTEGERS[1:], pa.int32())
-    types |= {"global_step": pa.int64(), "prompt_tokens": pa.int32()}
-    types |= dict.fromkeys(["id", *TEXTS], pa.string())
-    order = ["global_step", "id", *VALUES, "prompt_tokens", *TEXTS]
-    if has_images:
-        order, types[THUMBNAILS] = [*order, THUMBNAILS], pa.list_(pa.binary())
-    return pa.schema([(name, types[name]) for name in order])

@@ -1,5 +1,6 @@
 """`StepRecords`: logs, traces and counts the pairs of optimizer steps."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -29,7 +30,11 @@ class StepRecords:
         metrics: The argument.
         counts: The argument.
         trace: The argument.
+        evaluated: Called with each micro-batch of an evaluation, the statistics of its
+            scored tokens and the outcomes of its pairs; None: nothing is called.
     """
+
+    evaluated: Callable[[Batch, TokenStats, PairOutcomes], None] | None = None
 
     def __init__(
         self,
@@ -73,6 +78,8 @@ class StepRecords:
         """
         self.metrics.add(mode, batch, stats, pairs, router_loss)
         if mode == "eval":
+            if self.evaluated is not None:
+                self.evaluated(batch, stats, pairs)
             return
         if self.trace is not None and self.trace.is_due(step):
             with self.trace.timed():

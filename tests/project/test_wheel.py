@@ -50,7 +50,8 @@ def test_it_holds_the_page_the_types_and_both_entry_points(wheel):
         assert f"axolotl_edpo/{name}" in names
     assert "[axolotl.plugins]\nedpo = axolotl_edpo:EDPOPlugin\n" in points
     assert "[axolotl.cli_commands]\nedpo-inspect = " in points
-    assert "\nedpo-memory = " in points and "\nedpo-report = " in points
+    for command in ("memory", "report", "score"):
+        assert f"\nedpo-{command} = " in points
     required = Parser().parsestr(metadata).get_all("Requires-Dist")
     assert "axolotl<0.22,>=0.19" in required
 
