@@ -103,6 +103,7 @@ class EDPOTrainer(AxolotlDPOTrainer):
     def create_accelerator_and_postprocess(self):
         """Also shards the reference, and keeps `torch_compile` for single layers."""
         super().create_accelerator_and_postprocess()
+        upstream.restore_engine(self.accelerator)
         if self.is_fsdp_enabled:
             distributed.keep_float32(self.accelerator)
             if self.ref_model is not None:
