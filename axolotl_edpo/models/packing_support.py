@@ -210,9 +210,7 @@ def check_layers(kind: type[PreTrainedModel], config: PreTrainedConfig) -> None:
         raise PackingError("its attention takes no boundaries between sequences")
 
 
-def check_packing(
-    model: PreTrainedModel, share: bool, group: RowGroup = ALONE
-) -> None:
+def check_packing(model: PreTrainedModel, share: bool, group: RowGroup = ALONE) -> None:
     """Compares two pairs in one packed row with the same pairs in a padded batch.
 
     Args:
