@@ -21,35 +21,40 @@ HARMLESS = {
 IMAGES = ("is_multimodal", "processor_type")
 DIVIDED = "with `context_parallel_size` above 1 GPUs divide a packed row"
 
-# Rules for a size above 1.
-RULES = (
-    Rule(
-        SIZE,
-        lambda recipe: not has_context_parallelism(),
-        "set 1, or install axolotl 0.21 or later",
-    ),
-    Rule(
-        SIZE,
-        lambda recipe: recipe.get("deepspeed"),
-        "set 1, or `fsdp_version: 2` and `fsdp_config:` in place of `deepspeed:`",
-    ),
-    *refused(dict.fromkeys(IMAGES, f"remove it: {DIVIDED}")),
-    Rule(
-        "sample_packing",
-        lambda recipe: recipe["sample_packing"] == "auto",
-        f"set true: {DIVIDED}",
-    ),
-    Rule(
-        SIZE,
-        lambda recipe: not (recipe["sample_packing"] or recipe.get("dpo_padding_free")),
-        "set `sample_packing: true`: GPUs divide a packed row",
-    ),
-    Rule(
-        "eval_sample_packing",
-        lambda recipe: recipe["eval_sample_packing"] is False,
-        f"remove it: {DIVIDED}",
-    ),
-)
+
+
+def _rules(key: str) -> tuple[Rule, ...]:
+    """Rules for a size above 1, which was written under this key."""
+    return (
+        Rule(
+            key,
+            lambda recipe: not has_context_parallelism(),
+            "set 1, or install axolotl 0.21 or later",
+        ),
+        Rule(
+            key,
+            lambda recipe: recipe.get("deepspeed"),
+            "set 1, or `fsdp_version: 2` and `fsdp_config:` in place of `deepspeed:`",
+        ),
+        *refused(dict.fromkeys(IMAGES, f"remove it: {DIVIDED}")),
+        Rule(
+            "sample_packing",
+            lambda recipe: recipe["sample_packing"] == "auto",
+            f"set true: {DIVIDED}",
+        ),
+        Rule(
+            key,
+            lambda recipe: not (
+                recipe["sample_packing"] or recipe.get("dpo_padding_free")
+            ),
+            "set `sample_packing: true`: GPUs divide a packed row",
+        ),
+        Rule(
+            "eval_sample_packing",
+            lambda recipe: recipe["eval_sample_packing"] is False,
+            f"remove it: {DIVIDED}",
+        ),
+    )
 
 
 def check_context(recipe: Recipe) -> None:
@@ -61,23 +66,18 @@ def check_context(recipe: Recipe) -> None:
     Raises:
         ValueError: One line with key, value and what to set.
     """
-    size = row_size(recipe)
+    key = SIZE if recipe.get(SIZE) else f"{BLOCK}.size"
+    size = value_at(recipe, key) or 1
     if size == 1:
         return
     written = {key: recipe.get(name) for key, name in LOWERED.items()}
-    for rule in RULES:
-        rule({**recipe, **written, SIZE: size})
+    for rule in _rules(key):
+        rule({**recipe, **written})
     for name, value in (recipe.get(BLOCK) or {}).items():
         allowed = HARMLESS.get(name, (size,))
         if value is not None and value not in allowed:
             remedy = "remove it: the GPUs exchange heads for tokens (Ulysses)"
             refuse(f"{BLOCK}.{name}", value, remedy)
-
-
-def row_size(recipe: Recipe) -> int:
-    """Number of ranks that divide a row: of `context_parallel_size` or its block."""
-    in_block = value_at(recipe, f"{BLOCK}.size")
-    return recipe.get(SIZE) or in_block or 1
 
 
 def check_ranks(cfg: Any) -> None:
