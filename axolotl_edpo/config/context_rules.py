@@ -22,7 +22,6 @@ IMAGES = ("is_multimodal", "processor_type")
 DIVIDED = "with `context_parallel_size` above 1 GPUs divide a packed row"
 
 
-
 def _rules(key: str) -> tuple[Rule, ...]:
     """Rules for a size above 1, which was written under this key."""
     return (
@@ -44,8 +43,8 @@ def _rules(key: str) -> tuple[Rule, ...]:
         ),
         Rule(
             key,
-            lambda recipe: not (
-                recipe["sample_packing"] or recipe.get("dpo_padding_free")
+            lambda recipe: (
+                not (recipe["sample_packing"] or recipe.get("dpo_padding_free"))
             ),
             "set `sample_packing: true`: GPUs divide a packed row",
         ),

@@ -71,6 +71,17 @@ def test_gradients_of_an_engine_by_hand(engine, copies):
     assert need.gradients == pytest.approx(copies * 2 * 8_030_261_248)
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_gpus_that_divide_rows_need_what_their_part_of_the_tokens_needs(engine):
+    sizes, keys = sizes_of(LLAMA_8B), dict(engine=engine, ranks=8)
+    divided = memory(sizes, **keys, tokens=65536, context=4)
+    assert divided == memory(sizes, **keys, tokens=16384)
+    whole = memory(sizes, **keys, tokens=65536)
+    assert divided.activations == whole.activations / 4
+    assert divided.resident == whole.resident
+    assert memory(sizes, **keys, tokens=9, context=4) == memory(sizes, **keys, tokens=3)
+
+
 def test_two_numbers_need_no_head_of_the_reference():
     """Llama 3 8B, whose head has 1,050,673,152 bytes, and 4096 tokens."""
     shared = dict(engine="zero2", ranks=8, tokens=4096, cached=True)
