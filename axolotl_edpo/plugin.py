@@ -199,8 +199,15 @@ class EDPOPlugin(BasePlugin):
 
 
 def _prepare(load, cfg, tokenizer):
-    """Prepares pairs; see `data/preparation.py`, which imports much."""
+    """Prepares pairs; see `data/preparation.py`, which imports much.
+
+    axolotl then divides by the pairs of a step, which are none with too few ranks. In
+    one process, pairs may be prepared for a run of several.
+    """
     from .data.preparation import prepare
+
+    if cfg.world_size != 1:
+        check_ranks(cfg)
 
     return prepare(load, cfg, tokenizer)
 

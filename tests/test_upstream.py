@@ -655,7 +655,9 @@ def test_losses_are_left_as_they_are_by_an_attribute_that_transformers_reads():
 )
 def test_context_parallelism_is_left_to_our_batches():
     """axolotl replaces the same two methods; accelerate and transformers call them."""
-    from axolotl.integrations.context_parallel import trainer as theirs
+    # its trainer.py imports ringmaster, which is not installed
+    package = importlib.util.find_spec("axolotl.integrations.context_parallel")
+    theirs = Path(package.origin).with_name("trainer.py").read_text()
 
     class Made:
         accelerator = Accelerator(cpu=True)
@@ -666,7 +668,7 @@ def test_context_parallelism_is_left_to_our_batches():
     with context():
         assert inputs == {"a": 1}
     for name in ("_prepare_cp", "_prepare_context_parallel_inputs"):
-        assert f'"{name}"' in source(theirs.configure_trainer), "upstream.py: rows"
+        assert f'"{name}"' in theirs, "upstream.py: rows"
     assert "self._prepare_cp(" in source(Accelerator.prepare), "upstream.py: rows"
     call = "self._prepare_context_parallel_inputs("
     assert call in source(Trainer.training_step), "upstream.py: rows"

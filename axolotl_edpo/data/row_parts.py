@@ -32,18 +32,14 @@ def part_of_row(batch: Batch, parts: int, part: int) -> Batch:
         The batch with the inputs, positions and targets of this part. It also has
         `part_sizes`, the scored tokens of each part, and `places`, see `Batch`.
     """
-    entries: dict[str, Any] = {**batch}
     length = batch["input_ids"].shape[1] // parts
-    start = part * length
     owners = batch["positions"] // length
     own = owners == part
+    cut: Any = {**batch}
     for name in ALONG_THE_ROW:
-        entries[name] = entries[name][:, start : start + length]
-    sizes = torch.bincount(owners, minlength=parts).tolist()
-    return {
-        **entries,
-        "positions": batch["positions"][own] - start,
-        "targets": batch["targets"][own],
-        "part_sizes": tuple(sizes),
-        "places": owners.argsort(stable=True),
-    }  # type: ignore[typeddict-item]
+        cut[name] = batch[name].split(length, dim=1)[part]  # type: ignore[literal-required]
+    cut["positions"] = batch["positions"][own] - part * length
+    cut["targets"] = batch["targets"][own]
+    cut["part_sizes"] = tuple(torch.bincount(owners, minlength=parts).tolist())
+    cut["places"] = owners.argsort(stable=True)
+    return cut

@@ -143,8 +143,8 @@ def make_batcher(trainer: Any, wanted: LayoutSettings) -> PairBatcher:
 def _collator_maker(collator: Any, group: RowGroup) -> Callable[..., Any]:
     """Makes our collator with the arguments of TRL's or axolotl's."""
     if isinstance(collator, DataCollatorForPreference):
-        parts = {"parts": group.size, "part": group.rank}
-        return partial(PairCollator, **vars(collator), **parts)
+        make = partial(PairCollator, **vars(collator))
+        return partial(make, parts=group.size, part=group.rank)
 
     def with_images(*, packs: bool, shares: bool) -> ImagePairCollator:
         # a tokenizer cannot pad in two threads: an evaluation may lay out its batches

@@ -203,3 +203,6 @@ def test_ranks_that_make_no_groups_are_refused(runs):
     keys = dict(**PACKED, context_parallel_size=2)
     with pytest.raises(ProcessRaisedException, match="4 GPUs: without `fsdp_config:`"):
         runs.many("ddp", 4, **keys)
+    keys["context_parallel_size"] = 4  # of which axolotl would make 0 pairs a step
+    with pytest.raises(ProcessRaisedException, match="with 2 GPUs: 4 does not divide"):
+        runs.double("ddp", **keys)

@@ -92,6 +92,8 @@ def test_recipe_of_a_cluster_trains_on_two_ranks(path, shrink, tmp_path):
     engine = {key: recipe[key] for key in ENGINE if key in recipe}
     if "deepspeed" in engine:
         engine["deepspeed"] = str(ROOT / engine["deepspeed"])
+    if "context_parallel_size" in engine:
+        engine |= dict(context_parallel_size=2, dp_shard_size=1)
     first, second = ranks.run(tmp_path, {**shrink(recipe), **engine})
     assert first["beta"] == second["beta"]
     steps = [entry for entry in first["log"] if "loss" in entry]

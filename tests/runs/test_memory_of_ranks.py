@@ -333,9 +333,13 @@ def test_a_cache_lets_go_of_the_reference(used, engine):
     assert cached["whole"] == own["whole"]  # in the pass, too
 
 
-@pytest.mark.parametrize("checkpoints", first([False, True]))
-def test_activations_fall_with_the_ranks_that_divide_a_row(tmp_path, checkpoints):
-    """A row of one pair, of 1,200 tokens. Weights are whole on every rank."""
+@pytest.mark.parametrize(
+    ("checkpoints", "half", "quarter"), first([(False, 0.6, 0.3), (True, 0.7, 0.5)])
+)
+def test_activations_fall_with_the_ranks_that_divide_a_row(
+    tmp_path, checkpoints, half, quarter
+):
+    """A row of one pair, of 1,200 tokens; the largest rank. Weights are whole on it."""
     model = tiny.save_model(tmp_path / "model", **{**LLAMA_8M, "vocab_size": 300})
     pairs = save_pairs(tmp_path, letters=400)
     keys = dict(micro_batch_size=1, max_steps=2, gradient_accumulation_steps=1)
@@ -354,7 +358,7 @@ def test_activations_fall_with_the_ranks_that_divide_a_row(tmp_path, checkpoints
     for name, values in (("peak", peaks), ("beside weights", used)):
         print(f"\n{name}, MB at degree 1, 2, 4:", [round(v / 1e6, 1) for v in values])
     assert tokens == [tokens[0], -(-tokens[0] // 2), -(-tokens[0] // 4)]
-    assert used[1] < 0.6 * used[0] and used[2] < 0.4 * used[0]
+    assert used[1] < half * used[0] and used[2] < quarter * used[0]
     assert peaks[2] < peaks[1] < peaks[0]
 
 
