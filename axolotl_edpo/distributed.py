@@ -8,12 +8,15 @@ they wrap. So code that uses weights has to run inside such a forward:
                               weights directly
 
 `shard` shards a reference that is a separate model.
+
+Under context parallelism a `RowGroup` of ranks gets the same pairs, and each of its
+ranks has a part of their row. What is counted per pair is counted once per group.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +27,39 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .background import on_device
 from .upstream import forward_redirection, shard_fsdp2
+
+
+class RowGroup(NamedTuple):
+    """The ranks that divide a packed row among them (`context_parallel_size`).
+
+    Attributes:
+        size: Number of ranks; 1: every rank has rows of its own.
+        rank: Place of this rank among them, which is the place of its part in the row.
+        group: Their process group; None if the size is 1.
+    """
+
+    size: int = 1
+    rank: int = 0
+    group: Any = None
+
+
+def row_group(accelerator: Accelerator) -> RowGroup:
+    """The ranks that divide rows with this one."""
+    config = accelerator.parallelism_config
+    if config is None or config.cp_size == 1:
+        return RowGroup()
+    mesh = accelerator.torch_device_mesh["cp"]
+    return RowGroup(mesh.size(), mesh.get_local_rank(), mesh.get_group())
+
+
+def data_ranks(accelerator: Accelerator) -> tuple[int, int]:
+    """Number of row groups, and the index of this rank's group.
+
+    Each group gets pairs of its own. Without context parallelism a group is a rank.
+    The ranks of a group follow each other.
+    """
+    size = row_group(accelerator).size
+    return accelerator.num_processes // size, accelerator.process_index // size
 
 
 def within_forward(
@@ -189,26 +225,38 @@ def sum_over_ranks(accelerator: Accelerator, values: torch.Tensor) -> torch.Tens
     return accelerator.reduce(on_device(values, accelerator.device), reduction="sum")
 
 
-def gather_rows(
-    accelerator: Accelerator, values: torch.Tensor
-) -> tuple[torch.Tensor, int]:
-    """Concatenates the rows of all ranks; every rank gets the result.
+def count_over_ranks(accelerator: Accelerator, counts: torch.Tensor) -> torch.Tensor:
+    """Sums counts of pairs over all row groups, see `sum_over_ranks`.
 
     Args:
         accelerator: The run's accelerator.
-        values: Shape (rows, ...), on any device. The number of rows may differ from
-            rank to rank, and be 0.
+        counts: Integers, the same on all ranks of a row group.
+    """
+    return sum_over_ranks(accelerator, counts) // row_group(accelerator).size
+
+
+def gather_rows(
+    accelerator: Accelerator, values: torch.Tensor
+) -> tuple[torch.Tensor, int]:
+    """Concatenates the rows of all row groups; every rank gets the result.
+
+    Args:
+        accelerator: The run's accelerator.
+        values: Shape (rows, ...), on any device, the same on all ranks of a row group.
+            The number of rows may differ from group to group, and be 0.
 
     Returns:
-        A tensor of shape (rows of all ranks, ...) in the order of the ranks, and the
-        index in it of the first row of this rank. One process gets its own tensor;
+        A tensor of shape (rows of all groups, ...) in the order of the groups, and the
+        index in it of the first row of this group. One process gets its own tensor;
         else it is on the accelerator's device.
     """
     if accelerator.num_processes == 1:
         return values, 0
-    values = on_device(values, accelerator.device)
+    place = row_group(accelerator).rank
+    values = on_device(values if place == 0 else values[:0], accelerator.device)
     counts = _gather(accelerator, torch.tensor([len(values)])).tolist()
-    first, longest = sum(counts[: accelerator.process_index]), max(counts)
+    first = sum(counts[: accelerator.process_index - place])
+    longest = max(counts)
     if longest == 0:
         return values, first
     # a collective takes tensors of one shape, so shorter ones are padded

@@ -27,6 +27,7 @@ except ImportError:
     raise
 
 from .config.args import LIGER, LOWERED, PREFIX, EDPOArgs, handed_on, lowered_packing
+from .config.context_rules import check_ranks
 from .config.typos import check_command_line, misspelt
 from .config.validate import (
     check_foreign_recipe,
@@ -131,12 +132,14 @@ class EDPOPlugin(BasePlugin):
 
         from .models.attached_kernels import check_activation
         from .models.merging import check_recipe_adapter
-        from .models.packing_support import check_recipe_model
+        from .models.packing_support import check_recipe_model, check_recipe_rows
 
         if not (cfg.merge_lora or _has_accelerator()):
             check_without_gpu(cfg)
         check_activation(cfg)
+        check_ranks(cfg)
         check_recipe_model(cfg)
+        check_recipe_rows(cfg)
         check_recipe_adapter(cfg)
         if cfg.deepspeed:
             wait_for_every_gather()
@@ -196,8 +199,15 @@ class EDPOPlugin(BasePlugin):
 
 
 def _prepare(load, cfg, tokenizer):
-    """Prepares pairs; see `data/preparation.py`, which imports much."""
+    """Prepares pairs; see `data/preparation.py`, which imports much.
+
+    axolotl then divides by the pairs of a step, which are none with too few ranks. In
+    one process, pairs may be prepared for a run of several.
+    """
     from .data.preparation import prepare
+
+    if cfg.world_size != 1:
+        check_ranks(cfg)
 
     return prepare(load, cfg, tokenizer)
 

@@ -86,15 +86,14 @@ class EDPOTrainer(AxolotlDPOTrainer):
     def _make_parts(self, settings: EDPOSettings) -> None:
         self.controller = controller = make_controller(settings.controller)
         self.forward = forward = CompletionForward(self.accelerator)
-        loss = self.loss
-        reference = assembly.make_reference(self, forward, settings.cache, loss)
-        scorer = assembly.make_scorer(self, forward, reference, controller, loss)
-        self.mean = assembly.make_mean(self, loss)
+        reference = assembly.make_reference(self, forward, settings.cache, self.loss)
+        scorer = assembly.make_scorer(self, forward, reference, controller, self.loss)
+        self.mean = assembly.make_mean(self, self.loss)
         records = assembly.make_records(self, settings, controller, self.mean)
         self.reference, self.scorer, self.records = reference, scorer, records
         self.batcher = assembly.make_batcher(self, settings.layout)
         self.margin_filter = assembly.make_margin_filter(
-            self, controller, scorer, loss, records.finite
+            self, controller, scorer, self.loss, records.finite
         )
         self._callback = assembly.make_callback(self, settings)
         self.add_callback(self._callback)
@@ -103,6 +102,7 @@ class EDPOTrainer(AxolotlDPOTrainer):
     def create_accelerator_and_postprocess(self):
         """Also shards the reference, and keeps `torch_compile` for single layers."""
         super().create_accelerator_and_postprocess()
+        upstream.restore_engine(self.accelerator)
         if self.is_fsdp_enabled:
             distributed.keep_float32(self.accelerator)
             if self.ref_model is not None:

@@ -9,8 +9,9 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,37 @@ def without_engine() -> Iterator[None]:
         yield
     finally:
         names.prepare_optim_env = prepare
+
+
+def has_context_parallelism() -> bool:
+    """Whether accelerate's device mesh has the axis of `context_parallel_size`.
+
+    axolotl sets it from 0.21 on. Before, it divides batches in groups of its own.
+    """
+    return find_spec("axolotl.integrations.context_parallel") is not None
+
+
+def restore_engine(accelerator: Any) -> None:
+    """Makes the engine's name a `DistributedType` again.
+
+    axolotl 0.21 sets it to a string under context parallelism with DDP. accelerate's
+    collectives read its `value`.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    for state in (accelerator.state, PartialState()):
+        state.distributed_type = DistributedType(state.distributed_type)
+
+
+def leave_rows_as_they_are(trainer: Any) -> None:
+    """Keeps accelerate and transformers from dividing rows, as our batches are parts.
+
+    accelerate 1.15 would also replace the masks of attention, in `_prepare_cp`.
+    axolotl 0.21 replaces the same two methods for its own context parallelism.
+    """
+    trainer.accelerator._prepare_cp = lambda *prepared: prepared
+    trainer._prepare_context_parallel_inputs = lambda _, inputs: (nullcontext, inputs)
 
 
 @cache

@@ -18,7 +18,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DynamoBackend, operations
 from accelerate.utils import other as accelerate_utils
 from axolotl.core.builders.base import TrainerBuilderBase
 from axolotl.core.builders.causal import HFCausalTrainerBuilder
@@ -667,6 +667,39 @@ def test_losses_are_left_as_they_are_by_an_attribute_that_transformers_reads():
     text = source(Trainer.training_step) + source(Trainer.compute_loss)
     names = [name for name in vars(made) if f"self.{name}" in text]
     assert names and all(vars(made).values()), "upstream.py: losses"
+
+
+@pytest.mark.skipif(
+    not upstream.has_context_parallelism(), reason="from axolotl 0.21 on"
+)
+def test_context_parallelism_is_left_to_our_batches():
+    """axolotl replaces the same two methods; accelerate and transformers call them."""
+    # its trainer.py imports ringmaster, which is not installed
+    package = importlib.util.find_spec("axolotl.integrations.context_parallel")
+    theirs = Path(package.origin).with_name("trainer.py").read_text()
+
+    class Made:
+        accelerator = Accelerator(cpu=True)
+
+    upstream.leave_rows_as_they_are(made := Made())
+    assert made.accelerator._prepare_cp(1, 2) == (1, 2)
+    context, inputs = made._prepare_context_parallel_inputs(None, {"a": 1})
+    with context():
+        assert inputs == {"a": 1}
+    for name in ("_prepare_cp", "_prepare_context_parallel_inputs"):
+        assert f'"{name}"' in theirs, "upstream.py: rows"
+    assert "self._prepare_cp(" in source(Accelerator.prepare), "upstream.py: rows"
+    call = "self._prepare_context_parallel_inputs("
+    assert call in source(Trainer.training_step), "upstream.py: rows"
+
+
+def test_an_engine_that_axolotl_names_by_a_string_has_its_type_again():
+    accelerator = Accelerator(cpu=True)
+    before = accelerator.distributed_type
+    accelerator.state.distributed_type = before.value
+    upstream.restore_engine(accelerator)
+    assert accelerator.state.distributed_type is before
+    assert "distributed_type.value" in source(operations), "upstream.py: restore_engine"
 
 
 def test_a_mixture_of_experts_has_its_router_loss_in_its_module():

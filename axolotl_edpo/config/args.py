@@ -7,7 +7,7 @@ config. `validate.py` refuses recipes that would not train as written.
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from ..errors import quote
 from ..losses.beta_controller import Control
@@ -160,6 +160,17 @@ class EDPOArgs(BaseModel):
         "in training)",
     )
 
+    @model_validator(mode="after")
+    def _divide_rows_ourselves(self):
+        """Switches off axolotl's own context parallelism, which is for other losses.
+
+        axolotl derives its `context_parallel:` from `context_parallel_size`, and this
+        key alone sets the device mesh.
+        """
+        if hasattr(self, "context_parallel"):
+            self.context_parallel = None
+        return self
+
 
 class Bounds(BaseModel):
     """Bounds of axolotl's options that axolotl does not check."""
@@ -204,7 +215,9 @@ class Bounds(BaseModel):
         None, description="Weight of the likelihood of chosen answers"
     )
     orpo_alpha: Positive | None = Field(None, description="Weight of the odds ratio")
-    context_parallel_size: int | None = Field(None, description="Only 1")
+    context_parallel_size: int | None = Field(
+        None, gt=0, description="GPUs that divide a packed row among them"
+    )
     sequence_parallel_degree: int | None = Field(None, description="Only 1")
     tensor_parallel_size: int | None = Field(None, description="Only 1")
     expert_parallel_size: int | None = Field(None, description="Only 1")

@@ -154,11 +154,9 @@ UNSUPPORTED = {
     "balance_labels": SUPERVISED,
     "diffusion_lm": "remove it: a diffusion model has no log-probability of an answer",
 }
-OF_A_RANK = ": an answer is scored whole, and a rank would have a part of it"
 # Keys that split a model or a sequence, allowed up to 1 -> why not more.
 SPLITTING = {
-    "context_parallel_size": OF_A_RANK,
-    "sequence_parallel_degree": OF_A_RANK,
+    "sequence_parallel_degree": ", and `context_parallel_size` in its place",
     "tensor_parallel_size": "",
     "expert_parallel_size": ": axolotl joins the experts of all ranks in a checkpoint "
     "of supervised training only",

@@ -15,6 +15,7 @@ from ..losses.preference import PreferenceLoss
 from ..upstream import default_fsdp_version
 from . import rules
 from .args import LOWERED, PREFIX, Bounds, EDPOArgs, Moving, lowered_packing
+from .context_rules import SIZE, check_context
 from .dataset_entries import check_entries
 from .lora_kernels import KERNEL_RULES
 from .loss_rules import LOSS_RULES
@@ -139,12 +140,9 @@ def _common_beta(recipe: Recipe) -> Any:
 
 
 def _check_context(recipe: Recipe) -> None:
-    """Refuses `context_parallel: {size: 2}`, like `context_parallel_size: 2`."""
     key = "context_parallel.size"
-    given = {"context_parallel_size": rules.value_at(recipe, key)}
-    size = _validated(Bounds, given, name=key).get("context_parallel_size", 1)
-    if size > 1:
-        refuse(key, size, f"set 1{rules.OF_A_RANK}")
+    _validated(Bounds, {SIZE: rules.value_at(recipe, key)}, name=key)
+    check_context(recipe)
 
 
 def _check_loss(recipe: Recipe) -> None:

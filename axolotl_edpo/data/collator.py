@@ -5,6 +5,7 @@ TRL's collator runs only for pairs that must be truncated. Everything runs on th
 so the lengths are known without waiting for the GPU.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from .completions import Completions, select_completions
 from .layout import Batch, Examples
 from .packing import Pair, TokenSequence, balance_by_tokens, pack_pairs, pairs_of
+from .row_parts import part_of_row
 
 # Entries of a batch of text in TRL.
 TRL_ENTRIES = ("input_ids", "attention_mask", "completion_mask")
@@ -40,10 +42,14 @@ class PairCollator(DataCollatorForPreference):
             sequence.
         shares: With `packs`: whether the prefix that chosen and rejected share is in
             the row once.
+        parts: With `packs`: number of ranks that divide a row among them.
+        part: Index of this rank's part.
     """
 
     packs: bool = False
     shares: bool = False
+    parts: int = 1
+    part: int = 0
 
     def torch_call(self, examples: list[dict[str, Any]]) -> Batch:  # type: ignore[override]
         """Lays out one micro-batch.
@@ -56,11 +62,7 @@ class PairCollator(DataCollatorForPreference):
         Returns:
             The entries of `Batch`; `position_ids` and `segments` only if it is packed.
         """
-        if not examples:
-            return self._empty_batch()
-        if self.packs:
-            return self._packed(examples, self._pairs(examples))
-        return self._padded(examples)
+        return self._own_part(self._whole(examples))
 
     def balance(self, step: list[list[dict[str, Any]]]) -> list[Batch]:
         """Spreads the pairs of an optimizer step over its micro-batches, by tokens.
@@ -81,14 +83,25 @@ class PairCollator(DataCollatorForPreference):
 
     def _lay_out(self, examples: list[dict[str, Any]], pairs: list[Pair]) -> Batch:
         if examples and self.packs:
-            return self._packed(examples, pairs)
+            return self._own_part(self._packed(examples, pairs))
         return self.torch_call(examples)
+
+    def _whole(self, examples: list[dict[str, Any]]) -> Batch:
+        """A batch whose row is not divided."""
+        if not examples:
+            return self._empty_batch()
+        if self.packs:
+            return self._packed(examples, self._pairs(examples))
+        return self._padded(examples)
+
+    def _own_part(self, batch: Batch) -> Batch:
+        return batch if self.parts == 1 else part_of_row(batch, self.parts, self.part)
 
     def _empty_batch(self) -> Batch:
         """A batch of one pair of padding tokens, of which none is scored."""
         token = [self.pad_token_id]
         padding = {"prompt_ids": token, "chosen_ids": token, "rejected_ids": token}
-        batch: Any = self.torch_call([padding])
+        batch: Any = self._whole([padding])
         for name in Completions._fields:
             batch[name] = batch[name][:0]
         return {**batch, "chosen_tokens": 0, "num_tokens": 0, "examples": Examples([])}
@@ -121,8 +134,9 @@ class PairCollator(DataCollatorForPreference):
 
     def _packed(self, examples: list[dict[str, Any]], pairs: list[Pair]) -> Batch:
         sequences = [sequence for pair in pairs for sequence in pair[:2]]
+        multiple = math.lcm(self.pad_to_multiple_of or 1, self.parts)
         return {
-            **pack_pairs(pairs, self.pad_token_id, self.pad_to_multiple_of),
+            **pack_pairs(pairs, self.pad_token_id, multiple),
             "chosen_tokens": sum(pair.chosen.scored for pair in pairs),
             "num_tokens": sum(len(sequence.ids) for sequence in sequences),
             "examples": Examples(examples),

@@ -116,6 +116,13 @@ class Batch(TypedDict, total=False):
         num_tokens: Number of tokens of all sequences. It is the same in every layout:
             a shared prefix counts twice, and padding not at all.
         examples: The pairs of the batch, as the data loader yielded them.
+
+    Under context parallelism, `input_ids`, `position_ids`, `copies`, `positions` and
+    `targets` are those of this rank's part of the row (`row_parts.py`), and there are
+
+        part_sizes: Number of scored tokens of each part.
+        places: Shape (tokens,), int64: of the tokens of all parts, part after part, the
+            index among the scored tokens of the whole row.
     """
 
     input_ids: torch.Tensor
@@ -130,6 +137,8 @@ class Batch(TypedDict, total=False):
     chosen_tokens: int
     num_tokens: int
     examples: Examples
+    part_sizes: tuple[int, ...]
+    places: torch.Tensor
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:

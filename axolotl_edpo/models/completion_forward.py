@@ -16,12 +16,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..data.completions import completions_of
-from ..data.layout import Batch, model_inputs
-from ..distributed import within_forward, within_modules_forward
+from ..data.layout import Batch
+from ..distributed import row_group, within_forward, within_modules_forward
 from ..ops.lm_head import as_autocast
 from ..ops.token_stats import logits_stats, token_stats
 from .forward import causal_lm, check_causal, completion_hidden, completion_logits
 from .lm_head_reader import HeadError, check_head, head_modules, head_of
+from .split_row import row_inputs
 from .switches import without_checkpointing
 
 LOG = get_logger(__name__)
@@ -37,11 +38,13 @@ class CompletionForward:
 
     Attributes:
         accelerator: The run's accelerator.
+        group: The ranks that divide a row among them.
         reads_head: Whether the forward ends with hidden states; if not, with logits.
     """
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
+        self.group = row_group(accelerator)
         self.reads_head = True
 
     def probe(self, policy: nn.Module) -> None:
@@ -125,6 +128,8 @@ class CompletionForward:
     def states(self, unwrapped: nn.Module, batch: Batch) -> torch.Tensor:
         """Hidden states or logits at the positions that predict a completion token.
 
+        Under context parallelism, they are those of this rank's part of the row.
+
         Args:
             unwrapped: The model, inside its engine's forward.
             batch: The inputs of the model, and the positions that are scored.
@@ -132,7 +137,7 @@ class CompletionForward:
         Returns:
             Hidden states of shape (tokens, hidden), or logits of shape (tokens, vocab).
         """
-        lm, inputs = causal_lm(unwrapped), model_inputs(batch)
+        lm, inputs = causal_lm(unwrapped), row_inputs(batch, self.group)
         completions = completions_of(batch)
         if not self.reads_head:
             return completion_logits(lm, inputs, completions)

@@ -41,6 +41,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..background import on_device
 from ..data.segments import Segments
 from ..upstream import attention_name, eager_attention, varlen_shares_heads
+from .split_row import SplitRow
 
 # The name of an eager attention that takes segments. `eager` cannot be replaced: it is
 # not a registered name, because each model has its own function.
@@ -101,11 +102,17 @@ def _packed_version(name: str) -> Callable[[Attention], Attention]:
 
 
 def _with_segments(base: Attention, attend: Attention) -> Attention:
-    """An attention that calls `attend` if it gets `segments`, and else `base`."""
+    """An attention that calls `attend` if it gets `segments`, and else `base`.
+
+    If it gets a `SplitRow`, `attend` gets the whole row and a share of the heads.
+    """
 
     # not compiled: the lengths differ in every batch, and each would be compiled
     @torch.compiler.disable
     def attend_row(module, query, key, value, segments, **keywords):
+        if isinstance(segments, SplitRow):
+            row = module, query, key, value
+            return segments.attend(attend_row, *row, **keywords)
         # from these, transformers would infer boundaries that are wrong here
         keywords.pop("position_ids", None)
         segments.cache.windows.add(keywords.get("sliding_window"))

@@ -18,15 +18,22 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from ..data.completions import select_completions
 from ..data.layout import LayoutSettings, each_tensor, model_inputs
 from ..data.packing import pack
+from ..data.row_parts import part_of_row
+from ..distributed import RowGroup
+from ..errors import refuse
 from ..upstream import carries_state, takes_boundaries
 from .forward import evaluating
 from .packed_attention import PackingError, enable_packing
+from .rope import stretches_beyond
+from .split_row import gather_tokens, row_inputs
 
 LOG = get_logger(__name__)
 
 # Layer types that can keep the sequences of a row apart. Others carry a state from one
 # sequence to the next, or have a special mask.
 LAYERS = {"full_attention", "sliding_attention"}
+# A rank that has its rows alone.
+ALONE = RowGroup()
 # Hidden states that differ by less than this share are taken as equal, in 16 bits.
 TOLERANCE = 0.1
 
@@ -50,6 +57,32 @@ def check_recipe_model(cfg: Any) -> None:
             check_layers(kind, config)
     except PackingError as error:
         raise refusal(settings, error) from None
+
+
+def check_recipe_rows(cfg: Any) -> None:
+    """Checks the config of `base_model`, if ranks divide a row among them.
+
+    Args:
+        cfg: axolotl's config.
+
+    Raises:
+        ValueError: If they cannot; names the reason and what to set.
+    """
+    ranks, key = cfg.context_parallel_size or 1, "context_parallel_size"
+    if ranks == 1:
+        return
+    config = load_model_config(cfg).get_text_config()
+    if config.num_attention_heads % ranks:
+        heads = config.num_attention_heads
+        refuse(key, ranks, f"set a divisor of the {heads} heads of `base_model`")
+    trained = stretches_beyond(config)
+    if trained is not None and cfg.sequence_len > trained:
+        refuse(
+            key,
+            ranks,
+            f"set 1, or `sequence_len` up to {trained}: beyond that the positions of "
+            "this `base_model` depend on the longest sequence of a row",
+        )
 
 
 def prepare_models(
@@ -80,11 +113,14 @@ def prepare_models(
     return wanted
 
 
-def resolve_layout(wanted: LayoutSettings, model: PreTrainedModel) -> LayoutSettings:
+def resolve_layout(
+    wanted: LayoutSettings, group: RowGroup, model: PreTrainedModel
+) -> LayoutSettings:
     """Decides the layout: runs two pairs in one row, see `check_packing`.
 
     Args:
         wanted: What `prepare_models` returned.
+        group: The ranks that divide rows with this one.
         model: The policy, inside its engine's forward.
 
     Returns:
@@ -98,14 +134,14 @@ def resolve_layout(wanted: LayoutSettings, model: PreTrainedModel) -> LayoutSett
     if not wanted.packs_any:
         return wanted
     try:
-        layout = replace(wanted, shares=_shares(wanted, model))
+        layout = replace(wanted, shares=_shares(wanted, group, model))
     except PackingError as error:
         return _padded(wanted, error)
     LOG.info(layout.description())
     return layout
 
 
-def _shares(wanted: LayoutSettings, model: PreTrainedModel) -> bool:
+def _shares(wanted: LayoutSettings, group: RowGroup, model: PreTrainedModel) -> bool:
     """Whether a row holds a shared prefix once.
 
     Raises:
@@ -115,9 +151,9 @@ def _shares(wanted: LayoutSettings, model: PreTrainedModel) -> bool:
     """
     share = bool(wanted.shares)
     try:
-        check_packing(model, share)
+        check_packing(model, share, group)
     except PackingError as error:
-        check_packing(model, share=False)
+        check_packing(model, False, group)
         if wanted.shares != "auto":
             raise ValueError(
                 "`edpo_prefix_sharing: true` does not work with this `base_model`: "
@@ -174,12 +210,13 @@ def check_layers(kind: type[PreTrainedModel], config: PreTrainedConfig) -> None:
         raise PackingError("its attention takes no boundaries between sequences")
 
 
-def check_packing(model: PreTrainedModel, share: bool) -> None:
+def check_packing(model: PreTrainedModel, share: bool, group: RowGroup = ALONE) -> None:
     """Compares two pairs in one packed row with the same pairs in a padded batch.
 
     Args:
         model: After `enable_packing`, inside its engine's forward.
         share: Whether the row holds the shared prefix of a pair once.
+        group: The ranks that divide the row.
 
     Raises:
         PackingError: If the hidden states differ by more than rounding, if the model
@@ -190,10 +227,13 @@ def check_packing(model: PreTrainedModel, share: bool) -> None:
     ids = torch.arange(44).view(4, 11) % model.config.get_text_config().vocab_size
     ids[2:, :4] = ids[:2, :4]
     padded = {"input_ids": ids, "attention_mask": mask, "completion_mask": mask}
-    completions, packed = select_completions(ids, mask), pack(padded, share)
+    completions = select_completions(ids, mask)
+    row = part_of_row(pack(padded, share, multiple=group.size), *group[:2])
+    packed: Any = each_tensor(row, lambda tensor: tensor.to(model.device))
     with evaluating(model):
         expected = _hidden(model, model_inputs(padded), completions.positions)
-        actual = _hidden(model, model_inputs(packed), packed["positions"])
+        own = _hidden(model, row_inputs(packed, group), packed["positions"])
+    actual = gather_tokens(own, packed, group)
     differences = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
     if not (difference := differences.max().item()) < TOLERANCE:
         raise PackingError(

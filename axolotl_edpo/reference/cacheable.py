@@ -1,6 +1,5 @@
 """Checks that a reference can be cached, and that a cache fits reference and batch."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,14 +7,13 @@ import torch
 
 from ..config.args import PRECOMPUTE
 from ..errors import refuse
+from ..models.rope import stretches_beyond
 from .cache import ReferenceCache
 
 # A relative distance between cached and computed values below this is rounding.
 TOLERANCE = 0.1
 # Nats per token by which log-probabilities of answers may differ.
 NATS = 0.5
-# Kinds of RoPE whose frequencies depend on the longest sequence of a batch.
-_STRETCHES = re.compile("dynamic|longrope")
 
 
 def require_cacheable(config: Any, reads_head: bool, max_length: int | None) -> None:
@@ -39,7 +37,7 @@ def require_cacheable(config: Any, reads_head: bool, max_length: int | None) -> 
             "remove it: the head of this `base_model` cannot be read, and logits over "
             "the whole vocabulary would have to be kept",
         )
-    trained = _stretches_beyond(config.get_text_config())
+    trained = stretches_beyond(config.get_text_config())
     if trained is not None and (max_length is None or max_length > trained):
         refuse(
             PRECOMPUTE,
@@ -48,18 +46,6 @@ def require_cacheable(config: Any, reads_head: bool, max_length: int | None) -> 
             "positions of this `base_model` depend on the longest sequence of a "
             "batch",
         )
-
-
-def _stretches_beyond(config: Any) -> int | None:
-    """Length beyond which RoPE depends on the longest sequence; None: it never does."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    by_layer = [kind for kind in rope.values() if isinstance(kind, dict)]
-    lengths = [
-        kind.get("original_max_position_embeddings") or config.max_position_embeddings
-        for kind in (rope, *by_layer)
-        if _STRETCHES.search(kind.get("rope_type") or "")
-    ]
-    return min(lengths, default=None)
 
 
 def require_in_cache(

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ..config.args import CACHE, PRECOMPUTE
 from ..data.columns import scored_lengths, token_rows
 from ..data.pair_id import IMAGES, digest_of
-from ..distributed import broadcast_from_rank0
+from ..distributed import broadcast_from_rank0, data_ranks, row_group
 from ..upstream import size_in_words
 from ..upstream_data import prepared_root
 from .cache import PARTIAL, Damaged, ReferenceCache, shard_name
@@ -296,7 +296,7 @@ class PrecomputePass:
     # --- what is missing ------------------------------------------------------------
 
     def _compute(self, shards: list[list[DataPair]]) -> None:
-        """Computes and writes shards, one per rank at a time.
+        """Computes and writes shards, one per row group at a time.
 
         Raises:
             ValueError: On every rank, if a rank cannot write.
@@ -308,22 +308,26 @@ class PrecomputePass:
             unit_scale=True,
             disable=self.rank > 0,
         ) as bar:
-            for first in range(0, len(shards), self.ranks):
-                self._compute_group(shards[first : first + self.ranks], bar)
+            count, _ = data_ranks(self.accelerator)
+            for first in range(0, len(shards), count):
+                self._compute_together(shards[first : first + count], bar)
 
-    def _compute_group(self, group: list[list[DataPair]], bar: tqdm) -> None:
-        """Computes one shard per rank; all ranks run the same number of forwards.
+    def _compute_together(self, shards: list[list[DataPair]], bar: tqdm) -> None:
+        """Computes one shard per row group; all run the same number of forwards.
 
-        A rank without a shard, or with fewer pairs, runs the reference without pairs.
+        A group without a shard, or with fewer pairs, runs the reference without pairs.
+        The first rank of a group writes.
         """
-        shard = group[self.rank] if self.rank < len(group) else []
+        _, index = data_ranks(self.accelerator)
+        shard = shards[index] if index < len(shards) else []
         kept: list[KeptPair] = []
-        for start in range(0, max(map(len, group)), self.batch_size):
+        for start in range(0, max(map(len, shards)), self.batch_size):
             batch = slice(start, start + self.batch_size)
             kept += self.kept.of([pair.example() for pair in shard[batch]])
-            bar.update(_scored_tokens(pairs[batch] for pairs in group))
+            bar.update(_scored_tokens(pairs[batch] for pairs in shards))
+        writes = row_group(self.accelerator).rank == 0
         with fail_together(self.cache.folder):
-            if shard:
+            if shard and writes:
                 self.cache.write([pair.digest for pair in shard], kept)
 
 

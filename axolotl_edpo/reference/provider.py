@@ -38,14 +38,24 @@ from ..models.lm_head_reader import (
     shared_reference_head,
     whole_head,
 )
+from ..models.split_row import gather_tokens, own_places
 from ..ops.lm_head import Head
 from .cache import ReferenceCache
 from .cacheable import require_cacheable, require_equal
 from .cached_read import CachedRead, Stopwatch, reads_of
 from .fingerprint import fingerprint_of
-from .kept import KL, Kept, KeptLogps, KeptStates, LayOut, answer_logps, logps_folder
+from .kept import (
+    KL,
+    Kept,
+    KeptLogps,
+    KeptStates,
+    LayOut,
+    Run,
+    answer_logps,
+    logps_folder,
+)
 from .precompute import CacheSettings, PrecomputePass, distinct_pairs
-from .states import ComputedStates, PolicyStates, ReferenceStates
+from .states import ComputedStates, OwnStates, PolicyStates, ReferenceStates
 
 LOG = get_logger(__name__)
 
@@ -268,7 +278,10 @@ class CachedReference(Reference):
 
     def states(self, policy: nn.Module, batch: Batch) -> ReferenceStates:
         """The policy's states while both are equal; then those in the cache."""
-        return self._states(batch)
+        states, group = self._states(batch), self.forward.group
+        if self.phase is Phase.EQUAL or group.size == 1:
+            return states
+        return OwnStates(states, own_places(batch, group))
 
     def _states(self, batch: Batch) -> ReferenceStates:
         if self.phase is Phase.EQUAL:
@@ -349,24 +362,31 @@ class CachedReference(Reference):
         require_cacheable(lm.config, reads_head, self._max_length)
         pairs = distinct_pairs(datasets, self._max_length)
         longest = lay_out([pairs[0].example()])
-        states = live.run(policy, longest).cpu()
+        run = self._whole(live.run)
+        states = run(policy, longest).cpu()
         if is_new and self._is_equal(policy, longest, states):
             self.phase = Phase.EQUAL
         parts = {"truncation": [self._max_length, self._truncation_mode]}
         parts |= self._settings.fingerprint_parts
         fingerprint = fingerprint_of(live.weights(unwrapped), lm, states, **parts)
-        kept_states = KeptStates(live.run, policy, lay_out, states)
+        kept_states = KeptStates(run, policy, lay_out, states)
         precompute = self._pass(fingerprint, kept_states)
         self.knows_tokens = self._settings.needs_logits or precompute.index_has(pairs)
         if not self.knows_tokens:
             LOG.info(f"Two log-probabilities per pair are kept: no `{KL}` is logged.")
-            kept_logps = KeptLogps(live.run_to_logps, policy, lay_out, self._loss)
+            run = self._whole(live.run_to_logps)
+            kept_logps = KeptLogps(run, policy, lay_out, self._loss)
             precompute = self._pass(logps_folder(fingerprint, self._loss), kept_logps)
             states = torch.cat(kept_logps.of([pairs[0].example()])[0].answers)
         precompute.fill(pairs)
         require_equal(precompute.cache, pairs[0].digest, states)
         self.cache = precompute.cache
         self._release_live(unwrapped)
+
+    def _whole(self, run: Run) -> Run:
+        """Runs a reference over a row, and gathers the values of all of its parts."""
+        group = self.forward.group
+        return lambda policy, batch: gather_tokens(run(policy, batch), batch, group)
 
     def _pass(self, folder: str, kept: Kept) -> PrecomputePass:
         """Fills a cache, whose folder has this name."""
@@ -386,7 +406,8 @@ class CachedReference(Reference):
         """
         accelerator = self.forward.accelerator
         with without_gradient(accelerator.unwrap_model(policy)):
-            differs = not torch.equal(self.forward.run(policy, batch).cpu(), states)
+            own = self._whole(self.forward.run)(policy, batch).cpu()
+        differs = not torch.equal(own, states)
         return not int(sum_over_ranks(accelerator, torch.tensor(int(differs))))
 
     def _release_live(self, policy: nn.Module) -> None:

@@ -243,6 +243,7 @@ def memory(
     sync: bool = False,
     live: int = LIVE,
     device: str = "cuda",
+    context: int = 1,
 ) -> Memory:
     """Memory per GPU of a run with `rl: edpo`.
 
@@ -265,11 +266,13 @@ def memory(
             `sync_each_batch`). If not, the accumulated gradients are unsharded.
         live: `stage3_max_live_parameters`: most weights that ZeRO-3 keeps gathered.
         device: `cuda` or `cpu`; the op's matrices differ in size.
+        context: Number of GPUs that divide the tokens among them
+            (`context_parallel_size`); they are among `ranks`.
 
     Returns:
         Bytes per GPU. `head`, `layer`, `activations` and `step` are upper bounds.
     """
-    full = not lora
+    full, tokens = not lora, -(-tokens // context)
     saved = (itemsize - NF4) * sizes.linear if four_bit else 0
     weights = itemsize * sizes.all - saved
     training = Training(

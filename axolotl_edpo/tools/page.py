@@ -104,12 +104,13 @@ def _engine(arguments: Arguments, given: bool) -> str:
 
 
 def _tokens(recipe: RecipeMemory) -> str:
-    tokens = recipe.arguments.tokens
+    tokens, ranks = recipe.arguments.tokens, recipe.arguments.context
+    divided = f", on {ranks} GPUs" if ranks > 1 else ""
     if recipe.given:
-        return f"{tokens} tokens in a micro-batch"
+        return f"{tokens} tokens in a micro-batch{divided}"
     pairs = "1 pair" if recipe.pairs == 1 else f"{recipe.pairs} pairs"
     product = f"{pairs} x 2 answers x {recipe.length}"
-    return f"At most {product} = {tokens} tokens in a micro-batch (--tokens)"
+    return f"At most {product} = {tokens} tokens in a micro-batch (--tokens){divided}"
 
 
 def _parts(arguments: Arguments) -> Iterator[str]:

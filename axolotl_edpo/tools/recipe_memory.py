@@ -45,6 +45,7 @@ class Arguments(NamedTuple):
     float32_root: bool = False
     sync: bool = False
     live: int = LIVE
+    context: int = 1
 
     @property
     def memory(self) -> Memory:
@@ -139,7 +140,8 @@ def recipe_memory(cfg: Any, gpus: int | None, tokens: int | None) -> RecipeMemor
 
     Args:
         cfg: axolotl's config, validated.
-        gpus: Number of GPUs; None: one, and SHARDING_GPUS for an engine that shards.
+        gpus: Number of GPUs; None: as many as divide a row, and SHARDING_GPUS for an
+            engine that shards.
         tokens: Tokens of a micro-batch; None: the most that it can have.
 
     Raises:
@@ -147,11 +149,12 @@ def recipe_memory(cfg: Any, gpus: int | None, tokens: int | None) -> RecipeMemor
     """
     engine = _engine(cfg)
     pairs, length = cfg.micro_batch_size, cfg.sequence_len
+    context = cfg.context_parallel_size or 1
     dtype = cfg.torch_dtype or torch.bfloat16  # with Ray, its worker chooses
     arguments = Arguments(
         sizes=_sizes(cfg),
         engine=engine,
-        ranks=gpus or (1 if engine == "ddp" else SHARDING_GPUS),
+        ranks=gpus or (context if engine == "ddp" else SHARDING_GPUS),
         tokens=tokens or pairs * 2 * length,
         lora=_rank(cfg),
         four_bit=bool(cfg.load_in_4bit),
@@ -162,6 +165,7 @@ def recipe_memory(cfg: Any, gpus: int | None, tokens: int | None) -> RecipeMemor
         float32_root=_has_float32_root(cfg, engine),
         sync=cfg.gradient_accumulation_steps == 1 or bool(value_at(cfg, SYNC)),
         live=_live(cfg),
+        context=context,
     )
     return RecipeMemory(
         arguments,

@@ -19,6 +19,7 @@ from ..data.collator import PairCollator, keep_examples
 from ..data.image_collator import ImagePairCollator
 from ..data.images import has_images, thumbnails
 from ..data.layout import LayoutSettings
+from ..distributed import RowGroup, data_ranks, row_group
 from ..losses.beta_controller import BetaController, MarginController
 from ..losses.preference import PreferenceLoss
 from ..models.completion_forward import CompletionForward
@@ -75,8 +76,20 @@ def set_up(trainer: Any) -> None:
         for model in all_models(trainer):
             disable_attention_dropout(model)
     upstream.leave_losses_as_they_are(trainer)
+    if row_group(trainer.accelerator).size > 1:
+        _refuse_router_loss(trainer)
+        upstream.leave_rows_as_they_are(trainer)
     # the filter would wait for the device at every loss; `FiniteCheck` replaces it
     trainer.args.logging_nan_inf_filter = False
+
+
+def _refuse_router_loss(trainer: Any) -> None:
+    if trainer.aux_loss_enabled:
+        raise ValueError(
+            "`context_parallel_size` above 1 does not work with the router loss of a "
+            "mixture of experts, a mean over whole rows: set `router_aux_loss_coef: 0` "
+            "in the config of `base_model`"
+        )
 
 
 def make_loss(args: DPOConfig, settings: EDPOSettings) -> PreferenceLoss:
@@ -99,7 +112,7 @@ def make_loss(args: DPOConfig, settings: EDPOSettings) -> PreferenceLoss:
 
 def make_mean(trainer: Any, loss: PreferenceLoss) -> MeanOverStep:
     """Averages losses over the pairs of an optimizer step."""
-    ranks = trainer.accelerator.num_processes
+    ranks, _ = data_ranks(trainer.accelerator)
     router_weight = trainer.router_aux_loss_coef if trainer.aux_loss_enabled else 0.0
     return MeanOverStep(ranks, loss.sft_weight, router_weight)
 
@@ -114,7 +127,9 @@ def make_batcher(trainer: Any, wanted: LayoutSettings) -> PairBatcher:
     Raises:
         ValueError: If the models do not support this layout.
     """
-    make_collator = _collator_maker(trainer.data_collator)
+    make_collator = _collator_maker(
+        trainer.data_collator, row_group(trainer.accelerator)
+    )
     trainer.data_collator = keep_examples
     args = trainer.args
     if has_images(trainer.train_dataset):
@@ -125,10 +140,11 @@ def make_batcher(trainer: Any, wanted: LayoutSettings) -> PairBatcher:
     return PairBatcher(trainer.accelerator, make_collator, layout, args.device, last)
 
 
-def _collator_maker(collator: Any) -> Callable[..., Any]:
+def _collator_maker(collator: Any, group: RowGroup) -> Callable[..., Any]:
     """Makes our collator with the arguments of TRL's or axolotl's."""
     if isinstance(collator, DataCollatorForPreference):
-        return partial(PairCollator, **vars(collator))
+        make = partial(PairCollator, **vars(collator))
+        return partial(make, parts=group.size, part=group.rank)
 
     def with_images(*, packs: bool, shares: bool) -> ImagePairCollator:
         # a tokenizer cannot pad in two threads: an evaluation may lay out its batches
@@ -307,7 +323,8 @@ def prepare(
     forward, batcher = trainer.forward, trainer.batcher
     refuse_broken_weights(trainer.accelerator, policy)
     forward.probe(policy)
-    batcher.use(forward.ask(policy, partial(resolve_layout, batcher.layout)))
+    resolve = partial(resolve_layout, batcher.layout, forward.group)
+    batcher.use(forward.ask(policy, resolve))
     if compile_options:
         _compile_models(trainer, compile_options)
     if isinstance(trainer.reference, CachedReference):

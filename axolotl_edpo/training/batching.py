@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from ..background import copied, in_background, pinned
 from ..data.collator import pairs_in
 from ..data.layout import Batch, LayoutSettings, each_tensor
-from ..distributed import sum_over_ranks
+from ..distributed import count_over_ranks, data_ranks
 
 # Lays out the pairs of a micro-batch.
 Collator = Any
@@ -143,7 +143,7 @@ class PairBatcher:
             [pairs_in(batch), batch["chosen_tokens"], batch["num_tokens"]]
             for batch in batches
         ]
-        return sum_over_ranks(self._accelerator, torch.tensor(counts).sum(dim=0))
+        return count_over_ranks(self._accelerator, torch.tensor(counts).sum(dim=0))
 
     @contextmanager
     def reading_ahead(self) -> Iterator[None]:
@@ -227,10 +227,10 @@ class PairBatcher:
         from the start of the data.
         """
         loader: Any = self._accelerator.gradient_state.active_dataloader
-        ranks = self._accelerator.num_processes
+        ranks, rank = data_ranks(self._accelerator)
         repeats = ranks > 1 and self._accelerator.even_batches and not self._drops_last
         if not (repeats and loader.end_of_dataloader):
             return pairs
         rest = len(loader.dataset) % (ranks * len(pairs))
-        before = self._accelerator.process_index * len(pairs)
+        before = rank * len(pairs)
         return pairs[: max(rest - before, 0)] if rest else pairs

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from ..data.layout import Batch
+from ..distributed import row_group
 from ..ops.token_stats import TokenStats
 from .finite_checks import FiniteCheck
 from .first_step import FirstStep
@@ -45,6 +46,7 @@ class StepRecords:
         first_step: FirstStep,
     ):
         self._accelerator, self._first_step = accelerator, first_step
+        self._traces = row_group(accelerator).rank == 0  # once per row group
         self.metrics, self.counts, self.trace = metrics, counts, trace
 
     @property
@@ -81,7 +83,7 @@ class StepRecords:
             if self.evaluated is not None:
                 self.evaluated(batch, stats, pairs)
             return
-        if self.trace is not None and self.trace.is_due(step):
+        if self.trace is not None and self._traces and self.trace.is_due(step):
             with self.trace.timed():
                 values = traced_values(pairs, stats, batch["lengths"])
                 self.trace.observe(step, batch["examples"].pairs, values)

@@ -19,6 +19,7 @@ from ..models.completion_forward import CompletionForward
 from ..models.forward import causal_lm
 from ..models.lm_head_reader import head_modules, head_of, shared_reference_head
 from ..models.moe import collected_router_logits, router_loss, warn_of_reentrance
+from ..models.split_row import gather_stats
 from ..ops.lm_head import Head
 from ..ops.token_stats import TokenStats, logits_stats, token_stats
 from ..reference.provider import Reference
@@ -60,7 +61,8 @@ class PairScorer:
             batch: A batch on the run's device.
 
         Returns:
-            Statistics of the scored tokens, and the router loss, shape (), or None.
+            Statistics of the scored tokens, also of those that other ranks of the row
+            group score; and the router loss, shape (), or None.
         """
         if not self.reference.knows_tokens:
             stats, router = self._compare(policy, batch, None)
@@ -87,7 +89,8 @@ class PairScorer:
         learns = policy.training and torch.is_grad_enabled()
         if router is not None and learns and not router.requires_grad:
             warn_of_reentrance()
-        return TokenStats(*stats), router
+        whole = gather_stats(TokenStats(*stats), batch, self._forward.group)
+        return whole, router
 
     def _with_router_loss(
         self,

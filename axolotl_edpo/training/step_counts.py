@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from accelerate import Accelerator
 
-from ..distributed import sum_over_ranks
+from ..distributed import count_over_ranks
 from ..losses.beta_controller import BetaController
 from .finite_checks import FiniteCheck
 
@@ -48,7 +48,7 @@ class StepCounts:
 
     def _sum(self, step: int) -> None:
         counts = torch.stack([self.finite.take(), *self._controller.observed()])
-        broken, *self.totals = sum_over_ranks(self._accelerator, counts).tolist()
+        broken, *self.totals = count_over_ranks(self._accelerator, counts).tolist()
         if broken:
             what = f"the loss of {broken} of the step's pairs is"
             self.finite.stop(what, step, self._controller.beta)

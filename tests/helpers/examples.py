@@ -6,7 +6,14 @@ import yaml
 
 from helpers import tiny
 
-ENGINE = ("deepspeed", "fsdp_version", "fsdp_config", "accelerator_config")
+ENGINE = (
+    "deepspeed",
+    "fsdp_version",
+    "fsdp_config",
+    "dp_shard_size",
+    "context_parallel_size",
+    "accelerator_config",
+)
 REMOVED = (*ENGINE, "saves_per_epoch", "save_steps")
 TURN = ["<start_of_turn>", "<end_of_turn>"]
 # What sets these families apart from Llama.

@@ -80,8 +80,9 @@ class CpuRanks(BasePlugin):
         if cfg.get("deepspeed"):
             _use_gloo_alone()
             _choose_cpu(DistributedType.MULTI_CPU)
-        elif cfg.get("fsdp_config"):
+        elif cfg.get("fsdp_config") or cfg.get("context_parallel_size", 1) > 1:
             _choose_cpu(DistributedType.MULTI_GPU)
+            os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"  # DDP names no GPU
         else:
             os.environ["ACCELERATE_USE_CPU"] = "true"
 

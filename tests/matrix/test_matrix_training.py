@@ -1200,7 +1200,10 @@ def test_a_run_goes_on_by_itself(cell, recipe, tmp_path):
 NOISE = "Its noise in the policy alone would decide β; `rl: dpo` ignores it."
 IGNORED = "`rl: dpo` ignores it."
 AXOLOTL = "axolotl does so beside any `rl`."
-PARTS = "An answer is scored whole, and a rank would have a part of it."
+DIVIDED = (
+    "GPUs divide packed rows, from axolotl 0.21 on: "
+    "`tests/engines/test_context_parallel.py` runs them."
+)
 
 
 def ignores_losses() -> bool:
@@ -1283,15 +1286,23 @@ REFUSED = [
         "Nor does axolotl take it for these models.",
         missing=matrix.without("diffusion_lm"),
     ),
-    *(
-        refused(key, 2, PARTS, name=f"`{key}: 2`")
-        for key in ("context_parallel_size", "sequence_parallel_degree")
+    refused(
+        "context_parallel_size",
+        2,
+        DIVIDED,
+        name="`context_parallel_size: 2`, padded",
+    ),
+    refused(
+        "sequence_parallel_degree",
+        2,
+        "Its name is now `context_parallel_size`.",
+        name="`sequence_parallel_degree: 2`",
     ),
     Cell(
-        "`context_parallel: {size: 2}`",
+        "`context_parallel: {size: 2}`, padded",
         {"context_parallel": {"size": 2}},
-        r"`context_parallel.size: 2`.*set 1: an answer is scored whole",
-        note=PARTS,
+        r"`context_parallel.size: 2`.*set `sample_packing: true`",
+        note=DIVIDED,
         missing=NO_CONTEXT,
     ),
     refused("tensor_parallel_size", 2, "", name="`tensor_parallel_size: 2`"),

@@ -92,6 +92,8 @@ def test_recipe_of_a_cluster_trains_on_two_ranks(path, shrink, tmp_path):
     engine = {key: recipe[key] for key in ENGINE if key in recipe}
     if "deepspeed" in engine:
         engine["deepspeed"] = str(ROOT / engine["deepspeed"])
+    if "context_parallel_size" in engine:
+        engine |= dict(context_parallel_size=2, dp_shard_size=1)
     first, second = ranks.run(tmp_path, {**shrink(recipe), **engine})
     assert first["beta"] == second["beta"]
     steps = [entry for entry in first["log"] if "loss" in entry]
@@ -174,6 +176,7 @@ def test_recipe_opens_with_purpose_hardware_and_start(path):
 def test_recipe_has_128_pairs_a_step_on_the_hardware_it_names(path):
     recipe = read(path)
     gpus = int(re.search(r"^Hardware: (\d+) GPU", header(path), re.MULTILINE)[1])
+    gpus //= recipe.get("context_parallel_size", 1)
     cut = [recipe["micro_batch_size"], recipe["gradient_accumulation_steps"], gpus]
     assert math.prod(cut) == 128
     assert " x ".join(map(str, cut)) in path.read_text()

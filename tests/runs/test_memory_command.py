@@ -112,6 +112,10 @@ READ = [
     ),
     (FSDP2, dict(engine="fsdp2", ranks=8, **FULL)),
     ({**FSDP2, **SYNC}, dict(engine="fsdp2", ranks=8, sync=True, **FULL)),
+    (
+        dict(context_parallel_size=2, sample_packing=True),
+        dict(ranks=2, context=2, float32_root=True),
+    ),
 ]
 
 

@@ -220,11 +220,11 @@ def used(tmp_path_factory):
     )
 
 
-def save_pairs(folder):
+def save_pairs(folder, letters: int = LETTERS):
     rng = random.Random(0)
 
     def said(role: str) -> dict:
-        return {"role": role, "content": "".join(rng.choices("abcdefgh", k=LETTERS))}
+        return {"role": role, "content": "".join(rng.choices("abcdefgh", k=letters))}
 
     with (folder / "pairs.jsonl").open("w") as file:
         for _ in range(8):
@@ -331,6 +331,35 @@ def test_a_cache_lets_go_of_the_reference(used, engine):
     most = need.resident - need.gradients + need.let_go + need.activations
     assert 2 * need.weights < cached["before"] < most
     assert cached["whole"] == own["whole"]  # in the pass, too
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "half", "quarter"), first([(False, 0.6, 0.3), (True, 0.7, 0.5)])
+)
+def test_activations_fall_with_the_ranks_that_divide_a_row(
+    tmp_path, checkpoints, half, quarter
+):
+    """A row of one pair, of 1,200 tokens; the largest rank. Weights are whole on it."""
+    model = tiny.save_model(tmp_path / "model", **{**LLAMA_8M, "vocab_size": 300})
+    pairs = save_pairs(tmp_path, letters=400)
+    keys = dict(micro_batch_size=1, max_steps=2, gradient_accumulation_steps=1)
+    keys |= dict(sequence_len=1024, sample_packing=True)
+    keys |= dict(gradient_checkpointing=checkpoints)
+    used, peaks, tokens = [], [], []
+    for size in (1, 2, 4):
+        recipe = tiny.recipe(tmp_path, model, pairs, **keys, context_parallel_size=size)
+        own = tmp_path / str(size)
+        probe = "test_memory_of_ranks:measure"
+        every = ranks.run(own, {**recipe, "output_dir": str(own)}, size, probe)
+        most = max(every, key=lambda one: one["peak"])
+        used.append(most["peak"] - sum(most[name] for name in PARTS))
+        peaks.append(most["peak"])
+        tokens.append(most["tokens"])
+    for name, values in (("peak", peaks), ("beside weights", used)):
+        print(f"\n{name}, MB at degree 1, 2, 4:", [round(v / 1e6, 1) for v in values])
+    assert tokens == [tokens[0], -(-tokens[0] // 2), -(-tokens[0] // 4)]
+    assert used[1] < half * used[0] and used[2] < quarter * used[0]
+    assert peaks[2] < peaks[1] < peaks[0]
 
 
 @rest

@@ -113,7 +113,7 @@ WRONG = [
     ),
     ({"dpo_label_smoothing": 0.5}, r"`dpo_label_smoothing: 0.5`.*below 0.5"),
     ({"fsdp": ["full_shard"]}, "`fsdp: .*`fsdp_version: 2`"),
-    ({"context_parallel": {"size": 2}}, "`context_parallel.size: 2`.*set 1: .* whole"),
+    ({"context_parallel": {"size": 2}}, "`context_parallel.size: 2`.*set `sample_pack"),
     ({"context_parallel": {"size": "no"}}, "`context_parallel.size: no`.*integer"),
     ({"context_parallel": 2}, "`context_parallel: 2`: lines with keys"),
     ({"expert_parallel_size": 2}, "`expert_parallel_size: 2`.*set `.*: 1`: .*experts"),
@@ -207,7 +207,7 @@ WRONG = [
         r"`datasets: roles: \[user\]`.*ignored",
     ),
     ({"tensor_parallel_size": 2}, r"`tensor_parallel_size: 2`"),
-    ({"context_parallel_size": 2}, r"`context_parallel_size: 2`"),
+    ({"context_parallel_size": 2}, r"`context_parallel_size: 2`.*`sample_packing: tr"),
     ({"lora_model_dir": "a"}, r"`lora_model_dir: a`.*adapter: lora"),
     (
         {"lora_model_dir": "a", "adapter": "lora", "rl_adapter_ref_model": True},

@@ -9,6 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from axolotl_edpo.data.layout import LayoutSettings
+from axolotl_edpo.distributed import RowGroup
 from axolotl_edpo.models.packing_support import (
     PackingError,
     check_layers,
@@ -20,7 +21,7 @@ from axolotl_edpo.models.packing_support import (
 
 
 def settled(wanted: LayoutSettings, lm) -> LayoutSettings:
-    return resolve_layout(prepare_models(wanted, [lm]), lm)
+    return resolve_layout(prepare_models(wanted, [lm]), RowGroup(), lm)
 
 
 def test_sharing_is_on_wherever_pairs_are_packed_and_off_elsewhere():

@@ -86,6 +86,17 @@ def test_the_peak_is_that_of_the_phase_that_needs_most():
     assert need.phases["micro-batch"] == need.resident + within < need.total
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_gpus_that_divide_rows_need_what_their_part_of_the_tokens_needs(engine):
+    sizes, keys = sizes_of(LLAMA_8B), dict(engine=engine, ranks=8)
+    divided = memory(sizes, **keys, tokens=65536, context=4)
+    assert divided == memory(sizes, **keys, tokens=16384)
+    whole = memory(sizes, **keys, tokens=65536)
+    assert divided.activations == whole.activations / 4
+    assert divided.resident == whole.resident
+    assert memory(sizes, **keys, tokens=9, context=4) == memory(sizes, **keys, tokens=3)
+
+
 def test_two_numbers_need_no_head_of_the_reference():
     """Llama 3 8B, whose head has 1,050,673,152 bytes, and 4096 tokens."""
     shared = dict(engine="zero2", ranks=8, tokens=4096, cached=True)
