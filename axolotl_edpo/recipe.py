@@ -50,16 +50,29 @@ def config_of(recipe: str, command: str) -> Iterator[Any]:
         yield cfg
 
 
+def keys_of(recipe: str) -> dict[str, Any]:
+    """The keys of a recipe as they are written.
+
+    Args:
+        recipe: Path of the YAML file.
+
+    Raises:
+        ValueError: If the file is no YAML.
+    """
+    try:
+        return yaml.safe_load(Path(recipe).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{recipe} is no YAML: {_one_line(error)}") from None
+
+
 def _load(recipe: str, folder: str) -> Any:
+    base_model = keys_of(recipe).get("base_model")
     try:
         # `is_preprocess`: the checks of this machine's GPUs are left out
         return load_cfg(recipe, output_dir=folder, is_preprocess=True)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{recipe} is no YAML: {_one_line(error)}") from None
     except OSError as error:
         if error.errno is not None:  # not of transformers, which found no config
             raise
-        base_model = yaml.safe_load(Path(recipe).read_text()).get("base_model")
         raise ValueError(
             f"{quote('base_model', base_model)}: its config was not found. "
             f"{_one_line(error)}"

@@ -15,7 +15,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import yaml
 from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_preference_datasets
 from axolotl.integrations.base import PluginManager
@@ -31,6 +30,7 @@ from ..data.evaluation_sets import SET, set_names
 from ..models.forward import REFERENCE_ADAPTER
 from ..models.start import TRAINED
 from ..plugin import TRAINER
+from ..recipe import keys_of
 from ..reference.kept import KL
 from ..training import assembly, checkpointing
 from .engines import removed_engines
@@ -98,7 +98,7 @@ def score(
         ValueError: If the recipe is refused, has no such pairs, or the folder does not
             hold what the recipe trains.
     """
-    keys = yaml.safe_load(Path(recipe).read_text(encoding="utf-8")) or {}
+    keys = keys_of(recipe)
     folder = model or Path(keys.get("output_dir") or OUTPUT_DIR)
     trained = TrainedModel.read(folder.expanduser())
     # axolotl would write its log into the folder of a finished run

@@ -265,6 +265,8 @@ def test_recipes_that_cannot_be_scored_are_refused(full, tmp_path):
     assert error(foreign).startswith("Error: `axolotl edpo-score` scores the pairs of")
     without = changed(full, tmp_path / "without", test_datasets=None, eval_steps=None)
     assert error(without).startswith("Error: the recipe has no pairs to score: set ")
+    (tmp_path / "recipe.yml").write_text("rl: edpo\n  beta: 1")
+    assert "recipe.yml is no YAML: mapping values are not" in error(tmp_path)
     result = invoke(full, "--", "--nproc_per_node=2")
     assert result.exit_code == 2 and "takes no --nproc_per_node=2" in result.output
 
