@@ -136,7 +136,7 @@ def _trainer(cfg: Any, trained: TrainedModel, pairs: Dataset) -> Any:
         pairs: Stand for training and evaluation pairs, as the trainer wants both.
     """
     cfg.update({**UNUSED, TRAINED: str(trained.folder)})
-    start, of_policy = cfg.lora_model_dir, cfg
+    start, of_policy = cfg.adapter and cfg.lora_model_dir, cfg
     if cfg.adapter:
         cfg.lora_model_dir = str(trained.folder)
     else:
