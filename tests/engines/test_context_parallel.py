@@ -37,6 +37,7 @@ def parts(parts):
         f"{count} pairs": tiny.save_pairs(folder / f"{count}.jsonl", count)
         for count in (5, 33)
     }
+    more["experts"] = tiny.save_model(folder / "experts", "mixtral", **tiny.EXPERTS)
     more["tied"] = tiny.save_model(folder / "tied", tie_word_embeddings=True)
     more["windows"] = tiny.save_model(folder / "windows", "mistral", sliding_window=16)
     return {**parts, **more}
@@ -206,3 +207,9 @@ def test_ranks_that_make_no_groups_are_refused(runs):
     keys["context_parallel_size"] = 4  # of which axolotl would make 0 pairs a step
     with pytest.raises(ProcessRaisedException, match="with 2 GPUs: 4 does not divide"):
         runs.double("ddp", **keys)
+
+
+def test_the_router_loss_of_experts_is_refused(runs):
+    keys = dict(**PACKED, model="experts")
+    with pytest.raises(ProcessRaisedException, match="set `router_aux_loss_coef: 0`"):
+        divided(runs, "ddp", 2, 2, **keys)
