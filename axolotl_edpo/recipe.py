@@ -57,12 +57,15 @@ def keys_of(recipe: str) -> dict[str, Any]:
         recipe: Path of the YAML file.
 
     Raises:
-        ValueError: If the file is no YAML.
+        ValueError: If the file is no YAML, or holds no keys.
     """
     try:
-        return yaml.safe_load(Path(recipe).read_text(encoding="utf-8")) or {}
+        keys = yaml.safe_load(Path(recipe).read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{recipe} is no YAML: {_one_line(error)}") from None
+    if not isinstance(keys, dict):
+        raise ValueError(f"{recipe} holds no keys: a recipe has lines like `rl: edpo`")
+    return keys
 
 
 def _load(recipe: str, folder: str) -> Any:

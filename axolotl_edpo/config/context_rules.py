@@ -101,4 +101,10 @@ def check_ranks(cfg: Any) -> None:
             f"{quote(SIZE, ranks)}, or `fsdp_version: 2`, `fsdp_config:` and "
             f"`dp_shard_size: {ranks // size}`"
         )
+    if copies > 1:
+        replicas = quote("dp_replicate_size", copies)
+        raise ValueError(
+            f"{line}: with {replicas} they must be {size} times `dp_shard_size` times "
+            f"{copies}: remove {replicas} and set `dp_shard_size: {ranks // size}`"
+        )
     raise ValueError(f"{line}: set `dp_shard_size: {ranks // size}`")

@@ -20,7 +20,7 @@ from ..data.layout import LayoutSettings, each_tensor, model_inputs
 from ..data.packing import pack
 from ..data.row_parts import part_of_row
 from ..distributed import RowGroup
-from ..errors import refuse
+from ..errors import quote, refuse
 from ..upstream import carries_state, takes_boundaries
 from .forward import evaluating
 from .packed_attention import PackingError, enable_packing
@@ -136,6 +136,11 @@ def resolve_layout(
     try:
         layout = replace(wanted, shares=_shares(wanted, group, model))
     except PackingError as error:
+        if group.size > 1:
+            raise ValueError(
+                f"{quote('context_parallel_size', group.size)} does not work with this "
+                f"`base_model`: {error}. Set 1"
+            ) from None
         return _padded(wanted, error)
     LOG.info(layout.description())
     return layout

@@ -24,6 +24,7 @@ sign of Δ+ - Δ-.
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,20 +83,27 @@ def read_scores(output_dir: Path) -> "Iterator[tuple[str, dict[str, Any], DataFr
     import pyarrow.parquet as pq
 
     for file in sorted((output_dir / SCORES).glob("*.parquet")):
-        rows = _read_file(file)
-        summary = (pq.read_schema(file).metadata or {}).get(SCORES.encode())
+        with _damage_named(file):
+            summary = (pq.read_schema(file).metadata or {}).get(SCORES.encode())
         if summary is None:
             raise ValueError(f"{file}: not written by `axolotl edpo-score`: remove it")
-        yield file.stem, json.loads(summary), rows
+        yield file.stem, json.loads(summary), _read_file(file)
+
+
+@contextmanager
+def _damage_named(file: Path) -> Iterator[None]:
+    """Within it, the error of a damaged Parquet file names the file."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # Arrow's errors are subclasses
+        raise ValueError(f"{file}: not a whole Parquet file: remove it") from error
 
 
 def _read_file(file: Path) -> "DataFrame":
     import pandas
 
-    try:
+    with _damage_named(file):
         rows = pandas.read_parquet(file)
-    except (OSError, ValueError) as error:  # Arrow's errors are subclasses
-        raise ValueError(f"{file}: not a whole Parquet file: remove it") from error
     # these are null in every row unless `edpo_control` is `epsilon`
     perturbed = ["plus", "minus", "step"]
     if THUMBNAILS not in rows:

@@ -11,6 +11,13 @@ from pathlib import Path
 from typing import Any
 
 ENGINES = ("deepspeed", "fsdp", "fsdp_config", "fsdp_version")
+# How an engine divides the ranks.
+SIZES = (
+    "context_parallel",
+    "context_parallel_size",
+    "dp_replicate_size",
+    "dp_shard_size",
+)
 
 
 def removed_engines(recipe: Mapping[str, Any]) -> dict[str, None]:
@@ -19,7 +26,7 @@ def removed_engines(recipe: Mapping[str, Any]) -> dict[str, None]:
     Args:
         recipe: The YAML of the recipe.
     """
-    removed = dict.fromkeys(key for key in ENGINES if key in recipe)
+    removed = dict.fromkeys(key for key in ENGINES + SIZES if key in recipe)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return removed
     deepspeed = recipe.get("deepspeed")

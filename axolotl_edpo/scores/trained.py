@@ -87,6 +87,12 @@ class TrainedModel:
         Raises:
             ValueError: Names the folder and the remedy.
         """
+        best = cfg.load_best_model_at_end or cfg.early_stopping_patience
+        if best and self.state_folder != self.folder:
+            raise self._refusal(
+                "may hold the weights of the best step, and not those of the last, "
+                "whose β would be used: name one of its checkpoints"
+            )
         if cfg.adapter:
             self._require_adapter(cfg)
         else:

@@ -74,8 +74,9 @@ def _adapters(recipe: RecipeMemory) -> Iterator[Change]:
         yield Change(f"adapter: lora, {new}", lora)
     # axolotl refuses 4 bits under FSDP2 beside `rl`
     if not now.four_bit and now.engine != "fsdp2":
-        keys = "load_in_4bit: true" if now.lora else new
-        yield Change(f"adapter: qlora, {keys}", lora._replace(four_bit=True))
+        rank = "" if now.lora else f", {new}"
+        keys = f"adapter: qlora, load_in_4bit: true{rank}"
+        yield Change(keys, lora._replace(four_bit=True))
 
 
 def _engines(recipe: RecipeMemory) -> Iterator[Change]:
@@ -83,7 +84,7 @@ def _engines(recipe: RecipeMemory) -> Iterator[Change]:
     now = recipe.arguments
     if now.ranks == 1:
         return
-    if now.engine != "zero3":
+    if now.engine != "zero3" and now.context == 1:  # DeepSpeed divides no rows
         yield Change(
             "deepspeed: deepspeed_configs/zero3_bf16.json",
             now._replace(engine="zero3", float32_root=False),
@@ -91,6 +92,6 @@ def _engines(recipe: RecipeMemory) -> Iterator[Change]:
     if not (now.four_bit or now.engine == "fsdp2" and now.sync):
         rounded = "" if now.lora else " (16-bit weights train)"
         yield Change(
-            f"fsdp_version: 2, sync_each_batch: true{rounded}",
+            f"fsdp_version: 2, fsdp_config: …, sync_each_batch: true{rounded}",
             now._replace(engine="fsdp2", sync=True, float32_root=False),
         )

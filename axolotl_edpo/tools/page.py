@@ -183,14 +183,14 @@ def _changes(recipe: RecipeMemory, peak: float) -> Iterator[str]:
     for change in changes(recipe):
         then = change.peak / GIB
         card = next((f"{c} GB" for c in CARDS if fits(c, then) == "fits"), "none")
-        yield f"  {then:6.1f}  {card:>6}  {change.keys}"
+        yield from _wrapped(f"  {then:6.1f}  {card:>6}  {change.keys}", 18)
 
 
-def _wrapped(text: str) -> list[str]:
+def _wrapped(text: str, indent: int = 2) -> list[str]:
     return textwrap.wrap(
         text,
         COLUMNS,
-        subsequent_indent="  ",
+        subsequent_indent=" " * indent,
         break_long_words=False,
         break_on_hyphens=False,
     )

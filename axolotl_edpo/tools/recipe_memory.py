@@ -128,6 +128,11 @@ NOTES = (
         lambda value: value is False,
         "needs more: layers stay whole after forward, which is not counted",
     ),
+    Note(
+        "dp_replicate_size",
+        lambda value: (value or 1) > 1,
+        "needs more: replicas share no weights. They are counted as if all GPUs did",
+    ),
     Note("fsdp_config.offload_params", bool, OFFLOADED),
     Note(f"{ZERO}.offload_optimizer.device", _is_a_device, OFFLOADED),
     Note(f"{ZERO}.offload_param.device", _is_a_device, OFFLOADED),
@@ -145,16 +150,24 @@ def recipe_memory(cfg: Any, gpus: int | None, tokens: int | None) -> RecipeMemor
         tokens: Tokens of a micro-batch; None: the most that it can have.
 
     Raises:
-        ValueError: If the engine or the model cannot be calculated.
+        ValueError: If the engine or the model cannot be calculated, or if the GPUs
+            make no whole groups.
     """
     engine = _engine(cfg)
     pairs, length = cfg.micro_batch_size, cfg.sequence_len
     context = cfg.context_parallel_size or 1
+    named = context * (cfg.dp_shard_size or 1) * (cfg.dp_replicate_size or 1)
+    ranks = gpus or (context if engine == "ddp" else max(named, SHARDING_GPUS))
+    if ranks % context:
+        raise ValueError(
+            f"{quote('context_parallel_size', context)} does not divide {ranks} GPUs: "
+            "set a divisor, or another number with `--gpus`"
+        )
     dtype = cfg.torch_dtype or torch.bfloat16  # with Ray, its worker chooses
     arguments = Arguments(
         sizes=_sizes(cfg),
         engine=engine,
-        ranks=gpus or (context if engine == "ddp" else SHARDING_GPUS),
+        ranks=ranks,
         tokens=tokens or pairs * 2 * length,
         lora=_rank(cfg),
         four_bit=bool(cfg.load_in_4bit),

@@ -80,7 +80,7 @@ class StepRecords:
         """
         self.metrics.add(mode, batch, stats, pairs, router_loss)
         if mode == "eval":
-            if self.evaluated is not None:
+            if self.evaluated is not None and self._traces:
                 self.evaluated(batch, stats, pairs)
             return
         if self.trace is not None and self._traces and self.trace.is_due(step):

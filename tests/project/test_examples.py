@@ -102,11 +102,11 @@ def test_recipe_of_a_cluster_trains_on_two_ranks(path, shrink, tmp_path):
 
 
 def test_recipes_of_llama_3_differ_in_their_engine_only():
-    names = ("llama3", "llama3_zero3", "llama3_fsdp2")
-    first, *others = (read(EXAMPLES / f"{name}_edpo.yml") for name in names)
-    for other in others:
-        different = {key for key in first | other if first.get(key) != other.get(key)}
-        assert different <= {*ENGINE, "output_dir"}
+    first, other = (
+        read(EXAMPLES / f"llama3{name}_edpo.yml") for name in ("", "_zero3")
+    )
+    different = {key for key in first | other if first.get(key) != other.get(key)}
+    assert different <= {*ENGINE, "output_dir"}
 
 
 @pytest.mark.parametrize("path", selected(RECIPES, rl=None))

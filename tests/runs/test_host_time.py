@@ -109,7 +109,7 @@ def step(recipe, tmp_path, monkeypatch):
             with unset_fake_temporarily():
                 return torch.zeros(values.shape, dtype=values.dtype)
 
-        monkeypatch.setattr(step_counts, "sum_over_ranks", summed_up)
+        monkeypatch.setattr(step_counts, "count_over_ranks", summed_up)
         monkeypatch.setattr(scoring, "token_stats", stats)
         monkeypatch.setattr(type(trainer.args), "device", CUDA)
         trainer.batcher.device = CUDA

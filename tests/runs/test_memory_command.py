@@ -36,7 +36,7 @@ EXAMPLES = {
     "llama3_qlora_edpo": ("8B", "ddp", 1, 4096, dict(lora=16, four_bit=True)),
     "llama3_lora_edpo": ("3B", "ddp", 1, 8192, dict(lora=16)),
     "gemma2_hh_edpo": ("Gemma 2 2B", "zero2", 1, 8192, {}),
-    "llama3_fsdp2_edpo": ("8B", "fsdp2", 8, 8192, dict(sync=True)),
+    "llama3_fsdp2_edpo": ("8B", "fsdp2", 8, 8192, dict(lora=16)),
     "llama3_zero3_edpo": ("8B", "zero3", 8, 8192, {}),
     "llama3_edpo": ("8B", "zero2", 8, 8192, {}),
     "mistral_edpo": ("Mistral 7B", "zero2", 8, 8192, {}),
@@ -261,9 +261,11 @@ GiB per GPU
   141 GB  fits          115.5 GiB free
 
 What to change: each alone, its peak, the smallest card it fits
-     7.7   16 GB  adapter: qlora, lora_r: 16, lora_target_linear: true
+     7.7   16 GB  adapter: qlora, load_in_4bit: true, lora_r: 16,
+                  lora_target_linear: true
      9.2   16 GB  adapter: lora, lora_r: 16, lora_target_linear: true
-    21.8   40 GB  fsdp_version: 2, sync_each_batch: true (16-bit weights train)
+    21.8   40 GB  fsdp_version: 2, fsdp_config: …, sync_each_batch: true (16-bit
+                  weights train)
     23.1   40 GB  micro_batch_size: 1, gradient_accumulation_steps: 16
     23.1   40 GB  sequence_len: 1024 (drops or cuts longer pairs)
     23.7   40 GB  precompute_ref_log_probs: true
@@ -342,6 +344,15 @@ def test_a_file_that_is_missing_or_no_yaml_is_named(tmp_path):
     (tmp_path / "recipe.yml").write_text("rl: edpo\n  beta: 1")
     result = CliRunner().invoke(edpo_memory, [str(tmp_path / "recipe.yml")])
     assert "recipe.yml is no YAML: mapping values are not allowed" in refusal(result)
+    (tmp_path / "recipe.yml").write_text("- rl: edpo")
+    result = CliRunner().invoke(edpo_memory, [str(tmp_path / "recipe.yml")])
+    assert "recipe.yml holds no keys: a recipe has lines like" in refusal(result)
+
+
+def test_gpus_that_make_no_whole_groups_are_refused(keys, tmp_path):
+    made = keys(context_parallel_size=2, sample_packing=True)
+    line = refusal(run(tmp_path, made, "--gpus", "3"))
+    assert line.startswith("Error: `context_parallel_size: 2` does not divide 3 GPUs: ")
 
 
 @pytest.mark.parametrize("kind", ["mamba", "llava", "t5"])

@@ -333,8 +333,9 @@ def test_a_cache_lets_go_of_the_reference(used, engine):
     assert cached["whole"] == own["whole"]  # in the pass, too
 
 
+@rest
 @pytest.mark.parametrize(
-    ("checkpoints", "half", "quarter"), first([(False, 0.6, 0.3), (True, 0.7, 0.5)])
+    ("checkpoints", "half", "quarter"), [(False, 0.6, 0.3), (True, 0.7, 0.5)]
 )
 def test_activations_fall_with_the_ranks_that_divide_a_row(
     tmp_path, checkpoints, half, quarter

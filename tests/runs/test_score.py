@@ -1,7 +1,6 @@
 """axolotl edpo-score: what an evaluation of the run logs, after the run."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -263,6 +262,13 @@ def test_recipes_that_cannot_be_scored_are_refused(full, tmp_path):
     keys = dict(tiny.DPO, plugins=None)
     foreign = changed(full, tmp_path / "dpo", **keys)
     assert error(foreign).startswith("Error: `axolotl edpo-score` scores the pairs of")
+    divided = {"context_parallel_size": 2, "sample_packing": True}
+    divided |= {"test_datasets": None, "eval_steps": None}
+    divided = changed(full, tmp_path / "divided", **divided)  # one process divides none
+    assert error(divided).startswith("Error: the recipe has no pairs to score: set ")
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    kept = changed(full, tmp_path / "best", **best)
+    assert "may hold the weights of the best step" in error(kept)
     without = changed(full, tmp_path / "without", test_datasets=None, eval_steps=None)
     assert error(without).startswith("Error: the recipe has no pairs to score: set ")
     (tmp_path / "recipe.yml").write_text("rl: edpo\n  beta: 1")
@@ -321,6 +327,8 @@ def test_the_report_shows_what_lies_in_the_runs_folder(full, tmp_path):
     assert {pair["id"] for pair in found["pairs"]} == {*rows["id"]}
     rows.to_parquet(run / "edpo_scores" / "mine.parquet")
     assert "mine.parquet: not written by `axolotl edpo-score`" in refused(run)
+    pandas.DataFrame({"a": [1]}).to_parquet(run / "edpo_scores" / "mine.parquet")
+    assert "mine.parquet: not written by `axolotl edpo-score`" in refused(run)
 
 
 # --- several ranks -----------------------------------------------------------------
@@ -335,7 +343,8 @@ def test_two_ranks_score_as_one_process(trained, tmp_path, monkeypatch, name, ru
     keys = {**engine(tmp_path, name), "output_dir": str(source / "out")}
     keys["plugins"] = ["axolotl_edpo.EDPOPlugin", "helpers.ranks.CpuRanks"]
     folder = changed(source, tmp_path / "recipe", **keys)
-    monkeypatch.setattr(os, "environ", os.environ | environment())
+    for variable, value in environment().items():
+        monkeypatch.setenv(variable, value)
     file = tmp_path / "two.parquet"
     words = ("--launcher", "torchrun", "--output", file, "--")
     result = invoke(folder, *words, "--standalone", "--nproc_per_node=2")

@@ -250,15 +250,15 @@ def test_a_model_is_loaded_with_the_seed_of_the_recipe(recipe, tmp_path, seed, u
     ],
 )
 def test_a_model_whose_rows_ranks_cannot_divide_is_refused(
-    recipe, tmp_path, monkeypatch, ranks, config, message
+    recipe, tmp_path, ranks, config, message
 ):
     """Before it is loaded."""
     rope = {"rope_theta": 10000.0, **config.get("rope_parameters", {})}
     sizes = dict(max_position_embeddings=128, rope_parameters=rope) if config else {}
     model = str(tiny.save_model(tmp_path / "model", **sizes))
     keys = dict(base_model=model, sample_packing=True, context_parallel_size=ranks)
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
     cfg = load(tmp_path, recipe(**keys))
+    cfg.world_size = ranks
     assert cfg.context_parallel is None  # axolotl's own plugin stands aside
     with pytest.raises(ValueError, match=message):
         EDPOPlugin().pre_model_load(cfg)

@@ -86,6 +86,10 @@ def launched(ranks: int, size: int | None, **keys) -> SimpleNamespace:
             launched(8, 2, fsdp_config={"a": 1}, dp_shard_size=2),
             "8 GPUs: set `dp_shard_size: 4`",
         ),
+        (
+            launched(8, 2, fsdp_config={"a": 1}, dp_replicate_size=2),
+            "remove `dp_replicate_size: 2` and set `dp_shard_size: 4`",
+        ),
     ],
 )
 def test_ranks_that_make_no_whole_groups_are_refused(cfg, message):

@@ -92,7 +92,7 @@ def test_every_option_is_there_and_nothing_of_axolotl_is_lost(schema):
 def test_an_entry_point_is_a_command_of_its_name():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     targets = project["entry-points"][GROUP]
-    names = ["inspect", "report", "schema", "score"]
+    names = ["inspect", "memory", "report", "schema", "score"]
     assert sorted(targets) == [f"edpo-{name}" for name in names]
     for name, target in targets.items():
         module, _, attribute = target.partition(":")

@@ -15,10 +15,10 @@ MICRO = "micro_batch_size: 1, gradient_accumulation_steps: 16"
 LENGTH = "sequence_len: 1024 (drops or cuts longer pairs)"
 CACHE = "precompute_ref_log_probs: true"
 NEW = "lora_r: 16, lora_target_linear: true"
-LORA, QLORA = f"adapter: lora, {NEW}", f"adapter: qlora, {NEW}"
 FOUR_BIT = "adapter: qlora, load_in_4bit: true"
+LORA, QLORA = f"adapter: lora, {NEW}", f"{FOUR_BIT}, {NEW}"
 ZERO3 = "deepspeed: deepspeed_configs/zero3_bf16.json"
-FSDP2 = "fsdp_version: 2, sync_each_batch: true"
+FSDP2 = "fsdp_version: 2, fsdp_config: …, sync_each_batch: true"
 FSDP2_FULL = f"{FSDP2} (16-bit weights train)"
 
 
