@@ -7,6 +7,7 @@ stacks of its threads into a file before it ends.
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -174,6 +175,8 @@ def free_port() -> int:
 
 def _enter(number: int, environment: dict, function: Callable, arguments) -> None:
     """Gives a process the environment of the test that starts it."""
+    # garbage of the server stays: its destructors may wait for threads that a fork lacks
+    gc.freeze()
     os.environ.clear()
     os.environ.update(environment)
     faulthandler.enable(_stacks_file(os.getpid()).open("w"))
