@@ -175,7 +175,7 @@ def free_port() -> int:
 
 def _enter(number: int, environment: dict, function: Callable, arguments) -> None:
     """Gives a process the environment of the test that starts it."""
-    # garbage of the server stays: its destructors may wait for threads that a fork lacks
+    # the server's garbage stays: destructors may wait for threads that a fork lacks
     gc.freeze()
     os.environ.clear()
     os.environ.update(environment)
