@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+ROOT = Path(__file__).resolve().parent.parent
 TRACEBACK_LINES = 12
 
 
@@ -74,13 +75,19 @@ def _end_with_parent() -> None:
     end(os.getpid())
 
 
+def traceback_lines(count: int) -> list[str]:
+    """The last lines of an error's traceback, without the folder of the project."""
+    lines = traceback.format_exc().splitlines()[-count:]
+    return [line.replace(f"{ROOT}{os.sep}", "") for line in lines]
+
+
 def measure(function: str, notes: Notes) -> None:
     """Runs a section; an error is noted and does not leave here."""
     module, name = function.split(":")
     try:
         getattr(importlib.import_module(module), name)(notes)
     except (Exception, SystemExit) as error:
-        lines = traceback.format_exc().splitlines()[-TRACEBACK_LINES:]
+        lines = traceback_lines(TRACEBACK_LINES)
         reason = f"{type(error).__name__}: {error}"
         notes.close("failed", reason=reason, traceback=lines)
     else:

@@ -28,7 +28,7 @@ from axolotl.cli.args import TrainerCliArgs
 from axolotl.cli.config import load_cfg
 from axolotl.cli.train import do_train
 from axolotl.integrations.base import BasePlugin
-from gpu_child import Notes
+from gpu_child import Notes, traceback_lines
 from measure import bytes_in_use
 from torch.profiler import ProfilerActivity, profile
 from train_step import GIB, ON_GPU, Run, logged
@@ -274,7 +274,7 @@ def guard(note: Notes, runs: dict[str, Callable[[], Any]]) -> None:
         try:
             run()
         except (Exception, SystemExit) as error:
-            lines = traceback.format_exc().splitlines()[-8:]
+            lines = traceback_lines(8)
             note(f"{name}: error", [f"{type(error).__name__}: {error}", *lines])
             failed.append(name)
     if failed:

@@ -93,3 +93,20 @@ def _axolotl(number: int, folder: Path, words: tuple[str, ...]) -> None:
     except BaseException:
         traceback.print_exc()
         sys.exit(1)
+
+
+def imports_of(*words: str) -> tuple[str, set[str]]:
+    """What a Python process prints, and the names of all that it imports.
+
+    Args:
+        *words: What follows `python`.
+    """
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stderr.splitlines()
+    return done.stdout, {line.rpartition("|")[2].strip() for line in lines}

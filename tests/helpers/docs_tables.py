@@ -231,8 +231,8 @@ RECIPES = {
 def save_recipe(name: str, folder: Path) -> Path:
     """Saves a recipe of examples/ with the config of its model, no weights.
 
-    `base_model` is relative to the folder: axolotl takes a path with `mpt` in it, as in
-    /tmp/tmpt1, for an MPT.
+    `base_model` is relative to the folder: axolotl takes a path with `mpt` in it, as a
+    temporary folder may have, for an MPT.
     """
     recipe = yaml.safe_load((ROOT / "examples" / f"{name}.yml").read_text())
     CONFIGS[RECIPES[name].model].save_pretrained(folder / "model")

@@ -83,3 +83,13 @@ def assert_same_weights(pair: list[dict], single: list[dict], atol: float) -> No
     assert all("lm_head" in name for name in own.keys() ^ other.keys())
     for name in own.keys() & other.keys():
         torch.testing.assert_close(own[name], other[name], rtol=0, atol=atol)
+
+
+def assert_same_evaluation(group: list[dict], single: list[dict]) -> None:
+    """Ranks evaluate as one process: what the first one logs, in each evaluation."""
+    for metric in ("loss", "kl/policy_ref", "rewards/accuracies", "logps/chosen"):
+        own, alone = (
+            series(results[0], f"eval_{metric}", beside="eval_loss")
+            for results in (group, single)
+        )
+        assert len(own) > 1 and own == pytest.approx(alone, rel=1e-4, abs=1e-5)

@@ -1,15 +1,12 @@
 """axolotl edpo-inspect: what it shows is what the trainer gets."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 from helpers import tiny
-from helpers.commands import forked
-from helpers.paths import ROOT
+from helpers.commands import forked, imports_of
 
 from axolotl_edpo.data.columns import IDS
 from axolotl_edpo.inspection import pair_set
@@ -360,13 +357,6 @@ def test_axolotl_has_the_command_and_it_needs_neither_engine_nor_gpu(keys, tmp_p
 
 
 def test_asking_for_help_imports_neither_torch_nor_axolotl():
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "axolotl_edpo.inspection", "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "--split" in done.stdout
-    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    printed, modules = imports_of("-m", "axolotl_edpo.inspection", "--help")
+    assert "--split" in printed
     assert "click" in modules and not {"torch", "axolotl", "datasets"} & modules

@@ -1,14 +1,12 @@
 """axolotl edpo-memory: what it reads from a recipe, and what it prints."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from click.testing import CliRunner, Result
 from helpers import docs_tables, tiny
+from helpers.commands import imports_of
 from helpers.docs_tables import CONFIGS, GIB
-from helpers.paths import ROOT
 from peft import LoraConfig
 from transformers import AutoConfig
 
@@ -377,13 +375,6 @@ def test_a_stage_that_is_not_calculated_is_refused(keys, tmp_path):
 
 def test_asking_for_help_imports_neither_torch_nor_axolotl():
     code = "from axolotl_edpo.tools.command import edpo_memory; edpo_memory(['--help'])"
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "--gpus" in done.stdout
-    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    printed, modules = imports_of("-c", code)
+    assert "--gpus" in printed
     assert "click" in modules and not {"torch", "axolotl", "datasets"} & modules
