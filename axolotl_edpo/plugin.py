@@ -201,12 +201,13 @@ class EDPOPlugin(BasePlugin):
 def _prepare(load, cfg, tokenizer):
     """Prepares pairs; see `data/preparation.py`, which imports much.
 
-    axolotl then divides by the pairs of a step, which are none with too few ranks. In
-    one process, pairs may be prepared for a run of several.
+    axolotl then divides by the pairs of a step, which are none with too few ranks, and
+    makes its mesh of ranks before `pre_model_load`. `axolotl preprocess` may prepare
+    pairs in one process for a run of several.
     """
     from .data.preparation import prepare
 
-    if cfg.world_size != 1:
+    if not cfg.is_preprocess:
         check_ranks(cfg)
 
     return prepare(load, cfg, tokenizer)

@@ -242,7 +242,7 @@ def without_engine() -> Iterator[None]:
 def has_context_parallelism() -> bool:
     """Whether accelerate's device mesh has the axis of `context_parallel_size`.
 
-    axolotl sets it from 0.21 on. Before, it divides batches in groups of its own.
+    axolotl sets it from 0.20 on. Before, it divides batches in groups of its own.
     """
     return find_spec("axolotl.integrations.context_parallel") is not None
 
@@ -250,8 +250,8 @@ def has_context_parallelism() -> bool:
 def restore_engine(accelerator: Any) -> None:
     """Makes the engine's name a `DistributedType` again.
 
-    axolotl 0.21 sets it to a string under context parallelism with DDP. accelerate's
-    collectives read its `value`.
+    axolotl 0.20 and 0.21 set it to a string under context parallelism with DDP.
+    accelerate's collectives read its `value`.
     """
     from accelerate import PartialState
     from accelerate.utils import DistributedType
@@ -264,7 +264,7 @@ def leave_rows_as_they_are(trainer: Any) -> None:
     """Keeps accelerate and transformers from dividing rows, as our batches are parts.
 
     accelerate 1.15 would also replace the masks of attention, in `_prepare_cp`.
-    axolotl 0.21 replaces the same two methods for its own context parallelism.
+    axolotl 0.20 and 0.21 replace the same two methods for their context parallelism.
     """
     trainer.accelerator._prepare_cp = lambda *prepared: prepared
     trainer._prepare_context_parallel_inputs = lambda _, inputs: (nullcontext, inputs)

@@ -38,6 +38,7 @@ from axolotl.utils.schemas.datasets import DPODataset
 from axolotl.utils.schemas.validation import RLValidationMixin
 from datasets import Dataset
 from helpers import tiny
+from helpers.releases import needs_divided_rows, needs_images, needs_late_kernels
 from peft import LoraConfig, LoraModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
@@ -602,10 +603,11 @@ def test_releases_of_axolotl_differ_where_upstream_says_so():
     assert found == (1 if release == (0, 19) else 2), "upstream.py: fsdp_version"
     assert upstream.patches_adapters_late() == (release >= (0, 21)), "rules.py: kernels"
     assert upstream_data.takes_images() == (release >= (0, 21)), "rules.py: images"
+    assert upstream.has_context_parallelism() == (release >= (0, 20)), "rules.py: rows"
     assert upstream.merges_token_rows() == (release >= (0, 21)), "merging.py: rows"
 
 
-@pytest.mark.skipif(not upstream.patches_adapters_late(), reason="from 0.21 on")
+@needs_late_kernels
 def test_lora_kernels_are_methods_of_single_modules():
     from axolotl.kernels import lora
     from axolotl.monkeypatch import lora_kernels
@@ -669,9 +671,7 @@ def test_losses_are_left_as_they_are_by_an_attribute_that_transformers_reads():
     assert names and all(vars(made).values()), "upstream.py: losses"
 
 
-@pytest.mark.skipif(
-    not upstream.has_context_parallelism(), reason="from axolotl 0.21 on"
-)
+@needs_divided_rows
 def test_context_parallelism_is_left_to_our_batches():
     """axolotl replaces the same two methods; accelerate and transformers call them."""
     # its trainer.py imports ringmaster, which is not installed
@@ -786,7 +786,7 @@ def test_axolotl_prepares_pairs_with_functions_that_are_replaced(recipe, tmp_pat
     )
 
 
-@pytest.mark.skipif(not upstream_data.takes_images(), reason="from axolotl 0.21 on")
+@needs_images
 def test_the_builder_makes_a_collator_of_images_from_three_attributes():
     """`image_collator` gives it no more; its batches: tests/runs/test_images.py."""
     from axolotl.core.builders.rl import HFRLTrainerBuilder as Builder

@@ -28,7 +28,7 @@ def _rules(key: str) -> tuple[Rule, ...]:
         Rule(
             key,
             lambda recipe: not has_context_parallelism(),
-            "set 1, or install axolotl 0.21 or later",
+            "set 1, or install axolotl 0.20 or later",
         ),
         Rule(
             key,
@@ -92,6 +92,11 @@ def check_ranks(cfg: Any) -> None:
     shards, copies = cfg.dp_shard_size or 1, cfg.dp_replicate_size or 1
     if size == 1 or size * shards * copies == ranks:
         return
+    if ranks == 1:
+        raise ValueError(
+            f"{quote(SIZE, size)} in a run of one process: remove it, or start a "
+            f"process for each of {size} GPUs or more"
+        )
     line = f"{quote(SIZE, size)} with {ranks} GPUs"
     if ranks % size:
         raise ValueError(f"{line}: {size} does not divide them: set a divisor of them")

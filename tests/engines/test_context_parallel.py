@@ -18,12 +18,15 @@ from helpers.engine_runs import (
     assert_same_weights,
 )
 from helpers.engines import series
+from helpers.releases import needs_divided_rows
 from helpers.tiers import first, only, rest
 from helpers.tiny import CACHED, LORA
 from torch.multiprocessing import ProcessRaisedException
 from transformers import LlamaModel
 
 from axolotl_edpo.trainer import EDPOTrainer
+
+pytestmark = needs_divided_rows
 
 UNSHARED = {"edpo_prefix_sharing": False}
 # engine, ranks, ranks of a group

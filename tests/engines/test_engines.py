@@ -20,6 +20,7 @@ from helpers.engine_runs import (
 )
 from helpers.engines import ENGINES, engine, series
 from helpers.lora_kernels import KERNELS
+from helpers.releases import needs_late_kernels
 from helpers.tiers import first, only, rest
 from helpers.tiny import CACHED, LORA, NF4
 from torch.multiprocessing import ProcessRaisedException
@@ -31,7 +32,6 @@ from axolotl_edpo.losses.edpo import next_beta
 from axolotl_edpo.losses.reference_free import REFERENCE_FREE
 from axolotl_edpo.run_files import WARNINGS, checkpoints, is_complete
 from axolotl_edpo.training.callbacks import EDPOCallback
-from axolotl_edpo.upstream import patches_adapters_late
 
 CPU = {"device": "cpu"}
 SHARDING = ["ddp", "zero3", "fsdp2"]
@@ -484,7 +484,7 @@ def test_a_weight_that_is_overwritten_stays_so(runs, name, tmp_path):
 
 
 @rest
-@pytest.mark.skipif(not patches_adapters_late(), reason="refused before axolotl 0.21")
+@needs_late_kernels
 @pytest.mark.parametrize("name", SHARDING)
 def test_lora_kernels_find_the_weights_that_an_engine_shards(runs, name, tmp_path):
     """They read weights without calling the layers, of which engines gather them."""

@@ -1201,7 +1201,7 @@ NOISE = "Its noise in the policy alone would decide β; `rl: dpo` ignores it."
 IGNORED = "`rl: dpo` ignores it."
 AXOLOTL = "axolotl does so beside any `rl`."
 DIVIDED = (
-    "GPUs divide packed rows, from axolotl 0.21 on: "
+    "GPUs divide packed rows, from axolotl 0.20 on: "
     "`tests/engines/test_context_parallel.py` runs them."
 )
 

@@ -11,12 +11,11 @@ import yaml
 from axolotl.cli.main import cli
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from helpers import docs_tables, tiny
+from helpers.pages import DOCS, FENCE, PAGES, blocks, commands, name
 from helpers.paths import ROOT
 
 from axolotl_edpo.config.args import LOWERED
 
-DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", *DOCS]
 # Pages that others link to; their own links are checked, too.
 LINKED = [
     *PAGES,
@@ -24,7 +23,6 @@ LINKED = [
     ROOT / "benchmarks" / "RESULTS.md",
     *sorted((ROOT / "examples").rglob("*.md")),
 ]
-FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # Key of a part of a recipe on a page -> keys that it needs beside it.
 NEEDED = {
@@ -34,18 +32,6 @@ NEEDED = {
 # Keys on the pages that axolotl has from 0.21 on; the pages say so.
 NEWER = {"eval_on_start"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-
-
-def name(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
-
-
-def blocks(path: Path, *languages: str) -> list[str]:
-    """The fenced blocks of a page in these languages, without indentation."""
-    found = FENCE.findall(path.read_text())
-    return [
-        re.sub(f"(?m)^{i}", "", text) for i, kind, text in found if kind in languages
-    ]
 
 
 def anchors(path: Path) -> set[str]:
@@ -209,16 +195,6 @@ def test_json_and_python_on_a_page_can_be_parsed(path):
 # --- commands ------------------------------------------------------------------------
 
 
-def commands() -> list:
-    """The lines of all blocks for a shell, without comments."""
-    return [
-        pytest.param(line.split("#")[0].split(), id=f"{name(path)}: {line[:40]}")
-        for path in PAGES
-        for text in blocks(path, "bash")
-        for line in text.splitlines()
-    ]
-
-
 def options_of(name: str) -> set[str]:
     """The options of a command of axolotl or of this plugin."""
     added = PROJECT["entry-points"]["axolotl.cli_commands"]
@@ -230,8 +206,8 @@ def options_of(name: str) -> set[str]:
     return {o for p in command.params for o in [*p.opts, *p.secondary_opts]}
 
 
-@pytest.mark.parametrize("words", commands())
-def test_a_command_on_a_page_exists_with_its_options(words):
+@pytest.mark.parametrize(("page", "words"), commands())
+def test_a_command_on_a_page_exists_with_its_options(page, words):
     program, first, *rest = words
     if program == "make":
         makefile = (ROOT / "Makefile").read_text()

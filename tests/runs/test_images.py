@@ -14,6 +14,7 @@ from axolotl.cli.merge_lora import do_cli
 from helpers import oracle, ranks, tiny, vision
 from helpers.commands import forked
 from helpers.engines import engine, series
+from helpers.releases import needs_images
 from helpers.report_pages import numbers, page_of
 from helpers.tiers import first, rest
 from helpers.tiny import CACHED, LORA, NF4
@@ -25,11 +26,8 @@ from axolotl_edpo.data.columns import IDS
 from axolotl_edpo.data.images import has_images
 from axolotl_edpo.data.pair_id import pair_digest
 from axolotl_edpo.report.trace import by_pair, read_trace
-from axolotl_edpo.upstream_data import takes_images
 
-pytestmark = pytest.mark.skipif(
-    not takes_images(), reason="axolotl takes images in preferences from 0.21 on"
-)
+pytestmark = needs_images
 
 EPSILON = 0.05
 PNG = "data:image/png;base64,"

@@ -7,15 +7,13 @@ import pytest
 from axolotl.evaluate import evaluate
 from helpers import tiny
 from helpers.lora_kernels import KERNELS, on_this_machine
+from helpers.releases import needs_late_kernels
 from helpers.tiers import first
 from helpers.tiny import CACHED, LORA, NF4
 
 from axolotl_edpo.models.attached_kernels import attached_kernels
-from axolotl_edpo.upstream import patches_adapters_late
 
-pytestmark = pytest.mark.skipif(
-    not patches_adapters_late(), reason="`rl: edpo` takes them from axolotl 0.21 on"
-)
+pytestmark = needs_late_kernels
 
 PACKED = {"sample_packing": True}
 SLOW = "gradient_checkpointing"

@@ -9,12 +9,14 @@ import torch
 import yaml
 from axolotl.cli.config import load_cfg
 from axolotl.cli.main import cli
+from axolotl.common.datasets import load_preference_datasets
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations import base
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.dict import DictDefault
 from helpers import processes, tiny
 from helpers.paths import ROOT
+from helpers.releases import needs_divided_rows
 from torch.multiprocessing import ProcessRaisedException
 
 from axolotl_edpo.config.typos import check_command_line
@@ -238,6 +240,17 @@ def test_a_model_is_loaded_with_the_seed_of_the_recipe(recipe, tmp_path, seed, u
     assert torch.initial_seed() == used
 
 
+@needs_divided_rows
+def test_one_process_prepares_divided_rows_and_does_not_train_on_them(recipe, tmp_path):
+    keys = dict(context_parallel_size=2, sample_packing=True)
+    cfg = load(tmp_path, recipe(**keys))
+    with pytest.raises(ValueError, match="`context_parallel_size: 2` in a run of one"):
+        load_preference_datasets(cfg=cfg)
+    cfg.is_preprocess = True  # as `axolotl preprocess` sets it
+    assert len(load_preference_datasets(cfg=cfg).train_dataset) > 0
+
+
+@needs_divided_rows
 @pytest.mark.parametrize(
     ("ranks", "config", "message"),
     [

@@ -3,17 +3,25 @@
 from types import SimpleNamespace
 
 import pytest
+from helpers.releases import needs_divided_rows
 
 from axolotl_edpo.config import context_rules
 from axolotl_edpo.config.context_rules import check_ranks
 from axolotl_edpo.config.validate import check_recipe
 
+pytestmark = needs_divided_rows
+
 DIVIDED = {"rl": "edpo", "sample_packing": True, "context_parallel_size": 2}
 BLOCK = {"rl": "edpo", "sample_packing": True}
+BLOCK_SIZE = {"context_parallel_size": None, "context_parallel": {"size": 2}}
 WRONG = [
     (
         {"sample_packing": None},
         "`context_parallel_size: 2`.*set `sample_packing: true`",
+    ),
+    (
+        {**BLOCK_SIZE, "sample_packing": None},
+        "`context_parallel.size: 2`.*set `sample_packing: true`",
     ),
     ({"sample_packing": False}, "`context_parallel_size: 2`.*set `sample_packing"),
     ({"sample_packing": "auto"}, "`sample_packing: auto`.*set true: .*divide a packed"),
@@ -65,7 +73,7 @@ def test_a_recipe_of_divided_rows_is_accepted(keys, tmp_path):
 
 def test_an_axolotl_without_the_mesh_is_refused(monkeypatch):
     monkeypatch.setattr(context_rules, "has_context_parallelism", lambda: False)
-    with pytest.raises(ValueError, match="size: 2`.*install axolotl 0.21 or later"):
+    with pytest.raises(ValueError, match="size: 2`.*install axolotl 0.20 or later"):
         check_recipe(DIVIDED)
 
 
@@ -79,7 +87,10 @@ def launched(ranks: int, size: int | None, **keys) -> SimpleNamespace:
     ("cfg", "message"),
     [
         (launched(3, 2), "`context_parallel_size: 2` with 3 GPUs.*set a divisor"),
-        (launched(1, 2), "`context_parallel_size: 2` with 1 GPU.*divisor"),
+        (
+            launched(1, 2),
+            "`context_parallel_size: 2` in a run of one process: remove it",
+        ),
         (launched(4, 2), "without `fsdp_config:`.*size: 4`.*`dp_shard_size: 2`"),
         (launched(4, 2, fsdp_config={"a": 1}), "4 GPUs: set `dp_shard_size: 2`"),
         (

@@ -1,6 +1,7 @@
 """validate.py: every bad recipe is one line with key, value and remedy."""
 
 import pytest
+from helpers.releases import needs_late_kernels
 
 from axolotl_edpo.config.args import EDPOArgs
 from axolotl_edpo.config.typos import misspelt
@@ -113,7 +114,6 @@ WRONG = [
     ),
     ({"dpo_label_smoothing": 0.5}, r"`dpo_label_smoothing: 0.5`.*below 0.5"),
     ({"fsdp": ["full_shard"]}, "`fsdp: .*`fsdp_version: 2`"),
-    ({"context_parallel": {"size": 2}}, "`context_parallel.size: 2`.*set `sample_pack"),
     ({"context_parallel": {"size": "no"}}, "`context_parallel.size: no`.*integer"),
     ({"context_parallel": 2}, "`context_parallel: 2`: lines with keys"),
     ({"expert_parallel_size": 2}, "`expert_parallel_size: 2`.*set `.*: 1`: .*experts"),
@@ -207,7 +207,6 @@ WRONG = [
         r"`datasets: roles: \[user\]`.*ignored",
     ),
     ({"tensor_parallel_size": 2}, r"`tensor_parallel_size: 2`"),
-    ({"context_parallel_size": 2}, r"`context_parallel_size: 2`.*`sample_packing: tr"),
     ({"lora_model_dir": "a"}, r"`lora_model_dir: a`.*adapter: lora"),
     (
         {"lora_model_dir": "a", "adapter": "lora", "rl_adapter_ref_model": True},
@@ -246,7 +245,7 @@ def test_a_wrong_recipe_is_one_line_with_key_value_and_remedy(keys, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(not LATE, reason="the kernels themselves are refused")
+@needs_late_kernels
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -270,7 +269,7 @@ def test_lora_kernels_need_a_gpu(key):
         check_without_gpu({"adapter": "lora", key: True})
 
 
-@pytest.mark.skipif(not LATE, reason="the kernels themselves are refused")
+@needs_late_kernels
 def test_lora_kernels_are_taken_beside_an_adapter():
     size = {"lora_r": 4, "lora_target_linear": True, "lora_embedding_kernel": True}
     once = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}

@@ -11,6 +11,7 @@ from axolotl.monkeypatch import lora_kernels
 from axolotl.utils.dict import DictDefault
 from helpers import tiny
 from helpers.lora_kernels import KERNELS, on_this_machine
+from helpers.releases import needs_late_kernels
 from helpers.tiers import first
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -21,11 +22,8 @@ from axolotl_edpo.models.attached_kernels import (
     check_attached,
 )
 from axolotl_edpo.models.forward import copy_to_reference_adapter, reference_adapter
-from axolotl_edpo.upstream import patches_adapters_late
 
-pytestmark = pytest.mark.skipif(
-    not patches_adapters_late(), reason="`rl: edpo` takes them from axolotl 0.21 on"
-)
+pytestmark = needs_late_kernels
 
 IDS = torch.arange(3, 63).view(3, 20)
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
