@@ -60,6 +60,7 @@ take it and weights would be others, it is refused. `rl: dpo` ignores both.
 """
 
 GPU = "a GPU"
+ON_GPU = "an H100 ran it (benchmarks/RESULTS.md)."
 RATE = 1e-3  # of `tiny.recipe`
 BETA = 0.1
 
@@ -541,7 +542,12 @@ NO_REGIONAL = matrix.without("torch_compile_regional")
 COMPUTING = [
     Cell("`bf16: true`", {"bf16": True}),
     Cell("`bf16: false`", {"bf16": False}),
-    Cell("`bf16: auto`, `fp16`, `float16`", {"bf16": "auto"}, untested=GPU),
+    Cell(
+        "`bf16: auto`, `fp16`, `float16`",
+        {"bf16": "auto"},
+        untested=GPU,
+        note=f"`fp16`: {ON_GPU}",
+    ),
     Cell("`tf32: true`", {"tf32": True}, untested="an Ampere GPU"),
     Cell("`fp8: true`", {"fp8": True}, untested="a Hopper GPU"),
     Cell("`attn_implementation: sdpa`", {"attn_implementation": "sdpa"}),
@@ -554,7 +560,7 @@ COMPUTING = [
             note=note,
         )
         for value, note in {
-            "flash_attention_2": "",
+            "flash_attention_2": ON_GPU,
             "flash_attention_3": "",
             "flash_attention_4": "",
             "flex_attention": "It has no backward on a CPU.",

@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from helpers import tiny
 from helpers.commands import environment
 from helpers.engines import engine
+from helpers.releases import needs_divided_rows
 from helpers.report_pages import numbers, page_of, refused
 from helpers.tiers import first, rest
 
@@ -334,13 +335,21 @@ def test_the_report_shows_what_lies_in_the_runs_folder(full, tmp_path):
 # --- several ranks -----------------------------------------------------------------
 
 
+CASES = [(n, r) for n in ("ddp", "zero2", "zero3", "fsdp2") for r in ("full", "lora")]
+CASES += [pytest.param("divided", "full packed", marks=needs_divided_rows)]
+
+
 @rest
-@pytest.mark.parametrize("name", ["ddp", "zero2", "zero3", "fsdp2"])
-@pytest.mark.parametrize("run", ["full", "lora"])
+@pytest.mark.parametrize(("name", "run"), CASES)
 def test_two_ranks_score_as_one_process(trained, tmp_path, monkeypatch, name, run):
-    """By way of `--launcher torchrun`; ZeRO-2 shards nothing that an evaluation has."""
+    """By way of `--launcher torchrun`; ZeRO-2 shards nothing that an evaluation has.
+
+    `divided`: both ranks get every pair, and its row is written once.
+    """
     source, log = trained(run)
-    keys = {**engine(tmp_path, name), "output_dir": str(source / "out")}
+    divided = name == "divided"
+    keys = {"context_parallel_size": 2} if divided else engine(tmp_path, name)
+    keys["output_dir"] = str(source / "out")
     keys["plugins"] = ["axolotl_edpo.EDPOPlugin", "helpers.ranks.CpuRanks"]
     folder = changed(source, tmp_path / "recipe", **keys)
     for variable, value in environment().items():
