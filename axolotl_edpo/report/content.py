@@ -99,13 +99,13 @@ def charts_of_run(run: Run) -> Iterator[Chart]:
     """Yields the charts of a single run: a curve per logged metric."""
     if run.has(logged.BETA):
         yield _curve(run, logged.BETA)
-    if run.has(logged.UP):
+    if run.has(logged.SMALLER):
         yield Chart(
             "shares",
             figures.draw_shares(run),
-            "Moved up: chosen and rejected separate better under a smaller β; the pair "
-            "is let go. Moved down: under a larger one; the pair goes against what the "
-            "policy has learned. Lines: training; dots: evaluation.",
+            "Smaller β: chosen and rejected separate better under a smaller one; the "
+            "pair is let go. Larger β: under a larger one; the pair goes against what "
+            "the policy has learned. Lines: training; dots: evaluation.",
         )
     for metric in CURVES:
         if run.has(metric):

@@ -29,10 +29,10 @@ COLOURS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK)
 LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 # Colour, line and name of pairs with s = +1, 0, -1.
-MOVES = {
-    1: (RED, "-", "up, s = +1"),
-    0: (GREY, ":", "not moved"),
-    -1: (BLUE, "--", "down, s = −1"),
+ASKED = {
+    1: (RED, "-", "smaller: +1"),
+    0: (GREY, ":", "same: 0"),
+    -1: (BLUE, "--", "larger: −1"),
 }
 STEP = "optimizer step"
 SIZE = (5.0, 3.1)  # inches: wide enough for a phone, twice on a desktop
@@ -212,7 +212,7 @@ def _smooth_over_raw(axes: Axes, train: Series, metric: Metric) -> None:
 
 def draw_shares(run: Run) -> Figure:
     """The shares of pairs with s = +1, 0 and -1 in one run, over its steps."""
-    with _panel("Share of pairs, by how β̃ moved") as (figure, axes):
+    with _panel("Share of pairs by s, the β they ask for") as (figure, axes):
         for prefix, as_dots in (("", False), (EVAL, True)):
             for step, share in _shares(run, prefix).items():
                 _draw_share(axes, share, step, as_dots)
@@ -221,15 +221,17 @@ def draw_shares(run: Run) -> Figure:
 
 
 def _shares(run: Run, prefix: str) -> dict[int, Series]:
-    up, down = (run.series(prefix + m.name) for m in (logged.UP, logged.DOWN))
-    if not up or not down:
+    metrics = logged.SMALLER, logged.LARGER
+    smaller, larger = (run.series(prefix + metric.name) for metric in metrics)
+    if not smaller or not larger:
         return {}
-    still = [1 - u - d for u, d in zip(up.values, down.values, strict=True)]
-    return {1: up, 0: Series(up.steps, still), -1: down}
+    both = zip(smaller.values, larger.values, strict=True)
+    same = [1 - sum(shares) for shares in both]
+    return {1: smaller, 0: Series(smaller.steps, same), -1: larger}
 
 
 def _draw_share(axes: Axes, share: Series, step: int, as_dots: bool) -> None:
-    colour, line, name = MOVES[step]
+    colour, line, name = ASKED[step]
     if as_dots:
         axes.plot(share.steps, share.values, "o", color=colour, markersize=4)
         return
@@ -290,10 +292,10 @@ def draw_margins(curves: "dict[int | None, DataFrame]") -> Figure:
     Args:
         curves: Table of each s, or of all pairs for None; see `trace.margin_by_step`.
     """
-    classes = "" if None in curves else ", by how β̃ moved"
+    classes = "" if None in curves else ", by the β they ask for"
     with _panel(f"Mean margin of traced pairs{classes}") as (figure, axes):
         for step, means in curves.items():
-            colour, line, name = MOVES[step] if step is not None else (BLUE, "-", "all")
+            colour, line, name = ASKED[step] if step is not None else (BLUE, "-", "all")
             x, y = means["global_step"], means["margin"]
             _draw_line(axes, x, y, line, colour, name)
     return figure
@@ -305,7 +307,7 @@ def draw_pairs(pairs: "DataFrame") -> Figure:
     Args:
         pairs: One row per pair, see `trace.by_pair`.
     """
-    groups, x_label = _by_move(pairs), "nats, chosen minus rejected"
+    groups, x_label = _by_asked(pairs), "nats, chosen minus rejected"
     with _panel("Pairs by mean log-ratio", x_label) as (figure, axes):
         axes.hist(
             [group["log_ratio"] for group, *_ in groups],
@@ -320,15 +322,15 @@ def draw_pairs(pairs: "DataFrame") -> Figure:
     return figure
 
 
-def _by_move(pairs: "DataFrame") -> list[tuple["DataFrame", str, str]]:
+def _by_asked(pairs: "DataFrame") -> list[tuple["DataFrame", str, str]]:
     """Pairs grouped by the sign of their mean s; each group with colour and name."""
     steps = pairs["mean_step"]
     if steps.isna().all():
         return [(pairs, BLUE, "all")]
     groups = [
-        (pairs[steps > 0], RED, "mostly up"),
+        (pairs[steps > 0], RED, "mostly smaller β"),
         (pairs[steps == 0], GREY, "neither"),
-        (pairs[steps < 0], BLUE, "mostly down"),
+        (pairs[steps < 0], BLUE, "mostly larger β"),
     ]
     return [group for group in groups if len(group[0])]
 

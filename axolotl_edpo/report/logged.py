@@ -27,11 +27,11 @@ BETA = Metric(
     "The β that each step used. Falling: the policy is being let go from its "
     "reference. Rising: it is being held closer.",
 )
-UP = Metric("kl/p_epsilon_steps", "Share of pairs moved up, s = +1")
-DOWN = Metric("kl/n_epsilon_steps", "Share of pairs moved down, s = −1")
+SMALLER = Metric("kl/p_epsilon_steps", "Share of pairs for a smaller β, s = +1")
+LARGER = Metric("kl/n_epsilon_steps", "Share of pairs for a larger β, s = −1")
 NET = Metric(
     "kl/avg_steps",
-    "Moved up minus moved down",
+    "Share for a smaller β minus share for a larger one",
     "Above 0: more pairs ask for a smaller β than for a larger one, so β falls.",
 )
 KL = Metric(
@@ -66,8 +66,8 @@ RATE = Metric("learning_rate", "Learning rate", "The schedule, as it was applied
 METRICS = (
     BETA,
     AVERAGE,
-    UP,
-    DOWN,
+    SMALLER,
+    LARGER,
     NET,
     KL,
     LOSS,

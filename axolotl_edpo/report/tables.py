@@ -29,7 +29,7 @@ SETTINGS = {
 MISSING = {
     logged.BETA: "β",
     logged.KL: "KL(π‖π_ref)",
-    logged.UP: "shares of pairs moved",
+    logged.SMALLER: "shares of pairs for a smaller or larger β",
     logged.MARGIN: "rewards",
     logged.RATE: "learning rate",
 }
@@ -158,8 +158,8 @@ def rows_of_scores(scored: Scored) -> list[tuple[str, list[str]]]:
 
 PAIR_COLUMNS: list[tuple[str, Callable[[Any], str]]] = [
     ("seen", lambda pair: str(pair.seen)),
-    ("up", lambda pair: percent(pair.up)),
-    ("down", lambda pair: percent(pair.down)),
+    ("smaller β", lambda pair: percent(pair.smaller)),
+    ("larger β", lambda pair: percent(pair.larger)),
     ("log-ratio", lambda pair: number(pair.log_ratio)),
     ("last margin", lambda pair: number(pair.margin)),
     ("last KL", lambda pair: number(pair.kl)),
@@ -168,7 +168,7 @@ PAIR_COLUMNS: list[tuple[str, Callable[[Any], str]]] = [
 DOUBTFUL = (
     "Lowest mean log-ratio first: what the policy learned from the other pairs speaks "
     "against these labels. Look for flipped ones here, above all where a pair keeps "
-    "moving down (s = −1). Tokens are of prompt + chosen + rejected."
+    "asking for a larger β (s = −1). Tokens are of prompt + chosen + rejected."
 )
 SUREST = "Highest mean log-ratio first."
 
@@ -203,20 +203,20 @@ def folded(text: str | None) -> tuple[str, str]:
 
 
 def summary(pairs: Pairs) -> str:
-    """Sentences: how many pairs were traced, and how many always moved up or down."""
+    """Sentences: how many pairs were traced, and how many always had the same s."""
     table = pairs.table
     repeated = table["seen"] > 1
-    up, down = ((repeated & (table[move] == 1)).sum() for move in ("up", "down"))
+    always = [(repeated & (table[ask] == 1)).sum() for ask in ("smaller", "larger")]
     if not trace.has_steps(pairs.observations):
-        moved = "Under this control pairs do not move; they are ranked by log-ratio."
+        asked = "Under this control pairs ask for no β; they are ranked by log-ratio."
     elif repeated.any():
-        moved = (
-            f"Of the {repeated.sum()} seen more than once, {up} moved up each time and "
-            f"{down} down each time."
+        asked = (
+            f"Of the {repeated.sum()} seen more than once, {always[0]} asked for a "
+            f"smaller β each time and {always[1]} for a larger one."
         )
     else:
-        moved = (
+        asked = (
             "Each was seen once. One step is a sign only, so pairs are ranked by "
             "log-ratio, which says by how much as well."
         )
-    return f"{len(pairs.observations)} observations of {len(table)} pairs. {moved}"
+    return f"{len(pairs.observations)} observations of {len(table)} pairs. {asked}"

@@ -127,7 +127,7 @@ def by_pair(trace: "DataFrame") -> "DataFrame":
         One row per pair, lowest mean log-ratio first:
 
             seen            number of observations
-            up, down        shares of observations with s = +1 and s = -1, or NaN
+            smaller, larger shares of observations with s = +1 and s = -1, or NaN
             mean_step       mean of s; NaN if the trace has no s
             log_ratio       mean log-ratio, nats
             margin, kl      of the last observation
@@ -136,17 +136,17 @@ def by_pair(trace: "DataFrame") -> "DataFrame":
             images          thumbnails, PNG files; None without images
     """
     steps = trace["step"]
-    moves = {"up": steps > 0, "down": steps < 0}
+    asks = {"smaller": steps > 0, "larger": steps < 0}
     trace = trace.assign(
-        **{name: s.astype(float).where(steps.notna()) for name, s in moves.items()}
+        **{name: s.astype(float).where(steps.notna()) for name, s in asks.items()}
     )
     last = {name: (name, "last") for name in ("margin", "kl", *TOKENS)}
     # the first that is not null
     texts = {name: (name, "first") for name in (*TEXTS, THUMBNAILS)}
     pairs = trace.groupby("id", sort=False).agg(
         seen=("id", "size"),
-        up=("up", "mean"),
-        down=("down", "mean"),
+        smaller=("smaller", "mean"),
+        larger=("larger", "mean"),
         mean_step=("step", "mean"),
         log_ratio=("log_ratio", "mean"),
         **last,

@@ -263,7 +263,8 @@ OTHERS = [
             "own": with_template(TOOLS + tiny.CHAT_TEMPLATE),
         },
         first="1 tools: now " + LONG_CHAT,
-        note="without a `type`; types of axolotl do not hand them to the template",
+        note="without a `type`; with `chat_template` types as "
+        "[data.md](data.md#tool-calls-reasoning-chat-templates) says",
     ),
     Data(
         "a type of one's own: `file.function`",

@@ -194,7 +194,7 @@ def test_recipe_saves_more_than_once_so_that_a_killed_run_can_resume(path):
     assert recipe["save_total_limit"] == 2 and "save_only_model" not in recipe
 
 
-def test_sweep_reaches_learning_rate_and_epsilon(shrink, tmp_path):
+def test_sweep_reaches_learning_rate_and_beta(shrink, tmp_path):
     from axolotl.cli.config import load_cfg
     from axolotl.cli.utils.train import generate_config_files
 
@@ -207,9 +207,9 @@ def test_sweep_reaches_learning_rate_and_epsilon(shrink, tmp_path):
         os.unlink(file)
         assert is_group and cfg.trainer_cls == "axolotl_edpo.trainer.EDPOTrainer"
         assert cfg.precompute_ref_log_probs is True
-        seen.add((cfg.learning_rate, cfg.edpo_epsilon))
-    rates, epsilons = (3e-7, 5e-7, 7e-7, 1e-6), (0.005, 0.01, 0.02)
-    assert seen == {(rate, epsilon) for rate in rates for epsilon in epsilons}
+        seen.add((cfg.learning_rate, cfg.rl_beta))
+    rates, betas = (3e-7, 5e-7, 7e-7, 1e-6), (0.01, 0.03, 0.1)
+    assert seen == {(rate, beta) for rate in rates for beta in betas}
 
 
 TALK = "\n\nHuman: Hello\n\nAssistant: Hi: what\n\nis it?\n\nHuman: Red?\n\nAssistant: "

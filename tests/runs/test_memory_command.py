@@ -35,6 +35,7 @@ EXAMPLES = {
     "llama3_lora_edpo": ("3B", "ddp", 1, 8192, dict(lora=16)),
     "gemma2_hh_edpo": ("Gemma 2 2B", "zero2", 1, 8192, {}),
     "llama3_fsdp2_edpo": ("8B", "fsdp2", 8, 8192, dict(lora=16)),
+    "llama3_long_edpo": ("8B", "fsdp2", 8, 65536, dict(lora=16, context=4)),
     "llama3_zero3_edpo": ("8B", "zero3", 8, 8192, {}),
     "llama3_edpo": ("8B", "zero2", 8, 8192, {}),
     "mistral_edpo": ("Mistral 7B", "zero2", 8, 8192, {}),

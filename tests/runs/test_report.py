@@ -129,7 +129,12 @@ def test_the_page_says_what_the_run_was_and_where_it_ended(outputs, alone):
 
 def test_every_chart_is_in_the_page_and_a_picture(alone):
     page = Page(alone)
-    titles = {"KL penalty β", "Loss", "Reward margin", "Share of pairs, by how β̃ moved"}
+    titles = {
+        "KL penalty β",
+        "Loss",
+        "Reward margin",
+        "Share of pairs by s, the β they ask for",
+    }
     assert titles <= {*page.text("svg").splitlines()}
     pictures = sorted(path.name for path in alone.glob("*.png"))
     assert pictures == [
@@ -160,10 +165,10 @@ def test_the_curves_are_where_the_values_are(outputs):
     assert line.get_xdata().tolist() == [*range(1, 11)] == train.steps
     assert line.get_ydata().tolist() == train.values
     assert dots.get_ydata().tolist() == held_out.values
-    up, still, down = figures.draw_shares(run).axes[0].lines[:3]
-    total = up.get_ydata() + still.get_ydata() + down.get_ydata()
+    smaller, same, larger = figures.draw_shares(run).axes[0].lines[:3]
+    total = smaller.get_ydata() + same.get_ydata() + larger.get_ydata()
     assert total == pytest.approx(numpy.ones(10))
-    assert up.get_ydata().tolist() == run.series("kl/p_epsilon_steps").values
+    assert smaller.get_ydata().tolist() == run.series("kl/p_epsilon_steps").values
 
 
 @pytest.mark.parametrize("folder", ["alone", "together"])
@@ -203,13 +208,15 @@ def test_a_checkpoint_is_the_run_up_to_it(outputs, tmp_path):
 def test_what_another_control_does_not_log_is_named(outputs, tmp_path, kind):
     page = page_of(tmp_path, outputs / kind)
     missing = {"fixed": "", "batch_margin": "", "dpo": "β, KL(π‖π_ref), "}[kind]
-    note = f"Not logged by this run: {missing}shares of pairs moved."
+    note = (
+        f"Not logged by this run: {missing}shares of pairs for a smaller or larger β."
+    )
     assert note in page.text("p")
     titles = page.text("svg").splitlines()
     assert "Loss" in titles and "Reward accuracy" in titles
     assert ("KL penalty β" in titles) == (kind != "dpo")
     assert ("Average margin M₀, nats" in titles) == (kind == "batch_margin")
-    assert not any("how β̃ moved" in title for title in titles)
+    assert not any("the β they ask for" in title for title in titles)
 
 
 def test_a_run_that_stopped_itself_is_not_called_unfinished(recipe, parts, tmp_path):
@@ -275,7 +282,10 @@ def test_several_runs_have_a_row_each_and_a_path_over_kl(outputs, together, tmp_
     rows = [t for tags, t in page.texts if tags[-1] == "th" and "tbody" in tags]
     assert rows == [*KINDS]
     titles = page.text("svg").splitlines()
-    assert "Reward accuracy over KL" in titles and "Moved up minus moved down" in titles
+    assert (
+        "Reward accuracy over KL" in titles
+        and "Share for a smaller β minus share for a larger one" in titles
+    )
     assert titles.count("epsilon") > titles.count("dpo") > 0  # where it logs no KL
     for kind, result in zip(KINDS, numbers(tmp_path, *paths), strict=True):
         log = state_of(outputs / kind / "checkpoint-10")["log_history"]
@@ -363,14 +373,15 @@ def test_pairs_are_ranked_by_the_mean_of_their_log_ratio(run, tmp_path):
         "mixed",
         "sure",
     ]
-    assert (flipped["seen"], flipped["down"], flipped["up"]) == (2, 1.0, 0.0)
+    assert (flipped["seen"], flipped["larger"], flipped["smaller"]) == (2, 1.0, 0.0)
     assert flipped["log_ratio"] == (-1.0 - 0.5) / 2 / 0.5
     assert (flipped["margin"], flipped["kl"]) == (-0.5, 0.75)  # the last ones
-    assert (mixed["mean_step"], mixed["up"], mixed["down"]) == (0.0, 0.5, 0.5)
+    assert (mixed["mean_step"], mixed["smaller"], mixed["larger"]) == (0.0, 0.5, 0.5)
     assert (sure["log_ratio"], sure["chosen_tokens"]) == (3.0, 5)
     page = page_of(tmp_path / "page", run)
     assert (
-        "Of the 3 seen more than once, 1 moved up each time and 1 down" in page.text()
+        "Of the 3 seen more than once, 1 asked for a smaller β each time and 1 for"
+        in page.text()
     )
     assert "<script" not in page.source
     assert page.text("dd").count("<script>alert(1)</script>") == 3
@@ -391,10 +402,10 @@ def test_pairs_of_a_control_without_steps_are_ranked_and_move_nowhere(run, tmp_p
     rows = [observation(1, f"pair {i}", None, 0.1 * i) for i in range(4)]
     write_trace(run, rows)
     (result,) = numbers(tmp_path, run)
-    assert {pair["up"] for pair in result["pairs"]["pairs"]} == {None}
+    assert {pair["smaller"] for pair in result["pairs"]["pairs"]} == {None}
     assert list(result["pairs"]["margin_by_step"]) == ["all"]
     page = page_of(tmp_path / "page", run)
-    assert "Under this control pairs do not move" in page.text()
+    assert "Under this control pairs ask for no β" in page.text()
     assert "Mean margin of traced pairs" in page.text("svg").splitlines()
 
 
@@ -416,7 +427,10 @@ def test_a_real_trace_agrees_with_what_was_logged(outputs, tmp_path):
     log = result["logged"]
     pairs = result["pairs"]["pairs"]
     assert len(pairs) == 40 and {pair["seen"] for pair in pairs} == {2}
-    for name, share in (("kl/p_epsilon_steps", "up"), ("kl/n_epsilon_steps", "down")):
+    for name, share in (
+        ("kl/p_epsilon_steps", "smaller"),
+        ("kl/n_epsilon_steps", "larger"),
+    ):
         mean = sum(pair[share] for pair in pairs) / 40
         assert mean == pytest.approx(sum(log[name]["values"]) / 10)
     margin = fixed["pairs"]["margin_by_step"]["all"]["margin"]
