@@ -94,8 +94,8 @@ def check_ranks(cfg: Any) -> None:
         return
     if ranks == 1:
         raise ValueError(
-            f"{quote(SIZE, size)} in a run of one process: remove it, or start a "
-            f"process for each of {size} GPUs or more"
+            f"{quote(SIZE, size)} in a run of one process: remove it, or start "
+            f"{size} processes, one per GPU"
         )
     line = f"{quote(SIZE, size)} with {ranks} GPUs"
     if ranks % size:

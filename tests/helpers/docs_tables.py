@@ -222,7 +222,7 @@ RECIPES = {
     "llama3_lora_edpo": Example("3B", 1, "24 GB", "Llama 3.2 3B, LoRA"),
     "gemma2_hh_edpo": Example("Gemma 2 2B", 1, "80 GB", "Gemma 2 2B"),
     "llama3_fsdp2_edpo": Example("8B", 8, "24 GB", "Llama 3 8B, LoRA, FSDP2"),
-    "llama3_long_edpo": Example("8B", 8, "24 GB", "the same, pairs of 65,536 tokens"),
+    "llama3_long_edpo": Example("8B", 8, "24 GB", "Llama 3.1 8B, LoRA, long pairs"),
     "llama3_zero3_edpo": Example("8B", 8, "40 GB", "Llama 3 8B, ZeRO-3"),
     "llama3_edpo": Example("8B", 8, "80 GB", "Llama 3 8B, ZeRO-2"),
     "mistral_edpo": Example("Mistral 7B", 8, "80 GB", "Mistral 7B, ZeRO-2"),
