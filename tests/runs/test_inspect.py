@@ -289,10 +289,12 @@ def test_prepared_data_are_left_to_training(keys, tmp_path):
 
 
 def test_the_folder_of_a_finished_run_is_left_alone(keys, tmp_path):
+    """In a process of its own: axolotl begins a log once per process."""
     log = tmp_path / "out" / "debug.log"
     log.parent.mkdir()
     log.write_text("of the run")
-    shown(tmp_path, keys(TEXTS))
+    done = forked(tmp_path, "edpo-inspect", str(tiny.write(tmp_path, keys(TEXTS))))
+    assert done.returncode == 0, done.stdout
     assert [*log.parent.iterdir()] == [log]
     assert log.read_text() == "of the run"
 

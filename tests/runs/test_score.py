@@ -10,7 +10,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 from helpers import tiny
-from helpers.commands import environment
+from helpers.commands import environment, forked
 from helpers.engines import engine
 from helpers.releases import needs_divided_rows
 from helpers.report_pages import numbers, page_of, refused
@@ -219,6 +219,15 @@ def changed(folder: Path, to: Path, **keys) -> Path:
     }
     tiny.write(to, keys)
     return to
+
+
+def test_the_log_of_the_run_is_left_alone(full):
+    """In a process of its own: axolotl begins a log once per process."""
+    log = full / "out" / "debug.log"
+    log.write_text("of the run")
+    done = forked(full, "edpo-score", "recipe.yml")
+    assert done.returncode == 0, done.stdout
+    assert log.read_text() == "of the run"
 
 
 def test_folders_without_the_weights_of_the_recipe_are_refused(full, trained, tmp_path):
