@@ -4,6 +4,7 @@ CI runs those of `make`, and installs the package (`.ci/run`, `.ci/wheel`).
 """
 
 import shutil
+from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -56,15 +57,22 @@ def folder(parts, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def configs_of_the_examples() -> None:
-    """The hub's cache holds the config of each model of examples/, and no weights."""
+def configs_of_the_examples() -> Iterator[None]:
+    """Meanwhile the hub's cache holds the config of each model of examples/.
+
+    It holds no weights. Other tests see a cache without these models.
+    """
+    made = set()  # two recipes may train one model
     for recipe, example in docs_tables.RECIPES.items():
         keys = yaml.safe_load((ROOT / "examples" / f"{recipe}.yml").read_text())
         place = "models--" + keys["base_model"].replace("/", "--")
-        cached = Path(constants.HF_HUB_CACHE) / place
+        made.add(cached := Path(constants.HF_HUB_CACHE) / place)
         docs_tables.CONFIGS[example.model].save_pretrained(cached / "snapshots" / "1")
         (cached / "refs").mkdir(exist_ok=True)
         (cached / "refs" / "main").write_text("1")
+    yield
+    for cached in made:
+        shutil.rmtree(cached)
 
 
 @pytest.mark.parametrize("words", lines(), ids=" ".join)
