@@ -86,6 +86,18 @@ class CpuRanks(BasePlugin):
         else:
             os.environ["ACCELERATE_USE_CPU"] = "true"
 
+    def post_trainer_create(self, cfg, trainer) -> None:
+        """Keeps the trainer until the process ends.
+
+        axolotl destroys the process group first, and DDP's reducer then holds the last
+        reference to it. Freeing the reducer joins gloo's threads with the GIL held. A
+        thread that waits for the GIL, to free a tensor, would never end.
+        """
+        _kept.append(trainer)
+
+
+_kept: list[Any] = []
+
 
 def _leave_placement_to_accelerate() -> None:
     """Keeps axolotl from putting the model on GPU number LOCAL_RANK.

@@ -9,8 +9,11 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import axolotl.train
 import pytest
-from helpers import processes
+import torch
+import torch.distributed as dist
+from helpers import processes, ranks
 from helpers.commands import environment
 from helpers.surroundings import FOLDERS
 from torch.distributed import TCPStore
@@ -50,6 +53,27 @@ def sleep(rank: int) -> None:
 def test_ranks_that_hang_are_aborted_and_their_stacks_are_in_the_error():
     with pytest.raises(TimeoutError, match=r"aborted after 2 s:(.|\n)* in sleep\n"):
         processes.run(sleep, count=2, seconds=2)
+
+
+def leave_gloo_at_work(train):
+    """Trains; destroys the process group while gloo still has a tensor of Python."""
+
+    def destroy() -> None:
+        tensor = torch.ones(1)
+        tensor.mark = True  # to free a tensor with an attribute, gloo needs the GIL
+        if dist.get_rank() == 1:
+            time.sleep(1)
+        dist.all_reduce(tensor, async_op=True)
+        dist.destroy_process_group()
+
+    axolotl.train.cleanup_distributed = destroy
+    return train(), {}
+
+
+def test_ranks_end_while_gloo_is_at_work(recipe, tmp_path):
+    """They hung when they freed the trainer then."""
+    keys, probe = recipe(max_steps=1), f"{__name__}:leave_gloo_at_work"
+    processes.wait(ranks.start(tmp_path, keys, probe=probe), 60)
 
 
 def end(number: int, ways: list) -> None:
