@@ -40,9 +40,12 @@ class EDPOTrainer(AxolotlDPOTrainer):
     Args:
         model: The policy.
         ref_model: The reference; None if it is no separate model.
-        settings: Settings of the recipe. By default, those of the recipe that axolotl
-            runs.
+        args: axolotl's AxolotlDPOConfig, which has all fields of TRL's DPOConfig.
+        settings: What TRL's arguments lack; by default, from the recipe that runs.
         **kwargs: Further arguments of AxolotlDPOTrainer.
+
+    Raises:
+        ValueError: If `args` is another config, or settings and recipe are missing.
     """
 
     controller: BetaController  # β
@@ -68,8 +71,7 @@ class EDPOTrainer(AxolotlDPOTrainer):
         settings: EDPOSettings | None = None,
         **kwargs,
     ):
-        if settings is None:
-            settings = EDPOSettings.from_config(upstream.recipe_config(), args.beta)
+        settings = assembly.make_settings(args, settings)
         self.loss = loss = assembly.make_loss(args, settings)
         models = starting_models(model, ref_model, peft_config, settings.models, loss)
         self.ref_model: Any = models.reference  # is sharded within super()
@@ -150,9 +152,8 @@ class EDPOTrainer(AxolotlDPOTrainer):
         self.records.metrics.add_tokens(counts[2])
         self.reference.begin_step(batches, self.optimizer)
         if self.margin_filter is not None:
-            policy, to_device = self.model_wrapped, self._prepare_inputs
-            steps_done = self.state.global_step
-            self.margin_filter.look_ahead(policy, batches, to_device, steps_done)
+            policy, done = self.model_wrapped, self.state.global_step
+            self.margin_filter.look_ahead(policy, batches, self._prepare_inputs, done)
         return batches, counts[:2].clamp(min=1)  # both are divisors
 
     def _prepare_inputs(self, inputs):
@@ -197,8 +198,7 @@ class EDPOTrainer(AxolotlDPOTrainer):
         stats, router_loss = self.scorer(model, inputs)
         weights = None
         if self.margin_filter is not None and self._mode == "train":
-            steps_done = self.state.global_step
-            weights = self.margin_filter.weights(inputs, stats, steps_done)
+            weights = self.margin_filter.weights(inputs, stats, self.state.global_step)
         lengths, step = inputs["lengths"], self.state.global_step + 1
         pairs = pair_outcomes(stats, lengths, self.controller, self.loss, weights)
         self.records.add(self._mode, step, inputs, stats, pairs, router_loss)

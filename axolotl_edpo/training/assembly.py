@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from axolotl.core.trainers.dpo.args import AxolotlDPOConfig
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
@@ -90,6 +91,28 @@ def _refuse_router_loss(trainer: Any) -> None:
             "mixture of experts, a mean over whole rows: set `router_aux_loss_coef: 0` "
             "in the config of `base_model`"
         )
+
+
+def make_settings(args: DPOConfig | None, given: EDPOSettings | None) -> EDPOSettings:
+    """The settings of a run: those given, or those of the recipe that axolotl runs.
+
+    Raises:
+        ValueError: If `args` is no config of axolotl, or if there is no recipe.
+    """
+    if not isinstance(args, AxolotlDPOConfig):
+        raise ValueError(
+            f"`args` is a {type(args).__name__}: pass an AxolotlDPOConfig from "
+            "axolotl.core.trainers.dpo.args, which has all fields of TRL's DPOConfig"
+        )
+    if given is not None:
+        return given
+    recipe = upstream.recipe_config()
+    if recipe is None:
+        raise ValueError(
+            "`settings` is missing, and axolotl runs no recipe: pass "
+            "EDPOSettings(ControllerSettings(beta=0.1, epsilon=0.01))"
+        )
+    return EDPOSettings.from_config(recipe, args.beta)
 
 
 def make_loss(args: DPOConfig, settings: EDPOSettings) -> PreferenceLoss:

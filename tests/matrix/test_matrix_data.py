@@ -245,7 +245,7 @@ OTHERS = [
         "no `type`: messages, by the tokenizer's own chat template",
         files={"a.jsonl": CONVERSATIONS},
         first=LONG_CHAT,
-        note="needs `skip_prepare_dataset: true`: axolotl measures text only",
+        note="with `skip_prepare_dataset: true`",
     ),
     Data(
         "messages without `skip_prepare_dataset: true`",
@@ -253,7 +253,7 @@ OTHERS = [
         files={"a.jsonl": CONVERSATIONS},
         dpo_refuses="text input must be of type `str`",
         first=LONG_CHAT,
-        note="`rl: dpo` measures text only, and fails",
+        note="`rl: dpo` fails: it measures text only",
     ),
     Data(
         "`tools` beside messages",

@@ -144,16 +144,19 @@ def test_the_host_never_waits_for_the_gpu(trained, monkeypatch):
     assert (aten.scatter_ in operators.seen) == (trained == "kept")
 
 
-def test_the_op_needs_torch_alone():
-    """So that it can be measured where nothing else is installed."""
-    loaded = "import sys, axolotl_edpo.ops.token_stats; print(*sys.modules)"
+def test_op_and_equations_need_torch_alone():
+    """So that they can be used and measured where nothing else is installed."""
+    loaded = "import sys, axolotl_edpo.ops, axolotl_edpo.losses.edpo"
     done = subprocess.run(
-        [sys.executable, "-c", loaded], capture_output=True, text=True
+        [sys.executable, "-c", f"{loaded}; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
     )
     modules = set(done.stdout.split())
     parts = ("walk", "operands", "gradients", "kept_probs", "lm_head", "tile_torch")
     assert {f"axolotl_edpo.ops.{part}" for part in parts} <= modules
-    assert not modules & {"axolotl", "transformers", "peft", "trl", "bitsandbytes"}
+    others = {"axolotl", "bitsandbytes", "peft", "pydantic", "transformers", "trl"}
+    assert not modules & others
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
