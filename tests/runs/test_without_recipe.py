@@ -48,7 +48,9 @@ def test_the_example_of_the_op_is_a_step_of_edpo():
     torch.testing.assert_close(given, gradient, rtol=1e-4, atol=1e-7)
 
 
-def test_the_example_of_the_trainer_trains(tmp_path, monkeypatch):
+@pytest.fixture
+def demo(tmp_path, monkeypatch):
+    """What the example reads, small."""
     build = tmp_path / "examples" / "tiny" / "build"
     tiny.save_model(build / "model")
     rows = [
@@ -57,11 +59,30 @@ def test_the_example_of_the_trainer_trains(tmp_path, monkeypatch):
     ]
     (build / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("demo")
+def test_the_example_of_the_trainer_trains():
     trainer = run(TRAINER)["trainer"]
     log = tiny.logs(trainer)
     assert trainer.state.global_step == 10 and len(log) == 1
     assert trainer.controller.beta != 0.1 and log[0]["kl/p_epsilon_steps"] > 0
     assert log[0]["kl/policy_ref"] > 0
+
+
+@pytest.mark.usefixtures("demo")
+def test_the_example_with_lora_and_packing():
+    lines = TRAINER.splitlines()
+    (reference,) = (i for i, line in enumerate(lines) if "# the reference" in line)
+    lines[reference] = "    peft_config=LoraConfig(target_modules=['q_proj']),"
+    lines.insert(0, "from axolotl_edpo.data.layout import LayoutSettings")
+    lines.insert(0, "from peft import LoraConfig")
+    packed = "epsilon=0.01), LayoutSettings(packs=True, balances=True))"
+    example = "\n".join(lines).replace("epsilon=0.01))", packed)
+    trainer = run(example)["trainer"]
+    (log,) = tiny.logs(trainer)
+    assert trainer.ref_model is None and trainer.batcher.layout.packs
+    assert trainer.controller.beta != 0.1 and log["kl/policy_ref"] > 0
 
 
 def test_a_config_of_trl_is_refused():
