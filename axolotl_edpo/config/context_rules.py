@@ -35,6 +35,12 @@ def _rules(key: str) -> tuple[Rule, ...]:
             lambda recipe: recipe.get("deepspeed"),
             "set 1, or `fsdp_version: 2` and `fsdp_config:` in place of `deepspeed:`",
         ),
+        Rule(
+            key,
+            lambda recipe: recipe.get("use_ray") and not recipe.get("fsdp_config"),
+            "set `fsdp_version: 2` and `fsdp_config:`, or remove `use_ray`: without "
+            "FSDP2 accelerate fails in Ray's workers",
+        ),
         *refused(dict.fromkeys(IMAGES, f"remove it: {DIVIDED}")),
         Rule(
             "sample_packing",
@@ -69,7 +75,7 @@ def check_context(recipe: Recipe) -> None:
     size = value_at(recipe, key) or 1
     if size == 1:
         return
-    written = {key: recipe.get(name) for key, name in LOWERED.items()}
+    written = {name: recipe.get(lowered) for name, lowered in LOWERED.items()}
     for rule in _rules(key):
         rule({**recipe, **written})
     for name, value in (recipe.get(BLOCK) or {}).items():

@@ -5,7 +5,6 @@ TRL's collator runs only for pairs that must be truncated. Everything runs on th
 so the lengths are known without waiting for the GPU.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -134,7 +133,7 @@ class PairCollator(DataCollatorForPreference):
 
     def _packed(self, examples: list[dict[str, Any]], pairs: list[Pair]) -> Batch:
         sequences = [sequence for pair in pairs for sequence in pair[:2]]
-        multiple = math.lcm(self.pad_to_multiple_of or 1, self.parts)
+        multiple = (self.pad_to_multiple_of or 1) * self.parts
         return {
             **pack_pairs(pairs, self.pad_token_id, multiple),
             "chosen_tokens": sum(pair.chosen.scored for pair in pairs),

@@ -11,8 +11,7 @@ Columns: those of `training/pair_trace.py`, and
 file's metadata, as JSON.
 
 Each rank writes part files, as it writes a trace, to a hidden folder beside the file.
-At the end the first rank joins them under a temporary name, and renames that. Where the
-ranks are on several machines, the folder must be shared by all of them.
+At the end the first rank joins them under a temporary name, and renames that.
 """
 
 import json
@@ -49,7 +48,7 @@ class ScoreRows:
         collator = trainer.batcher.collators["eval"]
         perturbed = trainer.controller.epsilon is not None
         self._trace = make_trace(trainer, collator, self._parts, 1, perturbed, MORE)
-        self._batches = 0
+        self._batches, self._pairs = 0, len(trainer.eval_dataset)
 
     @contextmanager
     def parts(self) -> Iterator[None]:
@@ -82,6 +81,9 @@ class ScoreRows:
             step: The last step of the trained model.
             sets: Names of the sets of `test_datasets:`.
             summary: JSON values.
+
+        Raises:
+            OSError: On the first rank, if it does not see the rows of all ranks.
         """
         self._trace.flush()
         self._accelerator.wait_for_everyone()
@@ -94,6 +96,11 @@ class ScoreRows:
 
         files = sorted((self._parts / TRACE).glob(TRACE_FILES))
         table = pa.concat_tables(map(pq.read_table, files))
+        if len(table) != self._pairs:
+            raise OSError(
+                f"{self._file.parent} has {len(table)} of {self._pairs} rows: it must "
+                "be on a file system that all machines share"
+            )
         names = [sets[int(n)] if n >= 0 else None for n in table["set"].to_pylist()]
         columns = {
             "global_step": pa.array([step] * len(table), pa.int64()),

@@ -15,10 +15,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from axolotl import train
 from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_preference_datasets
 from axolotl.integrations.base import PluginManager
-from axolotl.train import setup_model_and_tokenizer, setup_reference_model
 from axolotl.utils.distributed import cleanup_distributed
 from axolotl.utils.logging import get_logger
 from axolotl.utils.trainer import setup_trainer
@@ -141,7 +141,9 @@ def _trainer(cfg: Any, trained: TrainedModel, pairs: Dataset) -> Any:
         cfg.lora_model_dir = str(trained.folder)
     else:
         of_policy = trained.config_of(cfg)
-    model, tokenizer, peft_config, processor = setup_model_and_tokenizer(of_policy)
+    model, tokenizer, peft_config, processor = train.setup_model_and_tokenizer(
+        of_policy
+    )
     trainer = setup_trainer(
         cfg=cfg,
         train_dataset=pairs,
@@ -150,7 +152,8 @@ def _trainer(cfg: Any, trained: TrainedModel, pairs: Dataset) -> Any:
         tokenizer=tokenizer,
         processor=processor,
         total_num_steps=1,
-        model_ref=setup_reference_model(cfg, tokenizer, processor),
+        # the plugin has replaced it if the loss has no reference
+        model_ref=train.setup_reference_model(cfg, tokenizer, processor),
         # with it the trainer makes a reference of the adapter, else of the model below
         peft_config=peft_config if start else None,
     )

@@ -122,8 +122,8 @@ class MarginFilter:
             steps_done: Number of optimizer steps before this one.
 
         Raises:
-            Diverged: On every rank, if a margin is not finite; in the first step,
-                policy and reference are compared instead.
+            Diverged: On every rank, if a margin is not finite. The first step is stopped
+                later, by its comparison of policy and reference.
         """
         pairs = [pair for batch in batches for pair in batch["examples"].pairs]
         noise = torch.zeros(len(pairs), dtype=torch.float64)
@@ -134,11 +134,12 @@ class MarginFilter:
         columns = torch.stack([pair_margins.cpu().double(), noise], dim=1)
         rows, first = gather_rows(self._accelerator, columns)
         every_margin, every_noise = rows.cpu().unbind(dim=1)
-        broken = int((~every_margin.isfinite()).sum())
+        finite = every_margin.isfinite()
+        broken = len(finite) - int(finite.sum())
         if broken and steps_done:
             what = f"the margin of {broken} of the step's pairs is"
             self._finite.stop(what, steps_done + 1, self._controller.beta)
-        kept = self._controller.begin(every_margin, every_noise)
+        kept = self._controller.begin(every_margin.where(finite, 0.0), every_noise)
         self._weights = {}
         if self._controller.filters:
             weights = kept.float() * (len(kept) / max(int(kept.sum()), 1))

@@ -70,6 +70,16 @@ class BrokenReference(BasePlugin):
             local_part(last).mul_(0.5)
 
 
+class FolderOfTheRank(BasePlugin):
+    """Each rank works in a folder of `FOLDERS`, as on machines that share no disk."""
+
+    def post_trainer_create(self, cfg, trainer) -> None:
+        """Changes the working folder."""
+        folder = Path(os.environ["FOLDERS"], f"rank{os.environ['RANK']}")
+        folder.mkdir()
+        os.chdir(folder)
+
+
 class CpuRanks(BasePlugin):
     """Lets the engine that a recipe names run on CPU ranks."""
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import statistics
 
 import pandas
@@ -12,11 +13,12 @@ from helpers.controls import FILTERED, FIXED, HALF_TAILS, MARGIN
 from helpers.tiers import first
 from helpers.tiny import CACHED, DPO, LORA
 from helpers.weights import weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from axolotl_edpo.data.pair_id import pair_digest
 from axolotl_edpo.plugin import PLUGIN
+from axolotl_edpo.training.first_step import WrongStart
 from axolotl_edpo.training.margin_filter import MarginFilter, gumbel
 
 CUTS = {
@@ -45,6 +47,21 @@ def train(recipe, tmp_path):
         return tiny.train(tmp_path, recipe(output_dir=out, **keys))
 
     return run
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_overflow_in_step_1_is_named_by_beta_dpo_too(
+    parts, tmp_path, train, micro_batches
+):
+    """The weights are finite. Their products are not, so no margin is."""
+    model = shutil.copytree(parts["model"], tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] *= 1e20
+    tensors["model.norm.weight"] *= 1e25
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    keys = dict(base_model=str(model), gradient_accumulation_steps=micro_batches)
+    with pytest.raises(WrongStart, match="are not finite on rank 0.* overflows"):
+        train(**keys, **FILTERED)
 
 
 @pytest.mark.parametrize("adapter", first([{}, LORA]), ids=["full", "lora"])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pandas
@@ -111,6 +112,21 @@ def test_scores_are_what_the_run_itself_evaluated(trained, name, model):
     sets = scored(folder, model)
     assert_logged(sets, evaluations(log)[step])
     assert sets[0]["margin"] != 0
+
+
+@pytest.mark.parametrize(("name", "loads"), [("no reference", False), ("full", True)])
+def test_a_second_model_is_loaded_only_for_a_reference(
+    trained, monkeypatch, name, loads
+):
+    references, evaluate = [], score._evaluate
+
+    def seen(trainer, *arguments):
+        references.append(trainer.ref_model)
+        return evaluate(trainer, *arguments)
+
+    monkeypatch.setattr(score, "_evaluate", seen)
+    scored(trained(name)[0])
+    assert [reference is not None for reference in references] == [loads]
 
 
 def test_the_table_names_model_beta_and_each_set(full):
@@ -342,6 +358,28 @@ def test_the_report_shows_what_lies_in_the_runs_folder(full, tmp_path):
 
 
 # --- several ranks -----------------------------------------------------------------
+
+
+@rest
+def test_a_folder_that_ranks_do_not_share_gets_no_file(full, tmp_path, monkeypatch):
+    plugins = ["CpuRanks", "FolderOfTheRank"]
+    keys = {"plugins": ["axolotl_edpo.EDPOPlugin"], "ddp": True}
+    keys["plugins"] += [f"helpers.ranks.{name}" for name in plugins]
+    keys["output_dir"] = str(full / "out")
+    folder = changed(full, tmp_path / "recipe", **keys)
+    for variable, value in environment().items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("FOLDERS", str(tmp_path))
+    words = ("--launcher", "torchrun", "--output", "s.parquet", "--")
+    done = subprocess.run(
+        ["axolotl", "edpo-score", folder / "recipe.yml", *words]
+        + ["--standalone", "--nproc_per_node=2"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert " of 12 rows: it must be on a file system that all" in done.stderr
+    assert not [*tmp_path.rglob("s.parquet")]
 
 
 CASES = [(n, r) for n in ("ddp", "zero2", "zero3", "fsdp2") for r in ("full", "lora")]

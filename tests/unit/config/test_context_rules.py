@@ -27,6 +27,7 @@ WRONG = [
     ({"sample_packing": "auto"}, "`sample_packing: auto`.*set true: .*divide a packed"),
     ({"eval_sample_packing": False}, "`eval_sample_packing: false`.*remove it"),
     ({"deepspeed": "a.json"}, "`context_parallel_size: 2`.*in place of `deepspeed:`"),
+    ({"use_ray": True, "ddp": True}, "`context_parallel_size: 2`.*remove `use_ray`"),
     ({"processor_type": "AutoProcessor"}, "`processor_type: AutoProcessor`.*remove it"),
     ({"is_multimodal": True}, "`is_multimodal: true`.*remove it"),
     ({"context_parallel_size": 0}, "`context_parallel_size: 0`.*greater than 0"),
@@ -61,6 +62,7 @@ def test_the_block_of_axolotl_means_ulysses(block, message):
         {**DIVIDED, "sample_packing": None, "dpo_padding_free": True},
         {**BLOCK, "context_parallel": {"size": 4, "backend": "auto", "ring_size": 1}},
         {**BLOCK, "context_parallel": {"size": 4, "ulysses_size": 4}},
+        {**DIVIDED, "use_ray": True, "fsdp_version": 2, "fsdp_config": {"a": 1}},
         {"rl": "edpo", "context_parallel_size": 1, "deepspeed": "a.json"},
     ],
 )
