@@ -122,8 +122,8 @@ class MarginFilter:
             steps_done: Number of optimizer steps before this one.
 
         Raises:
-            Diverged: On every rank, if a margin is not finite. The first step is stopped
-                later, by its comparison of policy and reference.
+            Diverged: On every rank, if a margin is not finite. In the first step
+                policy and reference are compared instead, with the losses.
         """
         pairs = [pair for batch in batches for pair in batch["examples"].pairs]
         noise = torch.zeros(len(pairs), dtype=torch.float64)
