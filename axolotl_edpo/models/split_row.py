@@ -131,8 +131,7 @@ def head_copies(heads: int, key_heads: int, ranks: int) -> int:
     """
     if heads % ranks:
         raise ValueError(f"{heads} attention heads cannot be shared by {ranks} ranks")
-    enough = math.lcm(key_heads, ranks)
-    return (heads if heads % enough else enough) // key_heads
+    return math.lcm(key_heads, ranks) // key_heads
 
 
 @contextmanager

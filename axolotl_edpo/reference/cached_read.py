@@ -11,6 +11,8 @@ from ..background import copied, pinned
 from ..data.collator import Examples
 from ..data.layout import Batch
 from ..data.pair_id import pair_digest
+from ..distributed import RowGroup
+from ..models.split_row import own_places
 from .cache import ReferenceCache
 from .cacheable import require_in_cache
 from .states import ReferenceStates
@@ -42,6 +44,7 @@ class CachedRead(ReferenceStates):
     Args:
         cache: Cache that holds the pairs.
         pairs: Digests of the batch's pairs.
+        rows: Index, among all their values, of those that this rank needs.
         device: The run's device. For a GPU, memory is pinned.
         following: The read of the next batch. It starts when `given` returns this one,
             so that at most two batches are in memory.
@@ -55,12 +58,13 @@ class CachedRead(ReferenceStates):
         self,
         cache: ReferenceCache,
         pairs: list[bytes],
+        rows: torch.Tensor | slice,
         device: torch.device,
         following: "CachedRead | None",
         stopwatch: Stopwatch,
     ):
-        self._cache, self._pairs, self._device = cache, pairs, device
-        self._following, self._stopwatch = following, stopwatch
+        self._cache, self._pairs, self._rows = cache, pairs, rows
+        self._device, self._following, self._stopwatch = device, following, stopwatch
 
     def start(self) -> None:
         """Starts the read, unless it has already started."""
@@ -78,7 +82,7 @@ class CachedRead(ReferenceStates):
 
         Returns:
             Hidden states, shape (tokens, hidden), or log-probabilities, shape (2 x
-            pairs,): of all chosen, then of all rejected answers.
+            pairs,): of all chosen, then of all rejected answers. Of these, `rows`.
 
         Raises:
             ValueError: If a file was damaged since it was opened.
@@ -96,7 +100,10 @@ class CachedRead(ReferenceStates):
     def _read(self) -> torch.Tensor | None:
         both = [self._cache.read(pair) for pair in self._pairs]
         answers = [answer for side in zip(*both, strict=True) for answer in side]
-        return pinned(torch.cat(answers), self._device) if answers else None
+        if not answers:
+            return None
+        # all of a pair is read, because its checksum is of all
+        return pinned(torch.cat(answers)[self._rows], self._device)
 
 
 def reads_of(
@@ -104,8 +111,16 @@ def reads_of(
     batches: Sequence[Batch],
     device: torch.device,
     stopwatch: Stopwatch,
+    group: RowGroup,
 ) -> dict[Examples, CachedRead]:
     """A read for each batch; each starts the next one when it is done.
+
+    Args:
+        cache: Cache that holds the pairs.
+        batches: Batches on the CPU.
+        device: The run's device.
+        stopwatch: Measures how long batches wait for the disk.
+        group: The ranks among which the values of a batch are divided.
 
     Raises:
         ValueError: If a pair is not in the cache, or has other lengths there.
@@ -115,6 +130,7 @@ def reads_of(
     for batch in reversed(batches):
         pairs = [pair_digest(pair) for pair in batch["examples"].pairs]
         require_in_cache(cache, pairs, batch["lengths"])
-        following = CachedRead(cache, pairs, device, following, stopwatch)
+        rows = slice(None) if group.size == 1 else own_places(batch, group)
+        following = CachedRead(cache, pairs, rows, device, following, stopwatch)
         reads[batch["examples"]] = following
     return dict(reversed(reads.items()))

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from .. import upstream
 from ..data.collator import Examples
 from ..data.layout import Batch
-from ..distributed import release, reshard, sum_over_ranks
+from ..distributed import RowGroup, release, reshard, sum_over_ranks
 from ..losses.preference import PreferenceLoss
 from ..models.completion_forward import CompletionForward, without_gradient
 from ..models.forward import causal_lm, reference_adapter
@@ -38,7 +38,7 @@ from ..models.lm_head_reader import (
     shared_reference_head,
     whole_head,
 )
-from ..models.split_row import gather_tokens, own_places
+from ..models.split_row import gather_tokens
 from ..ops.lm_head import Head
 from .cache import ReferenceCache
 from .cacheable import require_cacheable, require_equal
@@ -55,7 +55,7 @@ from .kept import (
     logps_folder,
 )
 from .precompute import CacheSettings, PrecomputePass, distinct_pairs
-from .states import ComputedStates, OwnStates, PolicyStates, ReferenceStates
+from .states import ComputedStates, PolicyStates, ReferenceStates
 
 LOG = get_logger(__name__)
 
@@ -278,12 +278,6 @@ class CachedReference(Reference):
 
     def states(self, policy: nn.Module, batch: Batch) -> ReferenceStates:
         """The policy's states while both are equal; then those in the cache."""
-        states, group = self._states(batch), self.forward.group
-        if self.phase is Phase.EQUAL or group.size == 1:
-            return states
-        return OwnStates(states, own_places(batch, group))
-
-    def _states(self, batch: Batch) -> ReferenceStates:
         if self.phase is Phase.EQUAL:
             return PolicyStates()
         return self._reads[batch["examples"]]
@@ -291,7 +285,9 @@ class CachedReference(Reference):
     def answer_logps(self, policy_logps: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The policy's while both are equal; then those in the cache."""
         policy = answer_logps(policy_logps.detach(), batch["lengths"], self._loss)
-        return self._states(batch).given(policy)
+        if self.phase is Phase.EQUAL:
+            return policy
+        return self._reads[batch["examples"]].given(policy)
 
     @contextmanager
     def separate_head(self) -> Iterator[Head | None]:
@@ -318,7 +314,9 @@ class CachedReference(Reference):
         with self._stopwatch.running():
             assert self.cache is not None, "`fill` comes first"
             device, watch = self.forward.accelerator.device, self._stopwatch
-            self._reads = reads_of(self.cache, batches, device, watch)
+            # answers are not divided, only tokens
+            group = self.forward.group if self.knows_tokens else RowGroup()
+            self._reads = reads_of(self.cache, batches, device, watch, group)
             self.restart()
 
     def restart(self) -> None:

@@ -36,23 +36,6 @@ class ComputedStates(ReferenceStates):
         return self.states
 
 
-@dataclass(frozen=True)
-class OwnStates(ReferenceStates):
-    """Some of the states of a row: those of a rank's part.
-
-    Attributes:
-        row: States of all scored tokens of the row.
-        places: Shape (tokens of the part,), the index of each among them.
-    """
-
-    row: ReferenceStates
-    places: torch.Tensor
-
-    def given(self, policy: torch.Tensor) -> torch.Tensor:
-        """Returns the states of the part."""
-        return self.row.given(policy)[self.places]
-
-
 class PolicyStates(ReferenceStates):
     """States of a reference that is still the same function as the policy."""
 

@@ -1,14 +1,19 @@
 """provider.py with tensors: when a cached reference is the policy, and what is read."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from accelerate import Accelerator
 
-from axolotl_edpo.data.collator import Examples
+from axolotl_edpo import background
+from axolotl_edpo.data.collator import Examples, PairCollator
 from axolotl_edpo.data.pair_id import pair_digest
+from axolotl_edpo.distributed import RowGroup
 from axolotl_edpo.losses.preference import PreferenceLoss
 from axolotl_edpo.models.completion_forward import CompletionForward
-from axolotl_edpo.reference.cache import ReferenceCache
+from axolotl_edpo.reference import cached_read
+from axolotl_edpo.reference.cache import ReferenceCache, tensor_bytes
 from axolotl_edpo.reference.kept import KeptPair
 from axolotl_edpo.reference.precompute import CacheSettings
 from axolotl_edpo.reference.provider import AdapterReference, CachedReference, Phase
@@ -21,6 +26,10 @@ PAIRS = [
 HIDDEN = [
     KeptPair(torch.full((2, 4), 1.0), torch.full((1, 4), 2.0), (2, 1)),
     KeptPair(torch.full((1, 4), 3.0), torch.full((3, 4), 4.0), (1, 3)),
+]
+LOGPS = [
+    KeptPair(torch.tensor([-1.0]), torch.tensor([-2.0]), (2, 1)),
+    KeptPair(torch.tensor([-3.0]), torch.tensor([-4.0]), (1, 3)),
 ]
 
 
@@ -35,17 +44,21 @@ def batch(*numbers: int) -> dict:
     return {"examples": Examples(pairs), "lengths": torch.tensor(sum(sides, []))}
 
 
-@pytest.fixture
-def reference(tmp_path):
+def cached(tmp_path, kept: list[KeptPair]) -> CachedReference:
     cache = ReferenceCache(tmp_path, "fingerprint")
     cache.folder.mkdir(parents=True)
-    cache.write([pair_digest(pair) for pair in PAIRS], HIDDEN)
+    cache.write([pair_digest(pair) for pair in PAIRS], kept)
     cache.open(cache.names())
     live = AdapterReference(CompletionForward(Accelerator(cpu=True)))
     settings, loss = CacheSettings(tmp_path, {}), PreferenceLoss()
-    cached = CachedReference(live, settings, loss, 64, "keep_start", 2)
-    cached.cache = cache
-    return cached
+    reference = CachedReference(live, settings, loss, 64, "keep_start", 2)
+    reference.cache = cache
+    return reference
+
+
+@pytest.fixture
+def reference(tmp_path):
+    return cached(tmp_path, HIDDEN)
 
 
 def test_a_batch_gets_the_states_of_its_pairs_all_chosen_first(reference):
@@ -82,6 +95,46 @@ def test_a_pair_without_states_or_of_other_lengths_is_refused(reference):
     cut["lengths"] = torch.tensor([1, 1])
     with pytest.raises(ValueError, match="not as long as those of the batch"):
         reference.prefetch([cut])
+
+
+def part(reference: CachedReference, rank: int) -> dict:
+    """The row 1 2 3 4 | 5 1 6 7 | 8 9 and padding, of which a rank has a third."""
+    reference.forward.group = RowGroup(3, rank)
+    keys = dict(pad_token_id=0, packs=True, shares=True, parts=3, part=rank)
+    row = PairCollator(**keys)(PAIRS)
+    reference.begin_step([row], Optimizer(0.1))
+    return row
+
+
+@pytest.mark.parametrize(
+    ("rank", "own"), enumerate([[1.0, 1.0, 2.0], [3.0, 4.0, 4.0], [4.0]])
+)
+def test_a_rank_copies_only_the_states_of_its_part(reference, monkeypatch, rank, own):
+    pinned, copied = Mock(wraps=background.pinned), Mock(wraps=background.copied)
+    monkeypatch.setattr(cached_read, "pinned", pinned)
+    monkeypatch.setattr(cached_read, "copied", copied)
+    row = part(reference, rank)
+    states = reference.states(None, row).given(torch.zeros(len(own), 4))
+    assert states[:, 0].tolist() == own
+    for copy in (pinned, copied):
+        assert copy.call_args.args[0].shape == (len(own), 4)  # of 7 tokens
+
+
+def test_a_rank_also_checks_the_states_of_other_parts(reference):
+    (shard,) = reference.cache.shards
+    with shard.path.open("r+b") as file:
+        file.seek(shard.path.read_bytes().index(tensor_bytes(HIDDEN[0].chosen)))
+        file.write(b"damage")
+    row = part(reference, 2)
+    with pytest.raises(ValueError, match="damaged while it was in use"):
+        reference.states(None, row).given(torch.zeros(1, 4))
+
+
+def test_a_rank_gets_the_log_probabilities_of_all_answers(tmp_path):
+    reference = cached(tmp_path, LOGPS)
+    reference.knows_tokens = False
+    row = part(reference, 2)
+    assert reference.answer_logps(torch.zeros(7), row).tolist() == [-1, -3, -2, -4]
 
 
 def test_computed_states_are_given_as_they_are():
