@@ -102,6 +102,7 @@ class Training:
     Attributes:
         sizes: Sizes of the model.
         ranks: Number of GPUs.
+        replicas: Groups of GPUs under FSDP2; each shares out all weights.
         full: Whether all weights train; if not, an adapter does.
         trained: Number of values that train.
         weights: Bytes of the model's weights, without an adapter.
@@ -111,6 +112,7 @@ class Training:
 
     sizes: Sizes
     ranks: int
+    replicas: int
     full: bool
     trained: int
     weights: float
@@ -209,12 +211,12 @@ def _zero3(training: Training, live: int) -> EngineMemory:
 def _fsdp2(training: Training, sync: bool) -> EngineMemory:
     """Everything is sharded, but without `sync` not the gradients that accumulate."""
     sizes, trainable = training.sizes, training.trainable(training.itemsize)
-    head = sizes.head * training.full
+    head, shards = sizes.head * training.full, training.ranks // training.replicas
     return EngineMemory(
-        shards=training.ranks,
+        shards=shards,
         trainable=trainable,
-        gradients=trainable / training.ranks if sync else trainable,
-        optimizer=2 * trainable / training.ranks,
+        gradients=trainable / shards if sync else trainable,
+        optimizer=2 * trainable / shards,
         # the reference's head, then the gradient and its copy in the send buffer
         whole_head=sizes.root + max(head, 2 * sizes.root * training.full),
         # the next layer is gathered in advance
@@ -244,6 +246,7 @@ def memory(
     live: int = LIVE,
     device: str = "cuda",
     context: int = 1,
+    replicas: int = 1,
 ) -> Memory:
     """Memory per GPU of a run with `rl: edpo`.
 
@@ -268,6 +271,8 @@ def memory(
         device: `cuda` or `cpu`; the op's matrices differ in size.
         context: Number of GPUs that divide the tokens among them
             (`context_parallel_size`); they are among `ranks`.
+        replicas: Groups of GPUs under FSDP2, each of which shares out all weights
+            (`dp_replicate_size`).
 
     Returns:
         Bytes per GPU. `head`, `layer`, `activations` and `step` are upper bounds.
@@ -278,6 +283,7 @@ def memory(
     training = Training(
         sizes=sizes,
         ranks=ranks,
+        replicas=replicas,
         full=full,
         trained=sizes.all if full else lora * sizes.lora,
         weights=weights + (4 - itemsize) * sizes.root * float32_root,

@@ -257,8 +257,9 @@ def memory_of_recipe(name: str) -> RecipeMemory:
 def printed(name: str) -> str:
     """What `axolotl edpo-memory` prints for a recipe of examples/."""
     recipe = yaml.safe_load((ROOT / "examples" / f"{name}.yml").read_text())
-    named = replace(memory_of_recipe(name), model=recipe["base_model"])
-    text = "\n".join(page.lines(named, gpus_given=False))
+    found = memory_of_recipe(name)
+    named = replace(found, model=recipe["base_model"], assumed=True)
+    text = "\n".join(page.lines(named))
     return f"\n```text\n{text}\n```\n\n"
 
 

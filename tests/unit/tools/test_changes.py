@@ -25,7 +25,7 @@ FSDP2_FULL = f"{FSDP2} (16-bit weights train)"
 def recipe(**keys) -> RecipeMemory:
     """Of 8B under ZeRO-2 on 8 GPUs, 2 pairs of 2048 tokens; keys are of `Arguments`."""
     now = Arguments(SIZES, "zero2", 8, 8192)._replace(**keys)
-    return RecipeMemory(now, "model", 2, 8, 2048, False, False, ())
+    return RecipeMemory(now, False, "model", 2, 8, 2048, False, False, ())
 
 
 def found(of: RecipeMemory) -> dict[str, float]:

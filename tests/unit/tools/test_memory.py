@@ -97,6 +97,14 @@ def test_gpus_that_divide_rows_need_what_their_part_of_the_tokens_needs(engine):
     assert memory(sizes, **keys, tokens=9, context=4) == memory(sizes, **keys, tokens=3)
 
 
+@pytest.mark.parametrize("sync", [False, True])
+def test_replicas_of_fsdp2_share_no_weights(sync):
+    sizes, keys = sizes_of(LLAMA_8B), dict(tokens=4096, sync=sync)
+    twice = memory(sizes, "fsdp2", 8, replicas=2, **keys)
+    assert twice == memory(sizes, "fsdp2", 4, **keys)
+    assert twice.weights == 2 * 8_030_261_248 / 4
+
+
 def test_two_numbers_need_no_head_of_the_reference():
     """Llama 3 8B, whose head has 1,050,673,152 bytes, and 4096 tokens."""
     shared = dict(engine="zero2", ranks=8, tokens=4096, cached=True)
