@@ -4,8 +4,8 @@ import textwrap
 from collections.abc import Iterator, Mapping
 
 from .changes import changes
-from .memory import Phase
-from .recipe_memory import Arguments, RecipeMemory
+from .memory import Arguments, Phase
+from .recipe_memory import RecipeMemory
 
 GIB = 2**30
 COLUMNS = 80

@@ -1,4 +1,4 @@
-"""What a recipe says about its memory: the arguments of `memory`, and what they miss.
+"""What a recipe says about its memory: `Arguments`, and what they miss.
 
 No weights are loaded, only the config of `base_model`. A micro-batch is calculated with
 the most tokens that it can have: each of its pairs has two sequences, each as long as
@@ -22,7 +22,7 @@ from ..errors import quote
 from ..losses.reference_free import reference_free
 from ..models.packing_support import check_recipe_rows
 from ..reference.precompute import CacheSettings
-from .memory import LIVE, Engine, Memory, memory
+from .memory import LIVE, Arguments, Engine
 from .model_sizes import Sizes, sizes_of
 
 # GPUs that are assumed for a recipe with an engine that shards, and no sizes.
@@ -33,31 +33,6 @@ MESH = (SIZE, SHARDS, REPLICAS)
 SYNC = "accelerator_config.gradient_accumulation_kwargs.sync_each_batch"
 ZERO = "deepspeed.zero_optimization"
 OFFLOADED = "is not counted: less is needed on the GPU"
-
-
-class Arguments(NamedTuple):
-    """Arguments of `memory`, which says what they are."""
-
-    sizes: Sizes
-    engine: Engine
-    ranks: int
-    tokens: int
-    lora: int = 0
-    four_bit: bool = False
-    cached: bool = False
-    two_numbers: bool = False
-    reference_free: bool = False
-    itemsize: int = 2
-    float32_root: bool = False
-    sync: bool = False
-    live: int = LIVE
-    context: int = 1
-    replicas: int = 1
-
-    @property
-    def memory(self) -> Memory:
-        """Bytes per GPU."""
-        return memory(**self._asdict())
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from transformers import AutoConfig
 
 from axolotl_edpo.recipe import config_of
 from axolotl_edpo.tools.command import edpo_memory
-from axolotl_edpo.tools.memory import LIVE, Memory, memory
+from axolotl_edpo.tools.memory import LIVE, Arguments, Memory
 from axolotl_edpo.tools.model_sizes import sizes_of
-from axolotl_edpo.tools.recipe_memory import Arguments, RecipeMemory, recipe_memory
+from axolotl_edpo.tools.recipe_memory import RecipeMemory, recipe_memory
 
 SIZES = sizes_of(CONFIGS["8B"])
 FSDP2 = {
@@ -29,7 +29,7 @@ SYNC = {
 }
 FIXED = {"edpo_control": "fixed", "edpo_epsilon": None}
 FULL = dict(float32_root=False)  # under every engine but DDP
-# Recipe of examples/ -> arguments of `memory`, by hand.
+# Recipe of examples/ -> `Arguments`, by hand.
 EXAMPLES = {
     "llama3_qlora_edpo": ("8B", "ddp", 1, 4096, dict(lora=16, four_bit=True)),
     "llama3_lora_edpo": ("3B", "ddp", 1, 8192, dict(lora=16)),
@@ -83,9 +83,7 @@ def test_a_recipe_of_examples_is_calculated_as_by_hand(name):
     found = docs_tables.memory_of_recipe(name).arguments
     by_hand = Arguments(sizes_of(CONFIGS[model]), engine, ranks, tokens, **others)
     assert found == by_hand
-    total = memory(sizes_of(CONFIGS[model]), engine, ranks, tokens, **others).total
-    assert found.memory.total == total
-    assert docs_tables.gib_of_recipe(name) == round(total / GIB)
+    assert docs_tables.gib_of_recipe(name) == round(by_hand.memory.total / GIB)
 
 
 def test_every_recipe_of_the_readme_is_among_them():
@@ -322,7 +320,7 @@ def test_gpus_and_tokens_can_be_given(keys, tmp_path):
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert "ZeRO-2 on 4 GPUs" in lines and "1000 tokens in a micro-batch" in lines
-    peak = memory(SIZES, "zero2", 4, 1000).total / GIB
+    peak = Arguments(SIZES, "zero2", 4, 1000).memory.total / GIB
     assert f"  peak        {peak:7.1f}  in " in result.stdout
     assert "sequence_len" not in result.stdout
 

@@ -3,9 +3,10 @@
 import pytest
 from helpers.docs_tables import CONFIGS
 
+from axolotl_edpo.tools.memory import Arguments
 from axolotl_edpo.tools.model_sizes import sizes_of
 from axolotl_edpo.tools.page import CARDS, COLUMNS, fits, lines
-from axolotl_edpo.tools.recipe_memory import Arguments, RecipeMemory
+from axolotl_edpo.tools.recipe_memory import RecipeMemory
 
 SIZES = sizes_of(CONFIGS["8B"])
 REFERENCES = [
@@ -33,7 +34,7 @@ ENGINES = [
     ("zero3", 8, "ZeRO-3 on 8 GPUs"),
     ("fsdp2", 8, "FSDP2 on 8 GPUs"),
 ]
-# The words for the gradients say what `memory` counts.
+# The words for the gradients say what `Arguments.memory` counts.
 GRADIENTS = [
     (dict(engine="ddp", ranks=1), "15.0  that accumulate between micro-batches"),
     (
