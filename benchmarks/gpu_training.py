@@ -34,7 +34,7 @@ from torch.profiler import ProfilerActivity, profile
 from train_step import GIB, ON_GPU, Run, logged
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from axolotl_edpo.tools.memory import memory
+from axolotl_edpo.tools.memory import Arguments
 from axolotl_edpo.tools.model_sizes import sizes_of
 
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -353,7 +353,7 @@ def expected(config: LlamaConfig, run: Run, contender: str, options) -> dict[str
     if contender in train_step.RIVALS:
         return {"calculated GiB": "-"}
     full = not options.adapter
-    need = memory(
+    need = Arguments(
         sizes_of(config),
         "ddp",
         ranks=1,
@@ -363,7 +363,7 @@ def expected(config: LlamaConfig, run: Run, contender: str, options) -> dict[str
         itemsize=DTYPE.itemsize,
         float32_root=full and options.attention == "sdpa",
         device=DEVICE,
-    )
+    ).memory
     return {"calculated GiB": need.total / GIB}
 
 

@@ -96,7 +96,8 @@ def check_ranks(cfg: Any) -> None:
     """
     size, ranks = cfg.context_parallel_size or 1, cfg.world_size or 1
     shards, copies = cfg.dp_shard_size or 1, cfg.dp_replicate_size or 1
-    if size == 1 or size * shards * copies == ranks:
+    makes_groups = cfg.fsdp_config or size == ranks  # accelerate has no DDP over groups
+    if size == 1 or makes_groups and size * shards * copies == ranks:
         return
     if ranks == 1:
         raise ValueError(
@@ -109,7 +110,7 @@ def check_ranks(cfg: Any) -> None:
     if not cfg.fsdp_config:
         raise ValueError(
             f"{line}: without `fsdp_config:` all GPUs divide each row: set "
-            f"{quote(SIZE, ranks)}, or `fsdp_version: 2`, `fsdp_config:` and "
+            f"{quote(SIZE, ranks)} alone, or `fsdp_version: 2`, `fsdp_config:` and "
             f"`dp_shard_size: {ranks // size}`"
         )
     if copies > 1:

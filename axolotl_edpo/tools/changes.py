@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .recipe_memory import Arguments, RecipeMemory
+from .memory import Arguments
+from .recipe_memory import RecipeMemory
 
 # Rank of an adapter for a recipe without one.
 RANK = 16

@@ -8,7 +8,8 @@ import click
 @click.option(
     "--gpus",
     type=click.IntRange(min=1),
-    help="Number of GPUs.  [default: 8 for a recipe with `deepspeed:` or "
+    help="Number of GPUs.  [default: `context_parallel_size` x `dp_shard_size` x "
+    "`dp_replicate_size`; without them 8 for a recipe with `deepspeed:` or "
     "`fsdp_config:`, else 1]",
 )
 @click.option(
@@ -32,4 +33,4 @@ def edpo_memory(recipe: str, gpus: int | None, tokens: int | None) -> None:
             found = recipe_memory(cfg, gpus, tokens)
     except ValueError as error:
         raise click.ClickException(str(error)) from error
-    click.echo("\n".join(lines(found, gpus is not None)))
+    click.echo("\n".join(lines(found)))

@@ -102,6 +102,7 @@ class Training:
     Attributes:
         sizes: Sizes of the model.
         ranks: Number of GPUs.
+        replicas: Groups of GPUs under FSDP2; each shares out all weights.
         full: Whether all weights train; if not, an adapter does.
         trained: Number of values that train.
         weights: Bytes of the model's weights, without an adapter.
@@ -111,6 +112,7 @@ class Training:
 
     sizes: Sizes
     ranks: int
+    replicas: int
     full: bool
     trained: int
     weights: float
@@ -209,12 +211,12 @@ def _zero3(training: Training, live: int) -> EngineMemory:
 def _fsdp2(training: Training, sync: bool) -> EngineMemory:
     """Everything is sharded, but without `sync` not the gradients that accumulate."""
     sizes, trainable = training.sizes, training.trainable(training.itemsize)
-    head = sizes.head * training.full
+    head, shards = sizes.head * training.full, training.ranks // training.replicas
     return EngineMemory(
-        shards=training.ranks,
+        shards=shards,
         trainable=trainable,
-        gradients=trainable / training.ranks if sync else trainable,
-        optimizer=2 * trainable / training.ranks,
+        gradients=trainable / shards if sync else trainable,
+        optimizer=2 * trainable / shards,
         # the reference's head, then the gradient and its copy in the send buffer
         whole_head=sizes.root + max(head, 2 * sizes.root * training.full),
         # the next layer is gathered in advance
@@ -227,27 +229,10 @@ def _zero_optimizer(training: Training) -> float:
     return 12 * training.trained / training.ranks
 
 
-def memory(
-    sizes: Sizes,
-    engine: Engine,
-    ranks: int,
-    tokens: int,
-    *,
-    lora: int = 0,
-    four_bit: bool = False,
-    cached: bool = False,
-    two_numbers: bool = False,
-    reference_free: bool = False,
-    itemsize: int = 2,
-    float32_root: bool = False,
-    sync: bool = False,
-    live: int = LIVE,
-    device: str = "cuda",
-    context: int = 1,
-) -> Memory:
-    """Memory per GPU of a run with `rl: edpo`.
+class Arguments(NamedTuple):
+    """What the memory of a run with `rl: edpo` depends on.
 
-    Args:
+    Attributes:
         sizes: Sizes of the model, see `sizes_of`.
         engine: DDP, one of DeepSpeed's ZeRO stages, or FSDP2.
         ranks: Number of GPUs.
@@ -268,41 +253,69 @@ def memory(
         device: `cuda` or `cpu`; the op's matrices differ in size.
         context: Number of GPUs that divide the tokens among them
             (`context_parallel_size`); they are among `ranks`.
-
-    Returns:
-        Bytes per GPU. `head`, `layer`, `activations` and `step` are upper bounds.
+        replicas: Groups of GPUs under FSDP2, each of which shares out all weights
+            (`dp_replicate_size`).
     """
-    full, tokens = not lora, -(-tokens // context)
-    saved = (itemsize - NF4) * sizes.linear if four_bit else 0
-    weights = itemsize * sizes.all - saved
-    training = Training(
-        sizes=sizes,
-        ranks=ranks,
-        full=full,
-        trained=sizes.all if full else lora * sizes.lora,
-        weights=weights + (4 - itemsize) * sizes.root * float32_root,
-        layer=itemsize * sizes.layer - saved / sizes.layers,
-        itemsize=itemsize,
-    )
-    parts = _engine_memory(training, engine, live, sync)
-    separate = full and not reference_free
-    reference = training.weights / parts.shards if separate else 0
-    head = (4 if float32_root else itemsize) * sizes.head / parts.shards
-    compares = not (reference_free or cached and two_numbers)
-    kept = head * compares if separate and cached else reference
-    adapter = 0 if full else parts.trainable
-    tiles = _tiles(sizes, tokens, itemsize, device, full, compares)
-    return Memory(
-        weights=(training.weights + adapter) / parts.shards,
-        gradients=parts.gradients,
-        optimizer=parts.optimizer,
-        reference=kept,
-        head=tiles + itemsize * parts.whole_head,
-        layer=parts.layer,
-        activations=_activations(sizes, tokens, itemsize),
-        step=parts.step,
-        let_go=reference - kept,
-    )
+
+    sizes: Sizes
+    engine: Engine
+    ranks: int
+    tokens: int
+    lora: int = 0
+    four_bit: bool = False
+    cached: bool = False
+    two_numbers: bool = False
+    reference_free: bool = False
+    itemsize: int = 2
+    float32_root: bool = False
+    sync: bool = False
+    live: int = LIVE
+    device: str = "cuda"
+    context: int = 1
+    replicas: int = 1
+
+    @property
+    def memory(self) -> Memory:
+        """Bytes per GPU. `head` to `activations` and `step` are upper bounds."""
+        training = self._training
+        parts = _engine_memory(training, self.engine, self.live, self.sync)
+        separate = training.full and not self.reference_free
+        reference = training.weights / parts.shards if separate else 0
+        itemsize, tokens = self.itemsize, -(-self.tokens // self.context)
+        head = (4 if self.float32_root else itemsize) * self.sizes.head / parts.shards
+        compares = not (self.reference_free or self.cached and self.two_numbers)
+        kept = head * compares if separate and self.cached else reference
+        adapter = 0 if training.full else parts.trainable
+        tiles = _tiles(
+            self.sizes, tokens, itemsize, self.device, training.full, compares
+        )
+        return Memory(
+            weights=(training.weights + adapter) / parts.shards,
+            gradients=parts.gradients,
+            optimizer=parts.optimizer,
+            reference=kept,
+            head=tiles + itemsize * parts.whole_head,
+            layer=parts.layer,
+            activations=_activations(self.sizes, tokens, itemsize),
+            step=parts.step,
+            let_go=reference - kept,
+        )
+
+    @property
+    def _training(self) -> Training:
+        sizes, itemsize, full = self.sizes, self.itemsize, not self.lora
+        saved = (itemsize - NF4) * sizes.linear if self.four_bit else 0
+        weights = itemsize * sizes.all - saved
+        return Training(
+            sizes=sizes,
+            ranks=self.ranks,
+            replicas=self.replicas,
+            full=full,
+            trained=sizes.all if full else self.lora * sizes.lora,
+            weights=weights + (4 - itemsize) * sizes.root * self.float32_root,
+            layer=itemsize * sizes.layer - saved / sizes.layers,
+            itemsize=itemsize,
+        )
 
 
 def _engine_memory(

@@ -4,8 +4,8 @@ import textwrap
 from collections.abc import Iterator, Mapping
 
 from .changes import changes
-from .memory import Phase
-from .recipe_memory import Arguments, RecipeMemory
+from .memory import Arguments, Phase
+from .recipe_memory import RecipeMemory
 
 GIB = 2**30
 COLUMNS = 80
@@ -31,18 +31,17 @@ NOT_COUNTED = (
 )
 
 
-def lines(recipe: RecipeMemory, gpus_given: bool) -> list[str]:
+def lines(recipe: RecipeMemory) -> list[str]:
     """All lines.
 
     Args:
         recipe: The memory of a recipe.
-        gpus_given: Whether the number of GPUs was given.
     """
     arguments = recipe.arguments
     peak = arguments.memory.total / GIB
     return [
         *_wrapped(_model(recipe)),
-        _engine(arguments, gpus_given),
+        _engine(recipe),
         _tokens(recipe),
         "",
         "GiB per GPU",
@@ -95,11 +94,14 @@ def _count(values: int) -> str:
     return f"{values / 10**6:.1f} million"
 
 
-def _engine(arguments: Arguments, given: bool) -> str:
+def _engine(recipe: RecipeMemory) -> str:
+    arguments = recipe.arguments
     ranks, name = arguments.ranks, ENGINES[arguments.engine]
     gpus = "1 GPU" if ranks == 1 else f"{ranks} GPUs"
+    if arguments.engine == "fsdp2" and arguments.replicas > 1:
+        gpus += f", {arguments.replicas} replicas"
     alone = ranks == 1 and arguments.engine == "ddp"
-    assumed = "" if given else " (assumed: --gpus sets their number)"
+    assumed = " (assumed: --gpus sets their number)" if recipe.assumed else ""
     return f"{'One process' if alone else name} on {gpus}{assumed}"
 
 

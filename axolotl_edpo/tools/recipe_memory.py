@@ -1,4 +1,4 @@
-"""What a recipe says about its memory: the arguments of `memory`, and what they miss.
+"""What a recipe says about its memory: `Arguments`, and what they miss.
 
 No weights are loaded, only the config of `base_model`. A micro-batch is calculated with
 the most tokens that it can have: each of its pairs has two sequences, each as long as
@@ -7,6 +7,7 @@ the most tokens that it can have: each of its pairs has two sequences, each as l
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -15,42 +16,23 @@ from axolotl.utils.dict import DictDefault
 from peft import PeftConfig
 
 from ..config.args import PRECOMPUTE
+from ..config.context_rules import SIZE, check_ranks
 from ..config.rules import value_at
 from ..errors import quote
 from ..losses.reference_free import reference_free
+from ..models.packing_support import check_recipe_rows
 from ..reference.precompute import CacheSettings
-from .memory import LIVE, Engine, Memory, memory
+from .memory import LIVE, Arguments, Engine
 from .model_sizes import Sizes, sizes_of
 
-# GPUs that are assumed for a recipe with an engine that shards.
+# GPUs that are assumed for a recipe with an engine that shards, and no sizes.
 SHARDING_GPUS = 8
+SHARDS, REPLICAS = "dp_shard_size", "dp_replicate_size"
+# Sizes of accelerate's mesh of GPUs, which has as many as their product.
+MESH = (SIZE, SHARDS, REPLICAS)
 SYNC = "accelerator_config.gradient_accumulation_kwargs.sync_each_batch"
 ZERO = "deepspeed.zero_optimization"
 OFFLOADED = "is not counted: less is needed on the GPU"
-
-
-class Arguments(NamedTuple):
-    """Arguments of `memory`, which says what they are."""
-
-    sizes: Sizes
-    engine: Engine
-    ranks: int
-    tokens: int
-    lora: int = 0
-    four_bit: bool = False
-    cached: bool = False
-    two_numbers: bool = False
-    reference_free: bool = False
-    itemsize: int = 2
-    float32_root: bool = False
-    sync: bool = False
-    live: int = LIVE
-    context: int = 1
-
-    @property
-    def memory(self) -> Memory:
-        """Bytes per GPU."""
-        return memory(**self._asdict())
 
 
 @dataclass(frozen=True)
@@ -59,6 +41,7 @@ class RecipeMemory:
 
     Attributes:
         arguments: What is calculated.
+        assumed: Whether neither the user nor the recipe says how many GPUs there are.
         model: `base_model`.
         pairs: Pairs of a micro-batch (`micro_batch_size`).
         accumulation: Micro-batches of an optimizer step.
@@ -69,6 +52,7 @@ class RecipeMemory:
     """
 
     arguments: Arguments
+    assumed: bool
     model: str
     pairs: int
     accumulation: int
@@ -128,11 +112,6 @@ NOTES = (
         lambda value: value is False,
         "needs more: layers stay whole after forward, which is not counted",
     ),
-    Note(
-        "dp_replicate_size",
-        lambda value: (value or 1) > 1,
-        "needs more: replicas share no weights. They are counted as if all GPUs did",
-    ),
     Note("fsdp_config.offload_params", bool, OFFLOADED),
     Note(f"{ZERO}.offload_optimizer.device", _is_a_device, OFFLOADED),
     Note(f"{ZERO}.offload_param.device", _is_a_device, OFFLOADED),
@@ -145,27 +124,25 @@ def recipe_memory(cfg: Any, gpus: int | None, tokens: int | None) -> RecipeMemor
 
     Args:
         cfg: axolotl's config, validated.
-        gpus: Number of GPUs; None: as many as divide a row, and SHARDING_GPUS for an
-            engine that shards.
+        gpus: Number of GPUs; None: as many as the sizes of MESH make. Without sizes
+            SHARDING_GPUS for an engine that shards, else one.
         tokens: Tokens of a micro-batch; None: the most that it can have.
 
     Raises:
-        ValueError: If the engine or the model cannot be calculated, or if the GPUs
-            make no whole groups.
+        ValueError: If the engine or the model cannot be calculated, or if training
+            refuses these GPUs.
     """
-    engine = _engine(cfg)
+    engine, sizes = _engine(cfg), _sizes(cfg)
     pairs, length = cfg.micro_batch_size, cfg.sequence_len
-    context = cfg.context_parallel_size or 1
-    named = context * (cfg.dp_shard_size or 1) * (cfg.dp_replicate_size or 1)
-    ranks = gpus or (context if engine == "ddp" else max(named, SHARDING_GPUS))
-    if ranks % context:
-        raise ValueError(
-            f"{quote('context_parallel_size', context)} does not divide {ranks} GPUs: "
-            "set a divisor, or another number with `--gpus`"
-        )
+    mesh = {key: cfg[key] for key in MESH if (cfg[key] or 1) > 1}
+    usual = 1 if engine == "ddp" else SHARDING_GPUS
+    ranks = gpus or (prod(mesh.values()) if mesh else usual)
+    check_ranks(DictDefault({**cfg, "world_size": ranks}))
+    _check_mesh(mesh, engine, ranks)
+    check_recipe_rows(cfg)
     dtype = cfg.torch_dtype or torch.bfloat16  # with Ray, its worker chooses
     arguments = Arguments(
-        sizes=_sizes(cfg),
+        sizes=sizes,
         engine=engine,
         ranks=ranks,
         tokens=tokens or pairs * 2 * length,
@@ -178,10 +155,12 @@ def recipe_memory(cfg: Any, gpus: int | None, tokens: int | None) -> RecipeMemor
         float32_root=_has_float32_root(cfg, engine),
         sync=cfg.gradient_accumulation_steps == 1 or bool(value_at(cfg, SYNC)),
         live=_live(cfg),
-        context=context,
+        context=mesh.get(SIZE, 1),
+        replicas=mesh.get(REPLICAS, 1),
     )
     return RecipeMemory(
         arguments,
+        assumed=not (gpus or mesh),
         model=cfg.base_model,
         pairs=pairs,
         accumulation=cfg.gradient_accumulation_steps,
@@ -206,6 +185,28 @@ def _engine(cfg: Any) -> Engine:
             "calculated: set stage 1, 2 or 3"
         )
     return engines[stage]
+
+
+def _check_mesh(mesh: dict[str, int], engine: Engine, ranks: int) -> None:
+    """Refuses what accelerate refuses when training starts.
+
+    Args:
+        mesh: The sizes above 1, by their keys in MESH.
+        engine: The engine of the recipe.
+        ranks: Number of GPUs.
+    """
+    if engine == "fsdp2" and REPLICAS in mesh and SHARDS not in mesh:
+        raise ValueError(
+            f"{quote(REPLICAS, mesh[REPLICAS])} under FSDP2 needs `{SHARDS}`: set it "
+            f"to the GPUs that share the weights of a replica, or remove `{REPLICAS}`"
+        )
+    product = prod(mesh.values())
+    if mesh and product != ranks:
+        keys = " with ".join(quote(key, size) for key, size in mesh.items())
+        raise ValueError(
+            f"{keys} takes {product} GPUs, not {ranks}: remove `--gpus`, or set sizes "
+            f"whose product is {ranks}"
+        )
 
 
 def _sizes(cfg: Any) -> Sizes:

@@ -22,7 +22,7 @@ from axolotl_edpo.config.args import LOWERED, Bounds, EDPOArgs, Moving
 from axolotl_edpo.plugin import PLUGIN
 from axolotl_edpo.recipe import config_of
 from axolotl_edpo.tools import page
-from axolotl_edpo.tools.memory import Memory, memory
+from axolotl_edpo.tools.memory import Arguments, Memory
 from axolotl_edpo.tools.model_sizes import sizes_of
 from axolotl_edpo.tools.recipe_memory import RecipeMemory, recipe_memory
 
@@ -138,7 +138,7 @@ CONFIGS = {
 ADAPTER = dict(lora=16)
 NF4 = dict(lora=16, four_bit=True)
 SYNC = dict(sync=True)
-# Row -> engine and keywords of `memory`.
+# Row -> engine and keywords of `Arguments`.
 ENGINES: dict[str, tuple[Any, dict]] = {
     "DDP (no 32-bit weights)": ("ddp", {}),
     "ZeRO-1": ("zero1", {}),
@@ -171,8 +171,8 @@ def _sizes(model: str) -> Any:
 
 
 def need(model: str, engine: Any, ranks: int, tokens: int, **keys: Any) -> Memory:
-    """Calculated bytes per GPU of a model of CONFIGS; see `tools.memory.memory`."""
-    return memory(_sizes(model), engine, ranks, tokens, **keys)
+    """Calculated bytes per GPU of a model of CONFIGS; see `tools.memory.Arguments`."""
+    return Arguments(_sizes(model), engine, ranks, tokens, **keys).memory
 
 
 def _gib(value: float) -> str:
@@ -257,8 +257,9 @@ def memory_of_recipe(name: str) -> RecipeMemory:
 def printed(name: str) -> str:
     """What `axolotl edpo-memory` prints for a recipe of examples/."""
     recipe = yaml.safe_load((ROOT / "examples" / f"{name}.yml").read_text())
-    named = replace(memory_of_recipe(name), model=recipe["base_model"])
-    text = "\n".join(page.lines(named, gpus_given=False))
+    found = memory_of_recipe(name)
+    named = replace(found, model=recipe["base_model"], assumed=True)
+    text = "\n".join(page.lines(named))
     return f"\n```text\n{text}\n```\n\n"
 
 

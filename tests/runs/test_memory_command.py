@@ -12,9 +12,9 @@ from transformers import AutoConfig
 
 from axolotl_edpo.recipe import config_of
 from axolotl_edpo.tools.command import edpo_memory
-from axolotl_edpo.tools.memory import LIVE, Memory, memory
+from axolotl_edpo.tools.memory import LIVE, Arguments, Memory
 from axolotl_edpo.tools.model_sizes import sizes_of
-from axolotl_edpo.tools.recipe_memory import Arguments, RecipeMemory, recipe_memory
+from axolotl_edpo.tools.recipe_memory import RecipeMemory, recipe_memory
 
 SIZES = sizes_of(CONFIGS["8B"])
 FSDP2 = {
@@ -29,7 +29,7 @@ SYNC = {
 }
 FIXED = {"edpo_control": "fixed", "edpo_epsilon": None}
 FULL = dict(float32_root=False)  # under every engine but DDP
-# Recipe of examples/ -> arguments of `memory`, by hand.
+# Recipe of examples/ -> `Arguments`, by hand.
 EXAMPLES = {
     "llama3_qlora_edpo": ("8B", "ddp", 1, 4096, dict(lora=16, four_bit=True)),
     "llama3_lora_edpo": ("3B", "ddp", 1, 8192, dict(lora=16)),
@@ -83,15 +83,26 @@ def test_a_recipe_of_examples_is_calculated_as_by_hand(name):
     found = docs_tables.memory_of_recipe(name).arguments
     by_hand = Arguments(sizes_of(CONFIGS[model]), engine, ranks, tokens, **others)
     assert found == by_hand
-    total = memory(sizes_of(CONFIGS[model]), engine, ranks, tokens, **others).total
-    assert found.memory.total == total
-    assert docs_tables.gib_of_recipe(name) == round(total / GIB)
+    assert docs_tables.gib_of_recipe(name) == round(by_hand.memory.total / GIB)
 
 
 def test_every_recipe_of_the_readme_is_among_them():
     assert EXAMPLES.keys() == docs_tables.RECIPES.keys()
 
 
+PACKED = {"sample_packing": True}
+# Sizes of a mesh -> its GPUs, and how they share weights and rows.
+MESHES = [
+    (dict(context_parallel_size=4, **PACKED), dict(ranks=4, context=4)),
+    (dict(context_parallel_size=2, **PACKED), dict(ranks=2, context=2)),
+    (dict(dp_shard_size=4), dict(ranks=4)),
+    (dict(dp_shard_size=1), dict(ranks=8)),
+    (dict(dp_shard_size=2, dp_replicate_size=3), dict(ranks=6, replicas=3)),
+    (
+        dict(context_parallel_size=2, dp_shard_size=2, dp_replicate_size=2, **PACKED),
+        dict(ranks=8, context=2, replicas=2),
+    ),
+]
 # What a recipe adds to one that trains all weights in one process with `sdpa` -> what
 # it changes of the arguments.
 READ = [
@@ -114,6 +125,10 @@ READ = [
     (
         dict(context_parallel_size=2, sample_packing=True),
         dict(ranks=2, context=2, float32_root=True),
+    ),
+    *(
+        ({**FSDP2, **sizes}, dict(engine="fsdp2", **FULL, **changed))
+        for sizes, changed in MESHES
     ),
 ]
 
@@ -285,13 +300,27 @@ def test_a_recipe_as_a_whole(tmp_path, monkeypatch):
     assert {file.name for file in tmp_path.iterdir()} == {"model", "recipe.yml"}
 
 
+@pytest.mark.parametrize(
+    ("sizes", "line"),
+    [
+        ({}, "FSDP2 on 8 GPUs (assumed: --gpus sets their number)"),
+        (dict(dp_shard_size=4), "FSDP2 on 4 GPUs"),
+        (dict(dp_shard_size=2, dp_replicate_size=2), "FSDP2 on 4 GPUs, 2 replicas"),
+    ],
+)
+def test_gpus_that_the_recipe_names_are_not_assumed(keys, tmp_path, sizes, line):
+    result = run(tmp_path, keys(**FSDP2, **sizes))
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[1] == line
+
+
 def test_gpus_and_tokens_can_be_given(keys, tmp_path):
     made = keys(**zero(tmp_path, 2))
     result = run(tmp_path, made, "--gpus", "4", "--tokens", "1000")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert "ZeRO-2 on 4 GPUs" in lines and "1000 tokens in a micro-batch" in lines
-    peak = memory(SIZES, "zero2", 4, 1000).total / GIB
+    peak = Arguments(SIZES, "zero2", 4, 1000).memory.total / GIB
     assert f"  peak        {peak:7.1f}  in " in result.stdout
     assert "sequence_len" not in result.stdout
 
@@ -348,10 +377,59 @@ def test_a_file_that_is_missing_or_no_yaml_is_named(tmp_path):
     assert "recipe.yml holds no keys: a recipe has lines like" in refusal(result)
 
 
-def test_gpus_that_make_no_whole_groups_are_refused(keys, tmp_path):
-    made = keys(context_parallel_size=2, sample_packing=True)
-    line = refusal(run(tmp_path, made, "--gpus", "3"))
-    assert line.startswith("Error: `context_parallel_size: 2` does not divide 3 GPUs: ")
+# Keys, `--gpus` -> the line that names what training would refuse.
+MISMATCHES = [
+    (
+        dict(context_parallel_size=2, **PACKED),
+        "3",
+        "`context_parallel_size: 2` with 3 GPUs: 2 does not divide them: set a divisor "
+        "of them",
+    ),
+    (
+        dict(context_parallel_size=4, **PACKED),
+        "8",
+        "`context_parallel_size: 4` with 8 GPUs: without `fsdp_config:` all GPUs "
+        "divide each row: set `context_parallel_size: 8` alone, or `fsdp_version: 2`, "
+        "`fsdp_config:` and `dp_shard_size: 2`",
+    ),
+    (
+        dict(context_parallel_size=2, **PACKED, **FSDP2),
+        "8",
+        "`context_parallel_size: 2` with 8 GPUs: set `dp_shard_size: 4`",
+    ),
+    (
+        dict(dp_shard_size=4, **FSDP2),
+        "8",
+        "`dp_shard_size: 4` takes 4 GPUs, not 8: remove `--gpus`, or set sizes whose "
+        "product is 8",
+    ),
+    (
+        dict(dp_shard_size=2, dp_replicate_size=2, **FSDP2),
+        "8",
+        "`dp_shard_size: 2` with `dp_replicate_size: 2` takes 4 GPUs, not 8: remove "
+        "`--gpus`, or set sizes whose product is 8",
+    ),
+    (
+        dict(dp_replicate_size=2, **FSDP2),
+        None,
+        "`dp_replicate_size: 2` under FSDP2 needs `dp_shard_size`: set it to the GPUs "
+        "that share the weights of a replica, or remove `dp_replicate_size`",
+    ),
+    (
+        dict(context_parallel_size=5, **PACKED),
+        None,
+        "`context_parallel_size: 5` does not work with `rl: edpo`: set a divisor of "
+        "the 32 heads of `base_model`",
+    ),
+]
+
+
+@pytest.mark.parametrize(("added", "gpus", "line"), MISMATCHES)
+def test_gpus_on_which_training_would_stop_are_refused(
+    keys, tmp_path, added, gpus, line
+):
+    words = ("--gpus", gpus) if gpus else ()
+    assert refusal(run(tmp_path, keys(**added), *words)) == f"Error: {line}"
 
 
 @pytest.mark.parametrize("kind", ["mamba", "llava", "t5"])

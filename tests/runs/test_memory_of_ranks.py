@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
-from axolotl_edpo.tools.memory import Memory, memory
+from axolotl_edpo.tools.memory import Arguments, Memory
 from axolotl_edpo.tools.model_sizes import sizes_of
 from axolotl_edpo.trainer import EDPOTrainer
 from axolotl_edpo.training import assembly
@@ -264,7 +264,7 @@ def engine_keys(folder, engine: str, bf16: bool) -> dict:
 def calculated(
     used, engine: str, lora: bool = False, bf16: bool = False, cached: bool = False
 ) -> Memory:
-    return memory(
+    return Arguments(
         sizes_of(LlamaConfig(**LLAMA_8M)),
         engine,
         RANKS,
@@ -276,7 +276,7 @@ def calculated(
         sync=True,
         live=0,
         device="cpu",
-    )
+    ).memory
 
 
 # --- tests -----------------------------------------------------------------------

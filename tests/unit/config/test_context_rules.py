@@ -94,6 +94,10 @@ def launched(ranks: int, size: int | None, **keys) -> SimpleNamespace:
             "`context_parallel_size: 2` in a run of one process: remove it",
         ),
         (launched(4, 2), "without `fsdp_config:`.*size: 4`.*`dp_shard_size: 2`"),
+        (
+            launched(4, 2, dp_shard_size=2),
+            "without `fsdp_config:`.*set `context_parallel_size: 4` alone, or",
+        ),
         (launched(4, 2, fsdp_config={"a": 1}), "4 GPUs: set `dp_shard_size: 2`"),
         (
             launched(8, 2, fsdp_config={"a": 1}, dp_shard_size=2),

@@ -1,4 +1,4 @@
-"""changes.py: what lowers the peak of a recipe, worked out by `memory` itself."""
+"""changes.py: what lowers the peak of a recipe, worked out by `Arguments` itself."""
 
 from dataclasses import replace
 
@@ -6,9 +6,9 @@ import pytest
 from helpers.docs_tables import CONFIGS
 
 from axolotl_edpo.tools.changes import changes
-from axolotl_edpo.tools.memory import memory
+from axolotl_edpo.tools.memory import Arguments
 from axolotl_edpo.tools.model_sizes import sizes_of
-from axolotl_edpo.tools.recipe_memory import Arguments, RecipeMemory
+from axolotl_edpo.tools.recipe_memory import RecipeMemory
 
 SIZES = sizes_of(CONFIGS["8B"])
 MICRO = "micro_batch_size: 1, gradient_accumulation_steps: 16"
@@ -25,7 +25,7 @@ FSDP2_FULL = f"{FSDP2} (16-bit weights train)"
 def recipe(**keys) -> RecipeMemory:
     """Of 8B under ZeRO-2 on 8 GPUs, 2 pairs of 2048 tokens; keys are of `Arguments`."""
     now = Arguments(SIZES, "zero2", 8, 8192)._replace(**keys)
-    return RecipeMemory(now, "model", 2, 8, 2048, False, False, ())
+    return RecipeMemory(now, False, "model", 2, 8, 2048, False, False, ())
 
 
 def found(of: RecipeMemory) -> dict[str, float]:
@@ -35,7 +35,7 @@ def found(of: RecipeMemory) -> dict[str, float]:
 
 def test_each_change_has_the_peak_of_its_own_calculation_and_the_lowest_is_first():
     def peak(engine="zero2", tokens=8192, **keys):
-        return memory(SIZES, engine, 8, tokens, **keys).total
+        return Arguments(SIZES, engine, 8, tokens, **keys).memory.total
 
     expected = {
         QLORA: peak(lora=16, four_bit=True),
@@ -82,12 +82,13 @@ def test_a_reference_that_moves_is_neither_cached_nor_an_adapter_switched_off():
 def test_tokens_that_were_given_follow_the_pairs_and_no_length():
     given = replace(recipe(tokens=3000), given=True)
     assert LENGTH not in found(given)
-    assert found(given)[MICRO] == memory(SIZES, "zero2", 8, 1500).total
+    assert found(given)[MICRO] == Arguments(SIZES, "zero2", 8, 1500).memory.total
     assert not {MICRO, LENGTH} & found(replace(given, pairs=1)).keys()
 
 
 def test_embedding_and_head_leave_float32_with_ddp():
     of = recipe(engine="ddp", float32_root=True)
-    assert found(of)[LORA] == memory(SIZES, "ddp", 8, 8192, lora=16).total
-    assert found(of)[ZERO3] == memory(SIZES, "zero3", 8, 8192).total
-    assert found(of)[MICRO] == memory(SIZES, "ddp", 8, 4096, float32_root=True).total
+    half = Arguments(SIZES, "ddp", 8, 4096, float32_root=True)
+    assert found(of)[LORA] == Arguments(SIZES, "ddp", 8, 8192, lora=16).memory.total
+    assert found(of)[ZERO3] == Arguments(SIZES, "zero3", 8, 8192).memory.total
+    assert found(of)[MICRO] == half.memory.total

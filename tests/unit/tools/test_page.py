@@ -3,9 +3,10 @@
 import pytest
 from helpers.docs_tables import CONFIGS
 
+from axolotl_edpo.tools.memory import Arguments
 from axolotl_edpo.tools.model_sizes import sizes_of
 from axolotl_edpo.tools.page import CARDS, COLUMNS, fits, lines
-from axolotl_edpo.tools.recipe_memory import Arguments, RecipeMemory
+from axolotl_edpo.tools.recipe_memory import RecipeMemory
 
 SIZES = sizes_of(CONFIGS["8B"])
 REFERENCES = [
@@ -33,7 +34,7 @@ ENGINES = [
     ("zero3", 8, "ZeRO-3 on 8 GPUs"),
     ("fsdp2", 8, "FSDP2 on 8 GPUs"),
 ]
-# The words for the gradients say what `memory` counts.
+# The words for the gradients say what `Arguments.memory` counts.
 GRADIENTS = [
     (dict(engine="ddp", ranks=1), "15.0  that accumulate between micro-batches"),
     (
@@ -61,11 +62,10 @@ PHASES = [
 ]
 
 
-def shown(given: bool = True, **keys) -> list[str]:
+def shown(assumed: bool = False, **keys) -> list[str]:
     """The lines for 8B under ZeRO-2 on 8 GPUs; keys are of `Arguments`."""
     now = Arguments(SIZES, "zero2", 8, 4096)._replace(**keys)
-    recipe = RecipeMemory(now, "model", 1, 8, 2048, False, False, ())
-    return lines(recipe, given)
+    return lines(RecipeMemory(now, assumed, "model", 1, 8, 2048, False, False, ()))
 
 
 @pytest.mark.parametrize(
@@ -115,8 +115,14 @@ def test_the_first_line_names_the_model_and_what_trains(keys, line):
 @pytest.mark.parametrize(("engine", "ranks", "line"), ENGINES)
 def test_engine_and_gpus_are_named_and_a_number_that_was_assumed(engine, ranks, line):
     assert shown(engine=engine, ranks=ranks)[1] == line
-    assumed = shown(given=False, engine=engine, ranks=ranks)[1]
+    assumed = shown(assumed=True, engine=engine, ranks=ranks)[1]
     assert assumed == f"{line} (assumed: --gpus sets their number)"
+
+
+def test_replicas_of_fsdp2_are_named():
+    replicas = dict(ranks=8, replicas=2)
+    assert shown(engine="fsdp2", **replicas)[1] == "FSDP2 on 8 GPUs, 2 replicas"
+    assert shown(engine="ddp", **replicas)[1] == "DDP on 8 GPUs"
 
 
 @pytest.mark.parametrize(("keys", "text"), PHASES)
@@ -142,4 +148,4 @@ def test_a_recipe_that_fits_everywhere_has_nothing_to_change():
 
 @pytest.mark.parametrize("keys", [k for k, _ in REFERENCES + GRADIENTS + PHASES])
 def test_lines_have_at_most_80_columns(keys):
-    assert max(map(len, shown(given=False, **keys))) <= COLUMNS
+    assert max(map(len, shown(assumed=True, **keys))) <= COLUMNS
