@@ -26,8 +26,7 @@ def pytest_configure(config):
 
 def pytest_unconfigure(config):
     """The process that started the others removes what they shared."""
-    if not hasattr(config, "workerinput"):
-        surroundings.leave()
+    surroundings.leave()
 
 
 def pytest_collection_modifyitems(items):

@@ -18,16 +18,20 @@ VALUES = {
 # Where libraries keep files in the home folder, below the folder of the tests.
 FOLDERS = {"HF_HOME": "huggingface", "TORCH_EXTENSIONS_DIR": "torch_extensions"}
 _FOLDER = "EDPO_TESTS_FOLDER"
+_is_first = False
 
 
 def variables() -> dict[str, str]:
     """Of the environment, for this process and all that it starts.
 
-    pytest-xdist's workers get the folder of the process that starts them.
+    All share the folder of the first process, pytest-xdist's workers too.
     """
-    made = os.environ.get(_FOLDER) or tempfile.mkdtemp(prefix="axolotl-edpo-tests-")
-    below = {name: str(Path(made) / place) for name, place in FOLDERS.items()}
-    return {**VALUES, **os.environ, **below, _FOLDER: made}
+    global _is_first
+    path = os.environ.get(_FOLDER)
+    if path is None:
+        path, _is_first = tempfile.mkdtemp(prefix="axolotl-edpo-tests-"), True
+    below = {name: str(Path(path) / place) for name, place in FOLDERS.items()}
+    return {**VALUES, **os.environ, **below, _FOLDER: path}
 
 
 def folder() -> Path:
@@ -36,5 +40,6 @@ def folder() -> Path:
 
 
 def leave() -> None:
-    """Removes the folder."""
-    shutil.rmtree(folder(), ignore_errors=True)
+    """Removes the folder, in the process that made it."""
+    if _is_first:
+        shutil.rmtree(folder(), ignore_errors=True)

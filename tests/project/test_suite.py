@@ -13,8 +13,9 @@ import axolotl.train
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import processes, ranks
+from helpers import processes, ranks, surroundings
 from helpers.commands import environment
+from helpers.paths import ROOT
 from helpers.surroundings import FOLDERS
 from torch.distributed import TCPStore
 
@@ -113,6 +114,15 @@ def test_a_port_is_kept_for_the_ranks_that_get_it():
     store = TCPStore("127.0.0.1", port, 1, True, timeout=timedelta(seconds=5))
     store.set("key", "value")
     assert store.get("key") == b"value"
+
+
+def test_a_suite_that_a_test_starts_leaves_the_folder_of_the_tests():
+    """As that of `make gpu` at toy sizes."""
+    file = ROOT / "tests" / "unit" / "losses" / "test_edpo.py"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", file]
+    done = subprocess.run([*command, "-k", "no_such"], cwd=ROOT, env=environment())
+    assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED
+    assert surroundings.folder().exists()
 
 
 def test_caches_of_the_home_folder_are_those_of_this_suite():
