@@ -311,7 +311,7 @@ def test_a_recipe_as_a_whole(tmp_path, monkeypatch):
 def test_gpus_that_the_recipe_names_are_not_assumed(keys, tmp_path, sizes, line):
     result = run(tmp_path, keys(**FSDP2, **sizes))
     assert result.exit_code == 0, result.output
-    assert result.stdout.splitlines()[1] == line
+    assert line in result.stdout.splitlines()
 
 
 def test_gpus_and_tokens_can_be_given(keys, tmp_path):
